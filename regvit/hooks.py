@@ -1,0 +1,113 @@
+"""Reading the inside of a timm vision transformer: hooks that live in a `with` block and leave no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class _Stop(Exception):
+    """Raised by `stop_after` to end a forward early."""
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks of a timm model, first to last.
+
+    Raises:
+        ValueError: the model has no flat list of blocks.
+    """
+    found = getattr(model, "blocks", None)
+    if not isinstance(found, nn.Sequential | nn.ModuleList):
+        raise ValueError(f"{type(model).__name__} has no list of transformer blocks at `.blocks`; use a timm ViT")
+    return list(found)
+
+
+def output_projection(block: nn.Module) -> nn.Linear:
+    """The linear layer through which a block's MLP writes; its inputs are the block's MLP neurons.
+
+    Raises:
+        ValueError: the block has no single such layer.
+    """
+    mlp = getattr(block, "mlp", None)
+    for owner, name in ((mlp, "fc2"), (mlp, "w3"), (block, "mlp_out_proj")):
+        layer = getattr(owner, name, None)
+        if isinstance(layer, nn.Linear):
+            return layer
+    raise ValueError(
+        f"{type(block).__name__} has no single MLP output projection (mlp.fc2, mlp.w3 or mlp_out_proj), "
+        "so its register neurons cannot be moved"
+    )
+
+
+def residual_scale(block: nn.Module) -> Float[Tensor, " d"] | float:
+    """What the MLP's output is multiplied by before it joins the residual stream (LayerScale), or 1.
+
+    Raises:
+        ValueError: the block normalises after the MLP, so that no neuron writes into the residual stream linearly.
+    """
+    if type(block).__name__ in ("ResPostBlock", "EvaBlockPostNorm"):
+        raise ValueError(
+            f"{type(block).__name__} normalises after its MLP, so a neuron's share of the residual is not defined; "
+            "select by activation instead: score='activation' with top_k"
+        )
+    for owner, name in (
+        (getattr(block, "ls2", None), "gamma"),
+        (block, "gamma_2"),
+        (getattr(block, "ls", None), "gamma"),
+    ):
+        gamma = getattr(owner, name, None)
+        if isinstance(gamma, Tensor):
+            return gamma.detach()
+    return 1.0
+
+
+@contextmanager
+def watch_outputs(modules: Mapping[int, nn.Module], see: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Calls `see(key, output)` after each module runs, inside the `with` block only."""
+    handles = []
+    try:
+        for key, module in modules.items():
+            handles.append(module.register_forward_hook(lambda _, __, out, key=key: see(key, out)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def watch_inputs(modules: Mapping[int, nn.Module], see: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
+    """Calls `see(key, input)` before each module runs, inside the `with` block only; a tensor it returns is used."""
+
+    def hook(key: int) -> Callable:
+        def before(_: nn.Module, args: tuple) -> tuple | None:
+            new = see(key, args[0])
+            return None if new is None else (new, *args[1:])
+
+        return before
+
+    handles = []
+    try:
+        for key, module in modules.items():
+            handles.append(module.register_forward_pre_hook(hook(key)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def forward_until(model: nn.Module, images: Float[Tensor, "b 3 h w"], module: nn.Module) -> None:
+    """Runs the model up to and including `module` and no further; watchers see what happened."""
+
+    def stop(*_: object) -> None:
+        raise _Stop
+
+    handle = module.register_forward_hook(stop)
+    try:
+        model.forward_features(images)
+    except _Stop:
+        pass
+    finally:
+        handle.remove()

@@ -1,0 +1,315 @@
+"""Finding register neurons: the MLP units that write the excess norm of outlier tokens.
+
+Two scores, both over outlier patches found by norm (CLS and registers never count):
+
+    activation_u  = mean over images of the mean |a_u| at the image's outliers        (Jiang et al. 2025)
+    attribution_u = (E_out[a_u] - E_rest[a_u]) * (s * W[:, u]) . e / |e|^2,    e = E_out[x] - E_rest[x]
+
+a is the input of the MLP's output projection W, s its LayerScale, x the residual stream at the detection layer.
+Attribution is the share of the outliers' excess residual that the neuron writes; a block's neurons after the
+detection layer cannot be causes and are left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from .hooks import blocks, forward_until, output_projection, residual_scale, watch_inputs, watch_outputs
+from .outliers import Detection, patch_norms, settle_detection
+from .tokens import TokenLayout
+
+Batches = Iterable[Float[Tensor, "b 3 h w"]]
+
+
+class NoOutliers(ValueError):
+    """No patch is an outlier, so there is nothing to score."""
+
+
+@dataclass(frozen=True)
+class Neuron:
+    """One MLP unit: block index, unit index, and its two scores (attribution is None where it was not computed)."""
+
+    layer: int
+    neuron: int
+    activation: float
+    attribution: float | None
+
+
+@dataclass(frozen=True)
+class RegisterNeurons:
+    """The outcome of a search.
+
+    Args:
+        detection: layer and norm above which patches are outliers; None where the model has none.
+        outlier_fraction: share of outlier patches, of each image.
+        neurons: the best scored ones, best first.
+        selected: `{layer: (neuron, …)}`, empty where the model has no outliers.
+        explained: share of the outliers' excess residual that the selected neurons write.
+    """
+
+    detection: Detection | None
+    outlier_fraction: Float[np.ndarray, " b"]
+    neurons: tuple[Neuron, ...] = ()
+    selected: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    explained: float = 0.0
+
+    @property
+    def num_selected(self) -> int:
+        """How many neurons were selected, over all layers."""
+        return sum(len(units) for units in self.selected.values())
+
+    def to_json(self, **about: object) -> str:
+        """Readable, diffable text; `about` stands first (backbone, weights digest, seed, …)."""
+        document = {
+            **about,
+            "threshold": self.detection and self.detection.threshold,
+            "detect_layer": self.detection and self.detection.layer,
+            "explained": self.explained,
+            "selected": {str(layer): list(units) for layer, units in self.selected.items()},
+            "neurons": [vars(neuron) for neuron in self.neurons],
+        }
+        return json.dumps(document, indent=1, allow_nan=False) + "\n"
+
+
+def read_selected(text: str) -> tuple[Detection | None, dict[int, tuple[int, ...]]]:
+    """Detection and selected neurons from the text that `to_json` made.
+
+    Raises:
+        ValueError: a key is missing.
+    """
+    document = json.loads(text)
+    missing = {"threshold", "detect_layer", "selected"} - document.keys()
+    if missing:
+        raise ValueError(f"the neurons file lacks {', '.join(sorted(missing))}; run the identify stage again")
+    layer = document["detect_layer"]
+    detection = None if layer is None else Detection(layer, document["threshold"], float("nan"))
+    return detection, {int(layer): tuple(units) for layer, units in document["selected"].items()}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of all neurons up to the detection layer, (l, k) each; attribution is None where it is not defined."""
+
+    activation: Float[Tensor, "l k"]
+    attribution: Float[Tensor, "l k"] | None
+
+
+@torch.inference_mode()
+def score_neurons(
+    model: nn.Module,
+    batches: Batches,
+    outliers: Bool[np.ndarray, "b p"],
+    layer: int,
+    attribution: bool = True,
+) -> Scores:
+    """Scores every MLP neuron up to the detection layer in one streaming pass; memory does not grow with images.
+
+    Args:
+        batches: the images, normalised, in the row order of `outliers`.
+        outliers: True where the patch is an outlier in the detection layer.
+        layer: detection layer; the forward stops there.
+        attribution: False leaves that score out (for models in which it is not defined).
+    Raises:
+        NoOutliers: no patch is an outlier.
+        ValueError: the MLPs differ in width, or attribution is not defined for the blocks.
+    """
+    if not outliers.any():
+        raise NoOutliers(f"none of the {outliers.size} patches is an outlier, so no neuron can be scored")
+    used, layout = blocks(model)[: layer + 1], TokenLayout.of(model)
+    projections = {index: output_projection(block) for index, block in enumerate(used)}
+    widths = {projection.in_features for projection in projections.values()}
+    if len(widths) > 1:
+        raise ValueError(f"the MLPs differ in width ({sorted(widths)}); neurons are compared across equal ones only")
+    parameter = next(model.parameters())
+    sums = _Sums(len(used), widths.pop(), parameter.device)
+    start = 0
+    with (
+        watch_inputs(projections, lambda index, a: sums.see_activation(index, layout.patches(a))),
+        watch_outputs({layer: used[-1]}, lambda _, x: sums.see_residual(layout.patches(x))),
+    ):
+        for images in batches:
+            sums.mask = torch.from_numpy(outliers[start : start + len(images)]).to(parameter.device)
+            start += len(images)
+            forward_until(model, images.to(parameter.device, parameter.dtype), used[-1])
+    if start != len(outliers):
+        raise ValueError(f"{start} images came, but outliers are known of {len(outliers)}; give the same images again")
+    return Scores(sums.activation().cpu(), sums.attribution(used).cpu() if attribution else None)
+
+
+class _Sums:
+    """Running sums over outlier and other patches, float64."""
+
+    def __init__(self, depth: int, width: int, device: torch.device):
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
+
+        self.mask: Bool[Tensor, "b p"] = torch.zeros(0, 0, dtype=torch.bool)
+        self.absolute, self.images = zeros(depth, width), 0
+        self.out, self.rest = zeros(depth, width), zeros(depth, width)
+        self.residual_out: Tensor | float = 0.0
+        self.residual_rest: Tensor | float = 0.0
+        self.n_out = self.n_rest = 0
+
+    def see_activation(self, index: int, a: Float[Tensor, "b p k"]) -> None:
+        image, patch = self.mask.nonzero(as_tuple=True)
+        hot = a[image, patch].to(self.out.dtype)  # (outliers, k)
+        total = a.sum((0, 1), dtype=self.out.dtype)
+        weight = 1.0 / self.mask.sum(1).clamp_min(1)[image].to(self.out.dtype)
+        self.absolute[index] += weight @ hot.abs()
+        self.out[index] += hot.sum(0)
+        self.rest[index] += total - hot.sum(0)
+
+    def see_residual(self, x: Float[Tensor, "b p d"]) -> None:
+        hot = x[self.mask].sum(0, dtype=self.out.dtype)
+        self.residual_out = self.residual_out + hot
+        self.residual_rest = self.residual_rest + x.sum((0, 1), dtype=self.out.dtype) - hot
+        self.n_out += int(self.mask.sum())
+        self.n_rest += int((~self.mask).sum())
+        self.images += int(self.mask.any(1).sum())
+
+    def activation(self) -> Float[Tensor, "l k"]:
+        return self.absolute / self.images
+
+    def attribution(self, used: list[nn.Module]) -> Float[Tensor, "l k"]:
+        excess = self.residual_out / self.n_out - self.residual_rest / self.n_rest  # (d,)
+        gap = self.out / self.n_out - self.rest / self.n_rest  # (l, k)
+        writes = torch.stack(
+            [(excess * residual_scale(b)) @ output_projection(b).weight.detach().to(excess) for b in used]
+        )  # (l, k)
+        return gap * writes / excess.square().sum()
+
+
+def find_register_neurons(
+    model: nn.Module,
+    images: Float[Tensor, "b 3 h w"] | Batches,
+    *,
+    threshold: float | None = None,
+    layer: int | None = None,
+    top_k: int | None = None,
+    max_layer: int | None = None,
+    explained: float = 0.99,
+    score: str = "attribution",
+    keep: int = 200,
+) -> RegisterNeurons:
+    """Finds the register neurons of a timm vision transformer.
+
+    Args:
+        model: a timm ViT without test-time registers, in evaluation mode.
+        images: normalised; one tensor, or batches that can be iterated more than once. A hundred varied images do.
+        threshold, layer: norm and block that make a patch an outlier; found from the data when None. Published:
+            30 at the last layer (CLIP B/16), 150 at -2 (DINOv2-L).
+        top_k: number of neurons to select; when None, the smallest set that writes `explained` of what all MLP
+            neurons together write of the outliers' excess.
+        max_layer: last block whose neurons may be selected; the detection layer when None.
+        explained: share, over 0 and up to 1.
+        score: `attribution`, or `activation` (the published one, which needs `top_k`).
+        keep: how many of the best scored neurons to report.
+    Returns: with nothing selected where the model has no outliers.
+    Raises:
+        ValueError: an option is out of range, or the images can be iterated only once.
+    Source: Jiang et al. 2025, arXiv:2506.08010, section 3; attribution is ours.
+    """
+    _check_options(top_k, explained, score)
+    batches = _again(images)
+    if getattr(model, "test_time_registers", None) is not None:
+        raise ValueError(
+            "the model has test-time registers, which take its outliers away; remove them before the search"
+        )
+    norms = patch_norms(model, batches)
+    detection = settle_detection(norms, threshold, layer)
+    if max_layer is not None and not 0 <= max_layer < len(norms):
+        raise ValueError(
+            f"max_layer {max_layer} is out of range: the model has {len(norms)} blocks (0 to {len(norms) - 1})"
+        )
+    if detection is None:
+        return RegisterNeurons(None, np.zeros(norms.shape[1]))
+    outliers = norms[detection.layer] > detection.threshold
+    scores = score_neurons(model, batches, outliers, detection.layer, attribution=score == "attribution")
+    return _select(scores, detection, outliers.mean(1), top_k, max_layer, explained, keep)
+
+
+def _select(
+    scores: Scores,
+    detection: Detection,
+    outlier_fraction: Float[np.ndarray, " b"],
+    top_k: int | None,
+    max_layer: int | None,
+    explained: float,
+    keep: int,
+) -> RegisterNeurons:
+    """Ranks the neurons up to `max_layer` and takes the smallest set that explains the excess, or the first `top_k`."""
+    ranked = scores.activation if scores.attribution is None else scores.attribution
+    allowed = ranked[: None if max_layer is None else max_layer + 1].flatten()
+    order = torch.argsort(allowed, descending=True, stable=True)
+    shares = None if scores.attribution is None else allowed[order].cumsum(0)
+    if top_k is not None:
+        count = min(top_k, len(order))
+    else:
+        total = shares[-1]
+        count = 0 if total <= 0 else int((shares >= explained * total).nonzero()[0, 0]) + 1
+    width = ranked.shape[1]
+    chosen: dict[int, list[int]] = {}
+    for flat in order[:count].tolist():
+        chosen.setdefault(flat // width, []).append(flat % width)
+    best = [
+        Neuron(
+            layer=flat // width,
+            neuron=flat % width,
+            activation=round(float(scores.activation.flatten()[flat]), 6),
+            attribution=None if scores.attribution is None else round(float(scores.attribution.flatten()[flat]), 8),
+        )
+        for flat in order[: max(keep, count)].tolist()
+    ]
+    return RegisterNeurons(
+        detection=detection,
+        outlier_fraction=outlier_fraction,
+        neurons=tuple(best),
+        selected={layer: tuple(sorted(chosen[layer])) for layer in sorted(chosen)},
+        explained=0.0 if shares is None or count == 0 else float(shares[count - 1]),
+    )
+
+
+@contextmanager
+def ablated(model: nn.Module, selected: dict[int, tuple[int, ...]]) -> Iterator[None]:
+    """Silences the given neurons at all patches, inside the `with` block only."""
+    all_blocks, layout = blocks(model), TokenLayout.of(model)
+
+    def silence(layer: int, a: Float[Tensor, "b n k"]) -> Tensor:
+        a = a.clone()
+        layout.patches(a)[..., list(selected[layer])] = 0
+        return a
+
+    with watch_inputs({layer: output_projection(all_blocks[layer]) for layer in selected}, silence):
+        yield
+
+
+def _check_options(top_k: int | None, explained: float, score: str) -> None:
+    if score not in ("attribution", "activation"):
+        raise ValueError(f"score is {score!r}; expected 'attribution' or 'activation'")
+    if score == "activation" and top_k is None:
+        raise ValueError("score='activation' needs top_k: activations do not add up to a share (published: 10 to 50)")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}; expected 1 or more, or None to let the data decide")
+    if not 0 < explained <= 1:
+        raise ValueError(f"explained is {explained}; expected a share over 0 and up to 1")
+
+
+def _again(images: Tensor | Batches) -> Batches:
+    """Batches that can be gone through more than once."""
+    if isinstance(images, Tensor):
+        if images.ndim != 4:
+            raise ValueError(f"images have shape {tuple(images.shape)}; expected (images, 3, height, width)")
+        return images.split(32)
+    if iter(images) is images:
+        raise ValueError(
+            "the images can be gone through only once, and the search needs two passes; give a list or a DataLoader"
+        )
+    return images
