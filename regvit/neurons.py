@@ -49,17 +49,24 @@ class RegisterNeurons:
 
     Args:
         detection: layer and norm above which patches are outliers; None where the model has none.
-        outlier_fraction: share of outlier patches, of each image.
+        norms: of every patch at each block's output, as the search saw them.
         neurons: the best scored ones, best first.
         selected: `{layer: (neuron, …)}`, empty where the model has no outliers.
         explained: share of the outliers' excess residual that the selected neurons write.
     """
 
     detection: Detection | None
-    outlier_fraction: Float[np.ndarray, " b"]
+    norms: Float[np.ndarray, "l b p"] = field(repr=False)
     neurons: tuple[Neuron, ...] = ()
     selected: dict[int, tuple[int, ...]] = field(default_factory=dict)
     explained: float = 0.0
+
+    @property
+    def outlier_fraction(self) -> Float[np.ndarray, " b"]:
+        """Share of outlier patches, of each image; zero where the model has none."""
+        if self.detection is None:
+            return np.zeros(self.norms.shape[1])
+        return (self.norms[self.detection.layer] > self.detection.threshold).mean(1)
 
     @property
     def num_selected(self) -> int:
@@ -230,16 +237,16 @@ def find_register_neurons(
             f"max_layer {max_layer} is out of range: the model has {len(norms)} blocks (0 to {len(norms) - 1})"
         )
     if detection is None:
-        return RegisterNeurons(None, np.zeros(norms.shape[1]))
+        return RegisterNeurons(None, norms)
     outliers = norms[detection.layer] > detection.threshold
     scores = score_neurons(model, batches, outliers, detection.layer, attribution=score == "attribution")
-    return _select(scores, detection, outliers.mean(1), top_k, max_layer, explained, keep)
+    return _select(scores, detection, norms, top_k, max_layer, explained, keep)
 
 
 def _select(
     scores: Scores,
     detection: Detection,
-    outlier_fraction: Float[np.ndarray, " b"],
+    norms: Float[np.ndarray, "l b p"],
     top_k: int | None,
     max_layer: int | None,
     explained: float,
@@ -270,7 +277,7 @@ def _select(
     ]
     return RegisterNeurons(
         detection=detection,
-        outlier_fraction=outlier_fraction,
+        norms=norms,
         neurons=tuple(best),
         selected={layer: tuple(sorted(chosen[layer])) for layer in sorted(chosen)},
         explained=0.0 if shares is None or count == 0 else float(shares[count - 1]),

@@ -95,7 +95,7 @@ def published_scores(model, x, layer, threshold):
     for image in x:
         acts = {}
         handles = [
-            block.mlp.fc2.register_forward_pre_hook(lambda _, a, i=i: acts.__setitem__(i, a[0][0]))
+            block.mlp.fc2.register_forward_pre_hook(lambda _, a, i=i, acts=acts: acts.__setitem__(i, a[0][0]))
             for i, block in enumerate(model.blocks)
         ]
         with torch.no_grad():

@@ -31,7 +31,9 @@ def features(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     return model.forward_features(x)
 
 
-def by_hand(x: np.ndarray, index: list[int], start: int, k: int, statistic: str, patches: str, scale: float) -> np.ndarray:
+def by_hand(
+    x: np.ndarray, index: list[int], start: int, k: int, statistic: str, patches: str, scale: float
+) -> np.ndarray:
     """The shift with plain loops; `start` is where the test-time registers stand, the patches follow them."""
     out = x.copy()
     for b in range(len(x)):
@@ -117,7 +119,11 @@ def test_stock_models_take_registers_and_give_them_back(name, kwargs):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-HIDDEN = [(name, kwargs) for name, kwargs in STOCK if name not in ("naflexvit_base_patch16_gap", "vit_pe_core_tiny_patch16_384")]
+HIDDEN = [
+    (name, kwargs)
+    for name, kwargs in STOCK
+    if name not in ("naflexvit_base_patch16_gap", "vit_pe_core_tiny_patch16_384")
+]
 
 
 @pytest.mark.parametrize(("name", "kwargs"), HIDDEN, ids=[name for name, _ in HIDDEN])
@@ -279,5 +285,5 @@ def test_registers_are_not_added_twice():
 
 def test_a_search_without_outliers_adds_a_register_that_nothing_writes_to():
     model = make()
-    add_test_time_registers(model, RegisterNeurons(None, np.zeros(4)), 1)
+    add_test_time_registers(model, RegisterNeurons(None, np.zeros((6, 2, 4))), 1)
     assert TokenLayout.of(model).test_time == 1

@@ -1,0 +1,106 @@
+"""A run: a named backbone with a variant of registers, described by a small JSON file.
+
+`run.json` holds all that decides a run's features besides the images, so that what has not changed is not computed
+again: `{run, backbone, weights_sha256, registers, num_registers, statistic, patches, scale, neurons}`. `neurons` is
+`{layer: [neuron, …]}` for `test_time` and null otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from .backbones import Backbone, load_backbone
+from .registers import add_test_time_registers
+from .tokens import TokenLayout
+
+REGISTERS = ("none", "trained", "test_time")
+
+
+def describe_run(
+    name: str,
+    backbone: Backbone,
+    registers: str,
+    num_registers: int,
+    selected: dict[int, tuple[int, ...]],
+    *,
+    statistic: str = "per_neuron",
+    patches: str = "zero",
+    scale: float = 1.0,
+) -> dict:
+    """The description that goes into `run.json`.
+
+    Args:
+        registers: `none`, `trained` (the backbone must have them) or `test_time`.
+        num_registers: test-time registers to add, or trained registers expected.
+        selected: the backbone's register neurons; used by `test_time` only.
+    Raises:
+        ValueError: the variant does not fit the backbone or the count.
+    """
+    if registers not in REGISTERS:
+        raise ValueError(f"run {name}: registers is {registers!r}; expected one of {', '.join(REGISTERS)}")
+    trained = TokenLayout.of(backbone.model).trained
+    if registers == "trained" and trained != num_registers:
+        raise ValueError(
+            f"run {name}: num_registers is {num_registers}, but backbone {backbone.name} was trained with {trained}; "
+            f"set num_registers: {trained}"
+            + ("" if trained else ", or take a backbone with trained registers (…_reg4_…)")
+        )
+    if registers == "test_time" and num_registers < 1:
+        raise ValueError(f"run {name}: test-time registers need num_registers of 1 or more, got {num_registers}")
+    if registers == "none" and num_registers:
+        raise ValueError(f"run {name}: registers is none, so num_registers must be 0, got {num_registers}")
+    moved = registers == "test_time"
+    return {
+        "run": name,
+        "backbone": backbone.name,
+        "weights_sha256": backbone.weights_sha256,
+        "registers": registers,
+        "num_registers": num_registers,
+        "statistic": statistic if moved else None,
+        "patches": patches if moved else None,
+        "scale": scale if moved else None,
+        "neurons": {str(layer): list(units) for layer, units in sorted(selected.items())} if moved else None,
+    }
+
+
+def read_run(path: Path) -> dict:
+    """The description of a run.
+
+    Raises:
+        ValueError: a key is missing.
+    """
+    run = json.loads(path.read_text())
+    missing = {"run", "backbone", "weights_sha256", "registers", "num_registers", "neurons"} - run.keys()
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; run the compose stage again")
+    return run
+
+
+def open_run(path: Path, backbones: Path) -> Backbone:
+    """The backbone of a run, with its test-time registers in place.
+
+    Args:
+        path: the run's `run.json`.
+        backbones: folder that holds one folder a backbone.
+    Raises:
+        ValueError: the backbone is not the one that the run was composed of.
+    """
+    run = read_run(path)
+    backbone = load_backbone(backbones / run["backbone"])
+    if backbone.weights_sha256 != run["weights_sha256"]:
+        raise ValueError(
+            f"backbone {run['backbone']} has weights {backbone.weights_sha256[:12]}…, but run {run['run']} was composed "
+            f"of {run['weights_sha256'][:12]}…; run the compose stage again"
+        )
+    if run["neurons"] is not None:
+        neurons = {int(layer): units for layer, units in run["neurons"].items()}
+        add_test_time_registers(
+            backbone.model,
+            neurons,
+            run["num_registers"],
+            statistic=run["statistic"],
+            patches=run["patches"],
+            scale=run["scale"],
+        )
+    return backbone

@@ -1,0 +1,324 @@
+import dataclasses
+import io
+import json
+import re
+import threading
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from regvit.backbones import Backbone
+from regvit.extraction import BadFeatures, describe, extract, readouts
+from regvit.images import Transform, UnreadableImage
+from regvit.manifest import Row, read_dataset, write_dataset
+from regvit.progress import progress
+from regvit.registers import add_test_time_registers
+from regvit.store import FeatureStore, StoreWriter
+from regvit.tokens import TokenLayout
+
+SIZE = 32
+
+
+def backbone_of(name="test_vit", **changes):
+    """A timm model of random weights that sees 32 px images."""
+    torch.manual_seed(0)
+    model = (
+        timm.create_model(name, pretrained=False, img_size=SIZE, num_classes=0, **changes).eval().requires_grad_(False)
+    )
+    transform = Transform(SIZE, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    return Backbone(
+        name=name, model=model, transform=transform, weights_sha256="w" * 64, planted=None, info={"architecture": name}
+    )
+
+
+def image_of(row):
+    """An image whose content encodes its row: noise of that seed."""
+    return np.random.default_rng(row).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """Eleven images whose names are in another order than their rows."""
+    folder = tmp_path_factory.mktemp("data") / "noise"
+    (folder / "images").mkdir(parents=True)
+    rows = []
+    for i in range(11):
+        name = f"{(7 * i) % 11:02}"
+        Image.fromarray(image_of(i)).save(folder / f"images/{name}.png")
+        rows.append(Row(f"id {name}", f"images/{name}.png", "noise", "train"))
+    write_dataset(folder, "noise", rows, ["noise"], {"source": "made for this test"})
+    return read_dataset(folder)
+
+
+def run(folder, backbone, dataset, precision="float32", **options):
+    """Extracts in units of four rows and opens the result."""
+    options = {"batch_size": 4, "rows_per_unit": 4} | options
+    final = folder / "noise.zarr"
+    attributes = describe(backbone, dataset, precision) | {"run": "original"}
+    extract(backbone, dataset, final, folder / "noise.partial", attributes, precision, **options)
+    return FeatureStore.open(final, dataset.digest, [row.image_id for row in dataset.rows])
+
+
+def tokens_of(backbone, row):
+    """What the model says of one image alone, worked without the loader: (1, n, d)."""
+    image = torch.from_numpy(image_of(row)).permute(2, 0, 1)[None].float()
+    with torch.no_grad():
+        return backbone.model.forward_features((image / 255 - 0.5) / 0.5)
+
+
+def tree(folder):
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def with_registers(backbone, count):
+    add_test_time_registers(backbone.model, {1: [0, 5], 3: [7]}, count)
+    return backbone
+
+
+# What is stored
+
+
+def test_row_i_holds_the_features_of_the_image_in_row_i_of_the_manifest(tmp_path, dataset):
+    backbone = backbone_of()
+    store = run(tmp_path, backbone, dataset)
+    assert store.arrays == {"cls": (64,), "patch_mean": (64,)}
+    for row in range(len(dataset)):
+        tokens = tokens_of(backbone, row)[0].numpy()
+        np.testing.assert_allclose(store.read("cls")[row], tokens[0], atol=2e-3)
+        np.testing.assert_allclose(store.read("patch_mean")[row], tokens[1:].mean(0), atol=2e-3)
+    rows = store.read("cls")
+    assert np.abs(rows[:, None] - rows[None]).max(2)[~np.eye(11, dtype=bool)].min() > 0.02  # no two rows are alike
+
+
+def test_a_model_without_cls_has_no_cls_array_and_its_register_is_no_patch(tmp_path, dataset):
+    backbone = backbone_of("test_vit2")
+    store = run(tmp_path, backbone, dataset)
+    assert store.arrays == {"patch_mean": (64,), "registers": (1, 64)}
+    tokens = tokens_of(backbone, 3)[0].numpy()  # register, then 4 patches
+    assert len(tokens) == 5
+    np.testing.assert_allclose(store.read("registers")[3, 0], tokens[0], atol=2e-3)
+    np.testing.assert_allclose(store.read("patch_mean")[3], tokens[1:].mean(0), atol=2e-3)
+
+
+def test_test_time_registers_are_stored_apart_from_patches(tmp_path, dataset):
+    backbone = with_registers(backbone_of(), 2)
+    store = run(tmp_path, backbone, dataset)
+    assert store.arrays == {"cls": (64,), "patch_mean": (64,), "registers": (2, 64)}
+    tokens = tokens_of(backbone, 8)[0].numpy()  # CLS, two registers, 4 patches
+    assert len(tokens) == 7
+    np.testing.assert_allclose(store.read("registers")[8], tokens[1:3], atol=2e-3)
+    np.testing.assert_allclose(store.read("patch_mean")[8], tokens[3:].mean(0), atol=2e-3)
+
+
+def test_readouts_take_each_token_from_its_place():
+    tokens = torch.arange(6.0).reshape(1, 6, 1)  # CLS 0, trained 1, test-time 2, patches 3 4 5
+    found = readouts(TokenLayout(cls=1, trained=1, test_time=1), tokens)
+    assert {name: values.flatten().tolist() for name, values in found.items()} == {
+        "cls": [0.0],
+        "registers": [1.0, 2.0],
+        "patch_mean": [4.0],
+    }
+    assert readouts(TokenLayout(cls=0, trained=0), tokens).keys() == {"patch_mean"}
+
+
+def test_patch_means_of_half_precision_tokens_are_taken_in_float32():
+    tokens = torch.full((1, 5000, 1), 0.1, dtype=torch.bfloat16)
+    found = readouts(TokenLayout(cls=0, trained=0), tokens)["patch_mean"]
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(0.10009765625, rel=1e-6)  # 0.1 in bfloat16
+
+
+def test_attributes_say_what_made_the_features(tmp_path, dataset):
+    store = run(tmp_path, backbone_of(), dataset)
+    attributes = store.attributes
+    assert attributes["backbone"] == "test_vit" and attributes["weights_sha256"] == "w" * 64
+    assert attributes["architecture"] == "test_vit"
+    assert attributes["run"] == "original" and attributes["precision"] == "float32"
+    assert attributes["dataset"] == "noise" and attributes["manifest_sha256"] == dataset.digest
+    assert Transform.from_dict(attributes["transform"]) == backbone_of().transform
+    assert str(tmp_path) not in json.dumps(attributes)
+
+
+# Machines and interruptions leave the bytes alone
+
+
+def test_workers_do_not_change_a_byte(tmp_path, dataset):
+    backbone = with_registers(backbone_of(), 1)
+    run(tmp_path / "plain", backbone, dataset)
+    run(tmp_path / "other", backbone, dataset, workers=2)
+    assert tree(tmp_path / "plain/noise.zarr") == tree(tmp_path / "other/noise.zarr")
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 99])
+def test_batch_size_changes_no_feature_by_more_than_rounding(tmp_path, dataset, batch_size):
+    backbone = with_registers(backbone_of(), 1)
+    plain = run(tmp_path / "plain", backbone, dataset)
+    other = run(tmp_path / "other", backbone, dataset, batch_size=batch_size)
+    for name in plain.arrays:  # matrix products on several threads may differ by 1e-6, which can tip a float16
+        np.testing.assert_allclose(other.read(name), plain.read(name), rtol=2**-10, atol=1e-5)
+
+
+class Interrupting(progress):
+    """Ctrl-C after some images."""
+
+    def __init__(self, after):
+        self.log = io.StringIO()
+        super().__init__(11, "extract", stream=self.log)
+        self.after = after
+
+    def advance(self, n=1):
+        super().advance(n)
+        if self.done >= self.after:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("after", "units"), [(2, 0), (6, 1), (10, 2), (11, 2)])
+def test_an_interrupted_extraction_goes_on_and_ends_in_the_same_bytes(tmp_path, dataset, after, units, workers):
+    backbone = with_registers(backbone_of(), 1)
+    run(tmp_path / "undisturbed", backbone, dataset, batch_size=2)
+    before = threading.active_count()
+    bar = Interrupting(after)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, backbone, dataset, batch_size=2, workers=workers, progress=bar)
+    assert threading.active_count() == before
+    assert (
+        f"interrupted: {units} of 3 units are safe in {tmp_path / 'noise.partial'}; run the same again"
+        in bar.log.getvalue()
+    )
+    assert not (tmp_path / "noise.zarr").exists()
+
+    bar = progress(11, "extract", stream=io.StringIO())
+    run(tmp_path, backbone, dataset, batch_size=2, workers=workers, progress=bar)
+    assert f"resumed: {units} of 3 units were done" in bar._stream.getvalue()
+    assert bar.done == 11
+    assert tree(tmp_path / "noise.zarr") == tree(tmp_path / "undisturbed/noise.zarr")
+    assert not (tmp_path / "noise.partial").exists()
+
+
+def test_units_with_a_gap_are_filled_in_their_places(tmp_path, dataset):
+    backbone = backbone_of()
+    undisturbed = run(tmp_path / "undisturbed", backbone, dataset)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, backbone, dataset, progress=Interrupting(9))
+    log = tmp_path / "noise.partial/done.jsonl"
+    log.write_text('{"unit": 1}\n')  # as if units had been finished in another order
+    assert log.exists()
+    resumed = run(tmp_path, backbone, dataset)
+    np.testing.assert_array_equal(resumed.read("cls"), undisturbed.read("cls"))
+
+
+def test_changed_code_is_not_mixed_with_what_older_code_made(tmp_path, dataset, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, backbone_of(), dataset, progress=Interrupting(9))
+    monkeypatch.setattr("regvit.tokens.__file__", __file__)
+    log = io.StringIO()
+    run(tmp_path, backbone_of(), dataset, progress=progress(11, "extract", stream=log))
+    assert "started anew, as the unfinished store differs: resume_key.code_sha256 was" in log.getvalue()
+
+
+# What is refused
+
+
+class Broken(torch.nn.Module):
+    """A model that goes wrong on one image: `value` in one channel of its CLS token."""
+
+    def __init__(self, model, image, value):
+        super().__init__()
+        self.model, self.image, self.value = model, image, value
+        self.num_prefix_tokens, self.seen = 1, -1
+
+    def forward_features(self, x):
+        tokens = self.model.forward_features(x).clone()
+        for i in range(len(x)):
+            if self.seen == self.image:
+                tokens[i, 0, 5] = self.value
+            self.seen += 1  # the first image seen is the blank one that tells the shapes
+        return tokens
+
+
+@pytest.mark.parametrize(("value", "text"), [(np.nan, "nan is not a finite number"), (7e4, "70000 is beyond float16")])
+def test_features_that_cannot_be_stored_name_the_image_and_the_array(tmp_path, dataset, value, text):
+    backbone = backbone_of()
+    broken = dataclasses.replace(backbone, model=Broken(backbone.model, 6, value))
+    expected = rf"image 'id 09' \(images/09.png\): array 'cls', row 6: {text}.* take the image out"  # 7 * 6 mod 11 = 9
+    with pytest.raises(BadFeatures, match=expected):
+        run(tmp_path, broken, dataset)
+    log = io.StringIO()  # the unit before it is kept, and the one after it where it was already computed
+    run(tmp_path, backbone, dataset, progress=progress(11, "extract", stream=log))
+    assert re.search(r"resumed: [12] of 3 units were done", log.getvalue())
+
+
+def test_an_unreadable_image_stops_with_its_path_and_keeps_finished_units(tmp_path, dataset):
+    rows = (*dataset.rows[:9], dataclasses.replace(dataset.rows[9], path="images/gone.png"), *dataset.rows[10:])
+    with pytest.raises(UnreadableImage, match=r"images/gone.png"):
+        run(tmp_path, backbone_of(), dataclasses.replace(dataset, rows=rows))
+    with StoreWriter(
+        tmp_path / "a", tmp_path / "noise.partial", 11, {"cls": (64,), "patch_mean": (64,)}, {}, 4
+    ) as writer:  # other attributes: only to see that the lock is free
+        assert "started anew" in writer.note
+
+
+def test_an_unknown_precision_is_refused(dataset):
+    with pytest.raises(
+        ValueError, match=r"precision is 'int8'; expected one of float32, float32_medium, bfloat16, float16"
+    ):
+        describe(backbone_of(), dataset, "int8")
+
+
+def test_a_model_that_returns_no_tokens_is_refused(tmp_path, dataset):
+    model = torch.nn.Identity()
+    model.forward_features = lambda x: x
+    broken = dataclasses.replace(backbone_of(), model=model)
+    with pytest.raises(
+        ValueError, match=r"Identity.forward_features returns \(1, 3, 32, 32\), expected a token sequence"
+    ):
+        run(tmp_path, broken, dataset)
+
+
+def test_an_empty_data_set_is_refused(tmp_path, dataset):
+    with pytest.raises(ValueError, match=r"rows 0"):
+        run(tmp_path, backbone_of(), dataset.subset("test"))
+
+
+# Precision
+
+
+@pytest.mark.parametrize("precision", ["float32_medium", "bfloat16", "float16"])
+def test_lower_precision_stays_close_and_leaves_torch_as_it_was(tmp_path, dataset, precision):
+    backbone = backbone_of()
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    exact = run(tmp_path / "exact", backbone, dataset).read("cls")
+    lower = run(tmp_path / "lower", backbone, dataset, precision).read("cls")
+    cosine = (exact * lower).sum(1) / np.linalg.norm(exact, axis=1) / np.linalg.norm(lower, axis=1)
+    assert cosine.min() > 0.999
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_float32_does_not_depend_on_the_callers_matmul_setting(tmp_path, dataset):
+    backbone, seen = backbone_of(), []
+    handle = backbone.model.blocks[0].register_forward_pre_hook(
+        lambda *_: seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+    )
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        run(tmp_path, backbone, dataset)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+        handle.remove()
+    assert set(seen) == {("highest", False)}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_features_of_the_cpu(tmp_path, dataset):
+    backbone = with_registers(backbone_of(), 1)
+    cpu = run(tmp_path / "cpu", backbone, dataset)
+    gpu = run(tmp_path / "gpu", backbone, dataset, device="cuda")
+    for name in cpu.arrays:
+        np.testing.assert_allclose(gpu.read(name), cpu.read(name), atol=5e-3)

@@ -1,0 +1,182 @@
+import json
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from timm.data import create_transform
+
+from regvit.images import Transform, UnreadableImage, in_order, load_batches, read_rgb
+from regvit.manifest import Row, read_dataset, write_dataset
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(5, 90),
+    st.integers(5, 90),
+    st.integers(4, 48),
+    st.sampled_from([1.0, 0.95, 0.9, 0.875]),
+    st.sampled_from(["bicubic", "bilinear", "lanczos"]),
+)
+def test_pixels_equal_those_of_timms_evaluation_transform(width, height, size, crop_pct, interpolation):
+    image = noise(width, height)
+    reference = create_transform(
+        (3, size, size), interpolation=interpolation, mean=MEAN, std=STD, crop_pct=crop_pct, normalize=False
+    )(image)
+    mine = Transform(size, MEAN, STD, interpolation, crop_pct).crop(image)
+    assert np.array_equal(np.asarray(mine), reference.permute(1, 2, 0).numpy())
+
+
+def test_loading_and_normalising_equals_timms_whole_transform(tmp_path):
+    noise(61, 47).save(tmp_path / "x.png")
+    transform = Transform(32, MEAN, STD, "bicubic", 0.9)
+    loaded = transform.load(tmp_path / "x.png")
+    assert loaded.dtype == torch.uint8 and loaded.shape == (3, 32, 32) and loaded.is_contiguous()
+    reference = create_transform((3, 32, 32), interpolation="bicubic", mean=MEAN, std=STD, crop_pct=0.9)
+    expected = reference(Image.open(tmp_path / "x.png"))
+    torch.testing.assert_close(transform.normalise(loaded[None])[0], expected, rtol=0, atol=1e-6)
+
+
+def test_transparent_pixels_become_white_in_every_transparent_mode(tmp_path):
+    rgba = Image.new("RGBA", (2, 1), (10, 20, 30, 255))
+    rgba.putpixel((0, 0), (10, 20, 30, 0))
+    palette = Image.new("P", (2, 1), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    palette.putpixel((0, 0), 0)
+    rgba.save(tmp_path / "rgba.png")
+    palette.save(tmp_path / "palette.png", transparency=0)
+    for name in ("rgba.png", "palette.png"):
+        assert np.asarray(read_rgb(tmp_path / name)).tolist() == [[[255, 255, 255], [10, 20, 30]]]
+
+
+def test_half_transparent_pixels_are_mixed_with_white(tmp_path):
+    Image.new("RGBA", (1, 1), (0, 0, 0, 51)).save(tmp_path / "x.png")  # a fifth opaque: 255 * 0.8 = 204
+    assert read_rgb(tmp_path / "x.png").getpixel((0, 0)) == (204, 204, 204)
+
+
+def test_grey_images_get_three_equal_channels_and_16_bits_are_scaled_to_8(tmp_path):
+    Image.new("L", (1, 1), 77).save(tmp_path / "grey.png")
+    Image.fromarray(np.array([[0, 257 * 77, 65535]], dtype=np.uint16)).save(tmp_path / "deep.png")
+    Image.new("1", (1, 1), 1).save(tmp_path / "bit.png")
+    assert np.asarray(read_rgb(tmp_path / "grey.png")).tolist() == [[[77] * 3]]
+    assert np.asarray(read_rgb(tmp_path / "deep.png")).tolist() == [[[0] * 3, [77] * 3, [255] * 3]]
+    assert np.asarray(read_rgb(tmp_path / "bit.png")).tolist() == [[[255] * 3]]
+
+
+def test_cmyk_photographs_are_read_as_rgb(tmp_path):
+    Image.new("CMYK", (8, 8), (0, 0, 0, 0)).save(tmp_path / "x.jpg")
+    assert read_rgb(tmp_path / "x.jpg").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_exif_orientation_is_honoured(tmp_path):
+    image = Image.new("RGB", (2, 1))
+    image.putpixel((0, 0), (255, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise to see it upright
+    image.save(tmp_path / "x.png", exif=exif)
+    upright = read_rgb(tmp_path / "x.png")
+    assert upright.size == (1, 2)
+    assert upright.getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_unreadable_images_are_named_with_the_reason(tmp_path):
+    noise(40, 40).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:900])
+    (tmp_path / "text.png").write_text("hello")
+    (tmp_path / "empty.png").touch()
+    Image.fromarray(np.zeros((2, 2), dtype=np.float32)).save(tmp_path / "float.tiff")
+    reasons = {
+        "cut.png": "truncated",
+        "text.png": "not an image of a known format",
+        "empty.png": "empty file",
+        "float.tiff": "floats of unknown range",
+        "gone.png": "No such file",
+    }
+    for name, reason in reasons.items():
+        with pytest.raises(UnreadableImage, match=rf"{name} cannot be read as an image: .*{reason}") as caught:
+            Transform(8, MEAN, STD).load(tmp_path / name)
+        assert caught.value.path == tmp_path / name
+
+
+def test_a_transform_survives_json():
+    transform = Transform(112, MEAN, STD, "bilinear", 0.9)
+    assert Transform.from_dict(json.loads(json.dumps(transform.to_dict()))) == transform
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"size": 0}, "size 0 must be at least 1"),
+        ({"interpolation": "cubic"}, "interpolation 'cubic' is unknown; use one of nearest, bilinear, bicubic"),
+        ({"crop_pct": 1.5}, r"crop_pct 1\.5 must lie in \(0, 1\]"),
+        ({"std": (1, 0, 1)}, "std above 0"),
+        ({"extra": 1}, "its keys are size, mean, std, interpolation, crop_pct"),
+    ],
+)
+def test_a_bad_transform_says_what_is_allowed(change, message):
+    with pytest.raises(ValueError, match=message):
+        Transform.from_dict({"size": 8, "mean": MEAN, "std": STD} | change)
+
+
+def test_normalise_is_worked_per_channel():
+    batch = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1)
+    out = Transform(1, (0.0, 0.1, 0.5), (1.0, 0.5, 0.25)).normalise(batch)
+    torch.testing.assert_close(out.flatten(), torch.tensor([0.0, 0.2, 2.0]))
+
+
+def test_normalise_refuses_what_is_not_a_uint8_batch():
+    with pytest.raises(ValueError, match=r"batch is torch\.float32 \(1, 3, 2, 2\); expected torch\.uint8"):
+        Transform(2, MEAN, STD).normalise(torch.zeros(1, 3, 2, 2))
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    for i in range(7):
+        noise(12, 10, seed=i).save(tmp_path / f"{i}.png")
+    write_dataset(tmp_path, "noise", [Row(str(i), f"{i}.png", "", "test") for i in (3, 1, 6, 0, 5, 2, 4)], (), {})
+    return read_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_batches_come_in_row_order_with_any_number_of_workers(dataset, workers):
+    transform = Transform(8, MEAN, STD)
+    batches = list(load_batches(dataset, transform, 3, workers))
+    assert [start for start, _ in batches] == [0, 3, 6]
+    assert [len(batch) for _, batch in batches] == [3, 3, 1]
+    expected = torch.stack([transform.load(dataset.image_path(i)) for i in range(7)])
+    assert torch.equal(torch.cat([batch for _, batch in batches]), expected)
+
+
+def test_an_unreadable_image_stops_the_batches_also_in_a_worker(dataset):
+    dataset.image_path(4).write_text("broken")
+    for workers in (0, 2):
+        with pytest.raises(UnreadableImage, match=r"5\.png cannot be read"):
+            list(load_batches(dataset, Transform(8, MEAN, STD), 2, workers))
+
+
+def test_a_batch_size_of_zero_is_refused_before_anything_is_read(dataset):
+    with pytest.raises(ValueError, match="batch_size 0 must be at least 1"):
+        load_batches(dataset, Transform(8, MEAN, STD), 0)
+
+
+def test_workers_run_no_further_ahead_than_allowed_and_stop_with_the_caller():
+    begun, lock = [], threading.Lock()
+
+    def count(i: int) -> int:
+        with lock:
+            begun.append(i)
+        return i
+
+    results = in_order(count, range(1000), workers=3, ahead=5)
+    assert [next(results) for _ in range(10)] == list(range(10))
+    results.close()
+    assert len(begun) <= 10 + 5 + 1

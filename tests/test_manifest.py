@@ -1,0 +1,177 @@
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from regvit.manifest import InvalidManifest, Row, escapes, read_dataset, stratified_splits, write_dataset
+
+ROWS = (
+    Row("b", "images/b.png", "dog", "train"),
+    Row("a", "images/a, with comma.png", "", "test", "[[0, 1, 2, 3]]", "masks/a.png", "ff"),
+    Row("c", "images/ü.png", "cat", "val"),
+)
+
+
+def write(folder: Path, rows=ROWS, classes=("cat", "dog"), **more) -> Path:
+    write_dataset(folder, "pets", rows, classes, {"licence": "CC0-1.0"}, **more)
+    return folder
+
+
+def test_rows_come_back_in_the_order_they_were_given(tmp_path):
+    dataset = read_dataset(write(tmp_path / "pets"))
+    assert dataset.rows == ROWS
+    assert (dataset.name, dataset.classes, len(dataset)) == ("pets", ("cat", "dog"), 3)
+    assert dataset.image_path(1) == tmp_path / "pets/images/a, with comma.png"
+
+
+def test_the_digest_is_that_of_the_manifest_file(tmp_path):
+    dataset = read_dataset(write(tmp_path))
+    assert dataset.digest == hashlib.sha256((tmp_path / "manifest.csv").read_bytes()).hexdigest()
+
+
+def test_labels_are_places_among_the_classes_and_minus_one_without_a_label(tmp_path):
+    labels = read_dataset(write(tmp_path)).labels()
+    assert labels.dtype == np.int64
+    assert labels.tolist() == [1, -1, 0]
+
+
+def test_a_subset_has_the_rows_of_its_split_and_the_digest_of_the_whole(tmp_path):
+    dataset = read_dataset(write(tmp_path))
+    assert [row.image_id for row in dataset.subset("test").rows] == ["a"]
+    assert dataset.subset("val").digest == dataset.digest
+    with pytest.raises(ValueError, match="split 'validation' is unknown; use one of train, val, test"):
+        dataset.subset("validation")
+
+
+def test_an_image_beyond_the_end_is_refused(tmp_path):
+    dataset = read_dataset(write(tmp_path))
+    for i in (-1, 3):
+        with pytest.raises(IndexError, match=rf"image {i} is out of range \(0 to 2\)"):
+            dataset.image_path(i)
+
+
+def test_images_elsewhere_are_found_from_the_recorded_root(tmp_path):
+    (tmp_path / "photos").mkdir()
+    relative = read_dataset(write(tmp_path / "data/pets", root="../../photos"))
+    absolute = read_dataset(write(tmp_path / "data/pets2", root=tmp_path / "photos"))
+    assert relative.root == absolute.root == tmp_path / "photos"
+
+
+def test_a_relative_root_starts_from_where_a_linked_folder_is_seen(tmp_path):
+    (tmp_path / "photos").mkdir()
+    write(tmp_path / "cache/deep/down/pets", root="../photos")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "pets").symlink_to(tmp_path / "cache/deep/down/pets")
+    assert read_dataset(tmp_path / "pets").root == tmp_path / "photos"
+
+
+def test_a_root_that_is_gone_is_reported_with_its_place(tmp_path):
+    write(tmp_path / "pets", root="../gone")
+    with pytest.raises(FileNotFoundError, match="gone, the image folder of data set 'pets', does not exist"):
+        read_dataset(tmp_path / "pets")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (Row("b", "x.png", "", "test"), "row 4: image_id 'b' occurs twice"),
+        (Row("", "x.png", "", "test"), "row 4: image_id is empty"),
+        (Row("d", "../x.png", "", "test"), r"path '\.\./x\.png' leaves the root"),
+        (Row("d", "x.png", "", "test", mask="/etc/m.png"), r"path '/etc/m\.png' leaves the root"),
+        (Row("d", "x.png", "fish", "test"), "label 'fish' is not among the 2 classes"),
+        (Row("d", "x.png", "", "dev"), "split 'dev' is unknown; use one of train, val, test"),
+        (Row("d", "x.png", "", "test", boxes="[1, 2, 3, 4]"), "are not a JSON list of"),
+        (Row("d", "x.png", "", "test", boxes="[[5, 0, 5, 9]]"), "with x0 < x1 and y0 < y1"),
+    ],
+)
+def test_a_bad_row_is_refused_on_writing_and_nothing_is_written(tmp_path, row, message):
+    with pytest.raises(InvalidManifest, match=message):
+        write(tmp_path / "pets", (*ROWS, row))
+    assert not (tmp_path / "pets").exists()
+
+
+def test_a_bad_row_is_refused_on_reading(tmp_path):
+    write(tmp_path)
+    table = tmp_path / "manifest.csv"
+    table.write_text(table.read_text() + "d,x.png,fish,test,,,\n")
+    with pytest.raises(InvalidManifest, match=r"manifest\.csv, row 4: label 'fish'"):
+        read_dataset(tmp_path)
+
+
+def test_a_line_with_too_few_or_too_many_fields_is_refused(tmp_path):
+    for line in ("d,x.png\n", "d,x.png,,test,,,,surplus\n"):
+        write(tmp_path)
+        table = tmp_path / "manifest.csv"
+        table.write_text(table.read_text() + line)
+        with pytest.raises(InvalidManifest, match="line 5: the number of fields differs"):
+            read_dataset(tmp_path)
+
+
+def test_a_missing_column_is_named_and_optional_ones_may_be_absent(tmp_path):
+    write(tmp_path)
+    (tmp_path / "manifest.csv").write_text("image_id,path,label\nx,x.png,cat\n")
+    with pytest.raises(InvalidManifest, match=r"lacks the column\(s\) split; it needs image_id, path, label, split"):
+        read_dataset(tmp_path)
+    (tmp_path / "manifest.csv").write_text("image_id,path,label,split\nx,x.png,cat,val\n")
+    assert read_dataset(tmp_path).rows == (Row("x", "x.png", "cat", "val"),)
+
+
+def test_a_folder_without_a_manifest_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"manifest\.csv is missing"):
+        read_dataset(tmp_path)
+
+
+def test_a_description_without_classes_is_refused(tmp_path):
+    write(tmp_path)
+    (tmp_path / "dataset.json").write_text(json.dumps({"name": "pets"}))
+    with pytest.raises(InvalidManifest, match=r"dataset\.json lacks classes"):
+        read_dataset(tmp_path)
+
+
+def test_classes_must_be_unique_and_named(tmp_path):
+    with pytest.raises(InvalidManifest, match="class 'cat' is named twice"):
+        write(tmp_path, (), ("cat", "cat"))
+    with pytest.raises(InvalidManifest, match="a class has an empty name"):
+        write(tmp_path, (), ("",))
+
+
+@pytest.mark.parametrize("path", ["a.png", "a/b.png", "a/..b.png", "a/b..png", "a:b.png"])
+def test_paths_inside_the_root_are_accepted(path):
+    assert not escapes(path)
+
+
+@pytest.mark.parametrize("path", ["", "/a", "..", "../a", "a/../../b", "a\\b", "C:/a"])
+def test_paths_that_may_leave_the_root_are_refused(path):
+    assert escapes(path)
+
+
+def test_each_class_is_split_in_the_shares_asked_for():
+    labels = {f"a{i}": "a" for i in range(20)} | {f"b{i}": "b" for i in range(40)}
+    splits = stratified_splits(labels, 0, (0.5, 0.15, 0.35))
+    counts = {(label, split): 0 for label in "ab" for split in ("train", "val", "test")}
+    for key, split in splits.items():
+        counts[labels[key], split] += 1
+    assert list(counts.values()) == [10, 3, 7, 20, 6, 14]
+
+
+@given(st.permutations([f"k{i}" for i in range(12)]), st.integers(0, 5))
+def test_splits_do_not_depend_on_the_order_of_the_keys(keys, seed):
+    expected = stratified_splits({f"k{i}": "x" for i in range(12)}, seed, (0.5, 0.25, 0.25))
+    assert stratified_splits(dict.fromkeys(keys, "x"), seed, (0.5, 0.25, 0.25)) == expected
+
+
+def test_splits_depend_on_the_seed_and_not_on_other_classes():
+    labels = {f"k{i}": "x" for i in range(50)}
+    first = stratified_splits(labels, 0, (0.5, 0.25, 0.25))
+    assert stratified_splits(labels, 1, (0.5, 0.25, 0.25)) != first
+    more = stratified_splits(labels | {"other": "y"}, 0, (0.5, 0.25, 0.25))
+    assert {key: more[key] for key in labels} == first
+
+
+def test_shares_must_sum_to_one():
+    with pytest.raises(ValueError, match=r"shares \(0\.5, 0\.5, 0\.5\)"):
+        stratified_splits({}, 0, (0.5, 0.5, 0.5))

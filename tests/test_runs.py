@@ -1,0 +1,86 @@
+import dataclasses
+import json
+
+import pytest
+import timm
+import torch
+
+from regvit import TokenLayout
+from regvit.backbones import load_backbone, save_backbone
+from regvit.images import Transform
+from regvit.runs import describe_run, open_run
+
+TRANSFORM = Transform(160, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+SELECTED = {1: (3, 5)}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """data/backbones with one small backbone, `tiny`."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", pretrained=False, num_classes=0).eval()
+    save_backbone(
+        tmp_path / "tiny", model, name="tiny", architecture="test_vit", model_args={"num_classes": 0},
+        transform=TRANSFORM, source="random weights", licence="MIT",
+    )  # fmt: skip
+    return tmp_path
+
+
+def write(folder, run: dict):
+    path = folder / "run.json"
+    path.write_text(json.dumps(run))
+    return path
+
+
+def test_a_test_time_run_opens_with_its_registers(folder):
+    run = describe_run("cured", load_backbone(folder / "tiny"), "test_time", 2, SELECTED)
+    opened = open_run(write(folder, run), folder)
+    assert TokenLayout.of(opened.model) == TokenLayout(1, 0, 2)
+    assert opened.model.blocks[1].mlp.fc2.register_neurons.tolist() == [3, 5]
+
+
+def test_a_run_without_registers_is_the_plain_backbone_and_knows_no_neurons(folder):
+    backbone = load_backbone(folder / "tiny")
+    run = describe_run("original", backbone, "none", 0, SELECTED)
+    assert run["neurons"] is None
+    x = torch.randn(1, 3, 160, 160)
+    with torch.no_grad():
+        assert torch.equal(open_run(write(folder, run), folder).model(x), backbone.model(x))
+
+
+def test_the_description_does_not_change_with_what_the_run_does_not_use(folder):
+    backbone = load_backbone(folder / "tiny")
+    plain = describe_run("original", backbone, "none", 0, SELECTED, scale=2.0)
+    assert plain == describe_run("original", backbone, "none", 0, {}, statistic="reference")
+
+
+def test_a_backbone_that_changed_is_refused(folder):
+    run = describe_run("original", load_backbone(folder / "tiny"), "none", 0, {})
+    with pytest.raises(ValueError, match="was composed of 000000000000…; run the compose stage again"):
+        open_run(write(folder, run | {"weights_sha256": "0" * 64}), folder)
+
+
+def test_an_incomplete_description_is_refused(folder):
+    with pytest.raises(ValueError, match=r"lacks backbone, neurons"):
+        open_run(write(folder, {"run": "x", "weights_sha256": "", "registers": "none", "num_registers": 0}), folder)
+
+
+@pytest.mark.parametrize(
+    ("registers", "count", "message"),
+    [
+        ("trained", 4, "num_registers is 4, but backbone tiny was trained with 0"),
+        ("test_time", 0, "need num_registers of 1 or more, got 0"),
+        ("none", 2, "num_registers must be 0, got 2"),
+        ("some", 0, "registers is 'some'; expected one of none, trained, test_time"),
+    ],
+)
+def test_a_variant_that_does_not_fit_is_refused(folder, registers, count, message):
+    with pytest.raises(ValueError, match=message):
+        describe_run("r", load_backbone(folder / "tiny"), registers, count, SELECTED)
+
+
+def test_trained_registers_are_counted(folder):
+    backbone = load_backbone(folder / "tiny")
+    model = timm.create_model("test_vit2", pretrained=False).eval()
+    run = describe_run("trained_reg", dataclasses.replace(backbone, model=model), "trained", 1, {})
+    assert run["neurons"] is None
