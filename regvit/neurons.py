@@ -26,6 +26,8 @@ from .hooks import blocks, forward_until, output_projection, residual_scale, wat
 from .outliers import Detection, patch_norms, settle_detection
 from .tokens import TokenLayout
 
+MIN_SHARE = 1e-3  # a neuron that writes less than a thousandth of the excess is one of the many that write noise
+
 Batches = Iterable[Float[Tensor, "b 3 h w"]]
 
 
@@ -213,8 +215,8 @@ def find_register_neurons(
         images: normalised; one tensor, or batches that can be iterated more than once. A hundred varied images do.
         threshold, layer: norm and block that make a patch an outlier; found from the data when None. Published:
             30 at the last layer (CLIP B/16), 150 at -2 (DINOv2-L).
-        top_k: number of neurons to select; when None, the smallest set that writes `explained` of what all MLP
-            neurons together write of the outliers' excess.
+        top_k: number of neurons to select; when None, the smallest set that writes `explained` of what all neurons
+            with a share of at least `MIN_SHARE` write of the outliers' excess.
         max_layer: last block whose neurons may be selected; the detection layer when None.
         explained: share, over 0 and up to 1.
         score: `attribution`, or `activation` (the published one, which needs `top_k`).
@@ -260,8 +262,8 @@ def _select(
     if top_k is not None:
         count = min(top_k, len(order))
     else:
-        total = shares[-1]
-        count = 0 if total <= 0 else int((shares >= explained * total).nonzero()[0, 0]) + 1
+        notable = int((allowed >= MIN_SHARE).sum())
+        count = 0 if notable == 0 else int((shares >= explained * shares[notable - 1]).nonzero()[0, 0]) + 1
     width = ranked.shape[1]
     chosen: dict[int, list[int]] = {}
     for flat in order[:count].tolist():

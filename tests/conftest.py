@@ -1,0 +1,51 @@
+"""Small real models and images for the whole suite; nothing here needs a network or a GPU."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "network: may fetch a package once, through the package client")
+
+
+@pytest.fixture(scope="session")
+def tiny_vit() -> Callable[..., VisionTransformer]:
+    """A factory of ViTs with random weights: 64 wide, 6 blocks, 4 heads, 8 x 8 patches of 8 px."""
+
+    def make(seed: int = 0, *, cls: bool = True, registers: int = 0, layer_scale: float | None = None, **kwargs):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = VisionTransformer(
+                img_size=64,
+                patch_size=8,
+                embed_dim=64,
+                depth=6,
+                num_heads=4,
+                num_classes=0,
+                init_values=layer_scale,
+                class_token=cls,
+                reg_tokens=registers,
+                global_pool="token" if cls else "avg",
+                **kwargs,
+            )
+        return model.eval().requires_grad_(False)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def noise_images() -> Callable[..., torch.Tensor]:
+    """A factory of (count, 3, 64, 64) noise, each image with one flat bright square of three patches a side."""
+
+    def make(count: int, seed: int = 0) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        images = torch.randn(count, 3, 64, 64, generator=generator)
+        corners = torch.randint(0, 6, (count, 2), generator=generator) * 8
+        for image, (row, column) in zip(images, corners.tolist(), strict=True):
+            image[:, row : row + 24, column : column + 24] = 2.0
+        return images
+
+    return make
