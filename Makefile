@@ -1,0 +1,51 @@
+# make repro   environment, pipeline, table           make test   environment, linter, tests
+# make check   are params.yaml and dvc.yaml sound?    make lock   requirements.in -> requirements.txt
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := repro
+
+# The first Python of 3.11 or later; say `make PYTHON=/path/to/python` for another.
+PYTHON ?= $(firstword $(foreach name,python3.13 python3.12 python3.11 python3 python,$(shell \
+	$(name) -c 'import sys; sys.version_info >= (3, 11) and print(sys.executable)' 2>/dev/null)))
+# The environment comes first in PATH, as if activated: `python` in dvc.yaml is its own, in queued experiments too.
+export VIRTUAL_ENV := $(CURDIR)/.venv
+export PATH := $(VIRTUAL_ENV)/bin:$(PATH)
+export PYTHONUNBUFFERED := 1
+unexport PYTHONHOME PYTHONPATH
+
+.PHONY: repro test check lock env
+repro: env
+	@python stages/reproduce.py
+
+test: env
+	@ruff check .
+	@ruff format --check .
+	@python -m pytest -n 2
+
+check: env
+	@python stages/params.py
+	@dvc stage list --all --fail --name-only > /dev/null
+
+env: .venv/.complete
+
+.venv/.complete: requirements.txt pyproject.toml stages/plots_template.py
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "make: no Python 3.11 or later was found; install one, or say make PYTHON=/path/to/python" >&2; exit 1; fi
+	@start=$$SECONDS; \
+	echo "environment: $(PYTHON) -> .venv"; \
+	"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"make: $(PYTHON) is Python {sys.version.split()[0]}, 3.11 or later is needed")'; \
+	[ -x .venv/bin/python ] || "$(PYTHON)" -m venv .venv; \
+	awk '/^[^ #]/ {uv = /^uv==/} uv' requirements.txt > .venv/uv.txt; \
+	python -m pip install --quiet --disable-pip-version-check --require-hashes -r .venv/uv.txt; \
+	index="$$(python -m pip config get global.index-url 2>/dev/null || true)"; \
+	index="$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$index}}"; \
+	if [ -n "$$index" ]; then export UV_DEFAULT_INDEX="$$index"; fi; \
+	uv pip install --quiet --require-hashes -r requirements.txt; \
+	uv pip install --quiet --no-deps --no-build-isolation --editable .; \
+	python stages/plots_template.py; \
+	touch $@; \
+	echo "environment: ready after $$((SECONDS - start)) s"
+
+lock: env
+	uv pip compile --quiet --universal --fork-strategy fewest --generate-hashes --python-version 3.11 \
+		--no-emit-index-url --no-header requirements.in --output-file requirements.txt

@@ -1,0 +1,51 @@
+"""backbone@<backbone>: a model from its source, with register neurons planted where asked; data/backbones/<backbone>/."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from params import load_params
+from regvit.backbones import Built, build, save_backbone
+from regvit.batches import Batches, sample
+from regvit.manifest import read_dataset
+from regvit.planting import Planted, plant
+from runtime import Runtime
+
+IMAGES = 128  # of the ID train split that a planting recipe is fitted on
+
+
+def main(name: str) -> None:
+    params, runtime = load_params(), Runtime.load()
+    entry = params["backbones"][name]
+    cache = Path(os.environ.get("DVC_ROOT", ".")) / "work" / "packages"
+    built = build(entry["source"], entry["architecture"], entry["img_size"], cache_dir=cache, progress=print)
+    planted, recipe = None, entry.get("plant")
+    if recipe:
+        planted = plant_on_train(built, recipe, params, runtime)
+        recipe = {"neurons": planted.neurons, **recipe, "images": IMAGES, "seed": params["seed"]}
+    folder = Path("data/backbones") / name
+    digest = save_backbone(
+        folder,
+        built.model,
+        name=name,
+        transform=built.transform,
+        planted=recipe,
+        replaced=planted and planted.replaced,
+        **built.about,
+    )
+    print(f"backbone {name}: {built.about['architecture']} at {built.transform.size} px, weights {digest[:12]}…")
+    if planted:
+        print(f"  planted neurons {planted.neurons}, seeds fire on {planted.outlier_fraction:.2%} of the patches")
+
+
+def plant_on_train(built: Built, recipe: dict, params: dict, runtime: Runtime) -> Planted:
+    """Fits the recipe on images of the ID train split; on the CPU, so that the weights come out the same everywhere."""
+    images = sample(read_dataset(Path("data") / params["in_distribution"]), "train", IMAGES, params["seed"])
+    batches = Batches(images, built.transform, runtime.batch_size, runtime.workers, label="reading images to plant on")
+    return plant(built.model, torch.cat(list(batches)), seed=params["seed"], **recipe)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

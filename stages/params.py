@@ -1,0 +1,275 @@
+"""Reads params.yaml and says plainly what is wrong with it: `python stages/params.py`, `make check`, and every stage.
+
+DVC reads YAML 1.2 (`1e-4` is a number, `yes` a word), PyYAML reads 1.1 (`1e-4` is a word, `yes` is true). A stage
+that used PyYAML could compute with something else than what DVC tracks, so ruamel.yaml reads it here, as in DVC.
+"""
+
+import difflib
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+Check = Callable[[object, str], Iterator[str]]  # (value, where it stands) -> one sentence a fault
+
+ROLES = ("id", "ood", "anomaly")
+REGISTERS = ("none", "trained", "test_time")
+STATISTICS = ("per_neuron", "per_neuron_patches", "reference")
+PATCHES = ("zero", "mean", "only_outliers", "same")
+PRECISIONS = ("float32", "float32_medium", "bfloat16", "float16")
+READOUTS = r"cls|reg_mean|patch_mean|cls_reg|cls_patch|cls_reg_max|cls_reg_\d+"
+DETECTORS = ("msp", "energy", "max_logit")
+RESERVED = ("backbones", "neurons")  # data/backbones and features/neurons are folders of their own
+
+
+class ParamsError(ValueError):
+    """params.yaml cannot be used; the message lists every fault with its value, what was expected and the cure."""
+
+
+def load_params(path: str | Path = "params.yaml") -> dict:
+    """The parameters of the working directory as plain dicts, lists and scalars, checked as a whole.
+
+    Raises:
+        ParamsError: the file is missing or is not YAML, or a key or value is wrong.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ParamsError(f"there is no {path} in {Path.cwd()}: stages run from the root of the repository")
+    try:
+        params = YAML(typ="safe", pure=True).load(path)  # pure: the C reader is YAML 1.1
+    except YAMLError as error:
+        raise ParamsError(f"{path} is not YAML: {error}") from error
+    faults = list(faults_of(params))
+    if faults:
+        raise ParamsError(f"{path} has {len(faults)} fault(s):\n" + "\n".join(f"  - {fault}" for fault in faults))
+    return params
+
+
+def faults_of(params: object) -> Iterator[str]:
+    """One sentence a fault: first of single values, and only if these are right, of what refers to what."""
+    faults = list(SCHEMA(params, ""))
+    yield from faults or _broken_references(params)
+
+
+def source_of(params: dict, name: str) -> dict:
+    """The entry of a data set, be it of `datasets` or of `scenes`.
+
+    Raises:
+        ParamsError: neither has that name; the message gives the nearest one.
+    """
+    known = params["datasets"] | params["scenes"]
+    if name not in known:
+        raise ParamsError(f"there is no data set {name!r} in params.yaml{_nearest(name, known)}")
+    return known[name]
+
+
+# What a value may be. Each maker returns a check that yields the faults of one value.
+
+
+def number(low: float, high: float = math.inf, *, whole: bool = False, above: bool = False) -> Check:
+    """A finite number of [low, high], or of (low, high] with `above`; `whole`: an integer."""
+
+    def check(value: object, where: str) -> Iterator[str]:
+        kind = "a whole number" if whole else "a number"
+        bound = f"{'above' if above else 'of at least'} {low:g}" + ("" if high == math.inf else f", at most {high:g}")
+        right_type = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+        if not right_type or not math.isfinite(value) or not low <= value <= high or (above and value == low):
+            yield f"{where} is {value!r}, expected {kind} {bound}"
+
+    return check
+
+
+def choice(*known: str) -> Check:
+    """One word of those known."""
+
+    def check(value: object, where: str) -> Iterator[str]:
+        if value not in known:
+            yield f"{where} is {value!r}, expected one of {', '.join(known)}{_nearest(value, known)}"
+
+    return check
+
+
+def text(pattern: str = r".+", expected: str = "a text") -> Check:
+    """A text that the regular expression matches as a whole."""
+
+    def check(value: object, where: str) -> Iterator[str]:
+        if not isinstance(value, str) or not re.fullmatch(pattern, value):
+            yield f"{where} is {value!r}, expected {expected}"
+
+    return check
+
+
+def optional(inner: Check) -> Check:
+    """null, or what `inner` allows."""
+
+    def check(value: object, where: str) -> Iterator[str]:
+        if value is not None:
+            yield from (f"{fault}, or null" for fault in inner(value, where))
+
+    return check
+
+
+def several(inner: Check) -> Check:
+    """A list, not empty and without repetition, of what `inner` allows."""
+
+    def check(value: object, where: str) -> Iterator[str]:
+        if not isinstance(value, list) or not value:
+            yield f"{where} is {value!r}, expected a list of at least one entry"
+            return
+        for index, entry in enumerate(value):
+            yield from inner(entry, f"{where}[{index}]")
+            if entry in value[:index]:
+                yield f"{where}[{index}] repeats {entry!r}: take one of the two away"
+
+    return check
+
+
+def block(required: dict[str, Check], may: dict[str, Check] | None = None) -> Check:
+    """A dict with all the required keys, perhaps some of `may`, and no other."""
+    known = required | (may or {})
+
+    def check(value: object, where: str) -> Iterator[str]:
+        if not isinstance(value, dict):
+            yield f"{where or 'the file'} is {value!r}, expected a block with the keys {', '.join(known)}"
+            return
+        prefix = f"{where}." if where else ""
+        for key in value:
+            if key not in known:
+                hint = _nearest(key, known) or f": known are {', '.join(known)}"
+                yield f"unknown key {prefix}{key}{hint}"
+        for key in required.keys() - value.keys():
+            yield f"{prefix}{key} is missing: add it"
+        for key in known.keys() & value.keys():
+            yield from known[key](value[key], f"{prefix}{key}")
+
+    return lambda value, where: iter(sorted(check(value, where)))  # in an order that does not depend on hashing
+
+
+def named(inner: Check, *, empty: bool = False) -> Check:
+    """A dict of entries under names that can be part of a stage's name and of a path."""
+
+    def check(value: object, where: str) -> Iterator[str]:
+        if not isinstance(value, dict) or not (value or empty):
+            yield f"{where} is {value!r}, expected a block of named entries"
+            return
+        for name, entry in value.items():
+            if isinstance(name, str) and "-" in name:
+                cure = name.replace("-", "_")
+                yield f"{where}.{name} has a hyphen, and DVC joins names with -, so that two stages could be called alike: write {cure}"
+            elif not isinstance(name, str) or not re.fullmatch(r"[A-Za-z]\w*", name, flags=re.ASCII):
+                yield f"{where}: the name {name!r} is not made of letters, digits and _ with a letter first"
+            elif name in RESERVED:
+                yield f"{where}.{name}: this name is a folder of the project's own, take another"
+            yield from inner(entry, f"{where}.{name}")
+
+    return check
+
+
+SCHEMA = block(
+    {
+        "seed": number(0, 2**32 - 1, whole=True),
+        "in_distribution": text(),
+        "datasets": named(block({"source": text(), "role": choice(*ROLES)})),
+        "scenes": named(block({"source": text()}), empty=True),
+        "backbones": named(
+            block(
+                {
+                    "source": text(r"(package|timm|file):.+", "package:…, timm:… or file:…"),
+                    "architecture": text(),
+                    "img_size": number(1, whole=True),
+                },
+                {
+                    "plant": block(
+                        {
+                            "seed_layer": number(0, whole=True),
+                            "amplifier_layer": number(0, whole=True),
+                            "cls_share": number(0, 1, above=True),
+                        }
+                    )
+                },
+            )
+        ),
+        "runs": named(
+            block({"backbone": text(), "registers": choice(*REGISTERS), "num_registers": number(0, whole=True)})
+        ),
+        "identify": block(
+            {
+                "images": number(1, whole=True),
+                "threshold": optional(number(0, above=True)),
+                "layer": optional(number(0, whole=True)),
+                "top_k": optional(number(1, whole=True)),
+                "max_layer": optional(number(0, whole=True)),
+                "explained": number(0, 1, above=True),
+            }
+        ),
+        "register": block(
+            {"statistic": choice(*STATISTICS), "patches": choice(*PATCHES), "scale": number(0, above=True)}
+        ),
+        "extract": block({"precision": choice(*PRECISIONS)}),
+        "probe": block(
+            {
+                "readouts": several(text(READOUTS, f"a readout ({READOUTS.replace('|', ', ')})")),
+                "learning_rates": several(number(0, above=True)),
+                "steps": number(1, whole=True),
+                "batch_size": number(1, whole=True),
+                "weight_decay": number(0),
+            }
+        ),
+        "evaluate": block({"detectors": several(choice(*DETECTORS)), "bootstrap": number(1, whole=True)}),
+        "verify": block({"pictures": text()}),
+    }
+)
+
+
+def _broken_references(params: dict) -> Iterator[str]:
+    datasets, backbones = params["datasets"], params["backbones"]
+    chosen = params["in_distribution"]
+    if chosen not in datasets:
+        yield f"in_distribution is {chosen!r}, which datasets does not have{_nearest(chosen, datasets)}"
+    elif datasets[chosen]["role"] != "id":
+        yield f"in_distribution is {chosen!r}, whose role is {datasets[chosen]['role']!r}: set its role to id, or name another"
+    for name, entry in datasets.items():
+        if entry["role"] == "id" and name != chosen:
+            yield f"datasets.{name} has the role id, but in_distribution is {chosen!r}: make it ood or anomaly"
+    for name in datasets.keys() & params["scenes"].keys():
+        yield f"scenes.{name} is also a name of datasets, and both would be data/{name}: rename one"
+    pictures, drawable = params["verify"]["pictures"], datasets | params["scenes"]
+    if pictures not in drawable:
+        yield f"verify.pictures is {pictures!r}, which neither datasets nor scenes has{_nearest(pictures, drawable)}"
+    for name, entry in backbones.items():
+        plant = entry.get("plant")
+        if plant and plant["amplifier_layer"] <= plant["seed_layer"]:
+            yield (
+                f"backbones.{name}.plant.amplifier_layer is {plant['amplifier_layer']}, expected one after"
+                f" seed_layer {plant['seed_layer']}: amplifiers fire on what the seeds wrote"
+            )
+    for name, run in params["runs"].items():
+        where, count = f"runs.{name}", run["num_registers"]
+        if run["backbone"] not in backbones:
+            nearest = _nearest(run["backbone"], backbones)
+            yield f"{where}.backbone is {run['backbone']!r}, which backbones does not have{nearest}"
+        if run["registers"] == "test_time" and count < 1:
+            yield f"{where}.num_registers is {count}, expected at least 1 where registers is test_time"
+        if run["registers"] == "none" and count != 0:
+            yield f"{where}.num_registers is {count}, expected 0 where registers is none"
+
+
+def _nearest(word: object, known) -> str:
+    close = difflib.get_close_matches(str(word), list(known), n=1)
+    return f": did you mean {close[0]!r}?" if close else ""
+
+
+def main() -> None:
+    try:
+        load_params()
+    except ParamsError as error:
+        sys.exit(str(error))
+    print("params.yaml: no fault found")
+
+
+if __name__ == "__main__":
+    main()
