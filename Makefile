@@ -12,6 +12,8 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 export PATH := $(VIRTUAL_ENV)/bin:$(PATH)
 export PYTHONUNBUFFERED := 1
 unexport PYTHONHOME PYTHONPATH
+# Every stage is a process of its own: with imports compiled once instead of each time it starts in half the time.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: repro test check lock env
 repro: env
@@ -40,7 +42,7 @@ env: .venv/.complete
 	index="$$(python -m pip config get global.index-url 2>/dev/null || true)"; \
 	index="$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$index}}"; \
 	if [ -n "$$index" ]; then export UV_DEFAULT_INDEX="$$index"; fi; \
-	uv pip install --quiet --require-hashes -r requirements.txt; \
+	uv pip install --quiet --compile-bytecode --require-hashes -r requirements.txt; \
 	uv pip install --quiet --no-deps --no-build-isolation --editable .; \
 	python stages/plots_template.py; \
 	touch $@; \
