@@ -45,7 +45,10 @@ def backbone_figures(name: str) -> str:
                 "With and without a test-time register.",
                 plot_histogram(read_columns(folder / "histogram.csv"), threshold),
             ),
-            ("Neurons, best first.", plot_scores(read_columns(folder / "scores.csv"))),
+            (
+                "Neurons, best first; none where there are no outliers.",
+                plot_scores(read_columns(folder / "scores.csv")),
+            ),
         ]
     )
 
@@ -53,9 +56,9 @@ def backbone_figures(name: str) -> str:
 def read_columns(path: Path) -> dict[str, list[float]]:
     """A CSV file of numbers by column."""
     with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-        names = rows[0].keys() if rows else ()
-    return {name: [float(row[name]) for row in rows] for name in names}
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    return {name: [float(row[name]) for row in rows] for name in reader.fieldnames}
 
 
 if __name__ == "__main__":

