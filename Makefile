@@ -22,7 +22,7 @@ repro: env
 test: env
 	@ruff check .
 	@ruff format --check .
-	@python -m pytest -n 2
+	@python -m pytest -n 2 --dist loadfile  # by file: test_caching.py builds its pipeline once
 
 check: env
 	@python stages/params.py

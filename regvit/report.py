@@ -19,6 +19,7 @@ from .compare import Check, Measured, Table
 
 INK = "#010203"  # stands for the page's own text colour, which is another in the dark
 COLOURS = ("#3b82c4", "#e07b39", "#3a9d6e", "#b85fa8", "#9a8a2c", "#d05555", "#6f6fd0", "#5a9aa8")
+NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # matplotlib's own, with its version and the time
 STYLE = {
     "svg.hashsalt": "regvit",  # identifiers from the content instead of from chance
     "svg.fonttype": "none",  # text stays text
@@ -116,6 +117,7 @@ def plot_histogram(columns: Mapping[str, Sequence[float]], threshold: float | No
         axes.axvline(threshold, color=INK, linestyle="--", linewidth=1, label="threshold")
     axes.set_xscale("log")
     axes.set_yscale("symlog", linthresh=1)
+    axes.set_ylim(bottom=0)
     return _svg(figure, axes, "histogram of patch norms")
 
 
@@ -164,7 +166,7 @@ def _svg(figure: Figure, axes, alternative: str) -> str:
     with matplotlib.rc_context(STYLE):
         if axes.get_legend_handles_labels()[1]:
             axes.legend(frameon=False)
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        figure.savefig(file, format="svg", transparent=True, metadata=NO_METADATA)
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     label = html.escape(alternative, quote=True)

@@ -1,7 +1,7 @@
 """A run: a named backbone with a variant of registers, described by a small JSON file.
 
 `run.json` holds all that decides a run's features besides the images, so that what has not changed is not computed
-again: `{run, backbone, weights_sha256, registers, num_registers, statistic, patches, scale, neurons}`. `neurons` is
+again: `{run, backbone, weights_sha256, transform, registers, num_registers, statistic, patches, scale, neurons}`. `neurons` is
 `{layer: [neuron, …]}` for `test_time` and null otherwise.
 """
 
@@ -55,6 +55,7 @@ def describe_run(
         "run": name,
         "backbone": backbone.name,
         "weights_sha256": backbone.weights_sha256,
+        "transform": backbone.transform.to_dict(),
         "registers": registers,
         "num_registers": num_registers,
         "statistic": statistic if moved else None,

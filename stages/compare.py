@@ -1,4 +1,7 @@
-"""Prints the comparison table and the self-checks from metrics/; fails if a check does. `--markdown`: for the README."""
+"""Prints the comparison table and the self-checks from metrics/; fails if a check does.
+
+`--readme` puts the tables into README.md instead, between its markers.
+"""
 
 import json
 import sys
@@ -7,13 +10,15 @@ from pathlib import Path
 from params import load_params
 from regvit.compare import Check, Measured, Table, accuracy_table, outlier_table, self_checks
 
+BEGIN, END = "<!-- results: python stages/compare.py --readme -->", "<!-- end of results -->"
+
 
 def main(*arguments: str) -> int:
     tables, checks = compare(load_params())
-    if arguments == ("--markdown",):
-        print("\n\n".join(f"{table.title}\n\n{table.markdown()}" for table in tables))
+    if arguments == ("--readme",):
+        write_readme(Path("README.md"), tables)
     elif arguments:
-        sys.exit("usage: python stages/compare.py [--markdown]")
+        sys.exit("usage: python stages/compare.py [--readme]")
     else:
         print("\n\n".join(table.text() for table in tables))
         print("\nSelf-checks" + "".join(f"\n{check.text()}" for check in checks))
@@ -21,6 +26,16 @@ def main(*arguments: str) -> int:
         none = "there are none: no run is on a planted backbone"
         print(f"{failed} of {len(checks)} checks failed" if failed else f"all {len(checks)} hold" if checks else none)
     return int(not all(check.passed for check in checks))
+
+
+def write_readme(path: Path, tables: list[Table]) -> None:
+    """Replaces what stands between the README's markers by the tables."""
+    text = path.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        sys.exit(f"{path} must hold the lines {BEGIN!r} and {END!r} once each: the tables go between them")
+    head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
+    blocks = (f"{table.title}:\n\n{table.markdown()}\n" for table in tables)
+    path.write_text(head + "\n\n" + "\n".join(blocks) + "\n" + tail)
 
 
 def compare(params: dict) -> tuple[list[Table], list[Check]]:

@@ -63,7 +63,7 @@ def planted():
 
 def test_the_planted_neurons_are_found_and_nothing_else(planted):
     model, x = planted
-    found = find_register_neurons(model, x, explained=0.97)
+    found = find_register_neurons(model, x)
     assert found.selected == UNITS
     assert found.detection.layer >= 2
     assert found.outlier_fraction.mean() == pytest.approx(0.01)
@@ -72,7 +72,7 @@ def test_the_planted_neurons_are_found_and_nothing_else(planted):
 
 def test_a_test_time_register_takes_the_outliers_out_of_the_patches(planted):
     model, x = planted
-    found = find_register_neurons(model, x, explained=0.97)
+    found = find_register_neurons(model, x)
     layer, threshold = found.detection.layer, found.detection.threshold
     with add_test_time_registers(model, found):
         assert (patch_norms(model, [x], [layer]) > threshold).mean() == 0
@@ -188,7 +188,7 @@ def test_a_model_without_outliers_selects_none_and_says_so():
 
 def test_the_file_reads_back_what_was_found(planted):
     model, x = planted
-    found = find_register_neurons(model, x, explained=0.97)
+    found = find_register_neurons(model, x)
     text = found.to_json(backbone="tiny", seed=0)
     detection, selected = read_selected(text)
     assert selected == UNITS

@@ -84,3 +84,9 @@ def test_trained_registers_are_counted(folder):
     model = timm.create_model("test_vit2", pretrained=False).eval()
     run = describe_run("trained_reg", dataclasses.replace(backbone, model=model), "trained", 1, {})
     assert run["neurons"] is None
+
+
+def test_another_transform_is_another_run(folder):
+    backbone = load_backbone(folder / "tiny")
+    other = dataclasses.replace(backbone, transform=dataclasses.replace(TRANSFORM, crop_pct=0.9))
+    assert describe_run("r", backbone, "none", 0, {}) != describe_run("r", other, "none", 0, {})
