@@ -20,7 +20,7 @@ def main(name: str) -> None:
     params, runtime = load_params(), Runtime.load()
     entry = params["backbones"][name]
     cache = Path(os.environ.get("DVC_ROOT", ".")) / "work" / "packages"
-    built = build(entry["source"], entry["architecture"], entry["img_size"], cache_dir=cache, progress=print)
+    built = build(entry["source"], entry.get("architecture"), entry.get("img_size"), cache_dir=cache, progress=print)
     planted, recipe = None, entry.get("plant")
     if recipe:
         planted = plant_on_train(built, recipe, params, runtime)

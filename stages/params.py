@@ -179,17 +179,17 @@ SCHEMA = block(
             block(
                 {
                     "source": text(r"(package|timm|file):.+", "package:…, timm:… or file:…"),
-                    "architecture": text(),
-                    "img_size": number(1, whole=True),
                 },
                 {
+                    "architecture": text(),
+                    "img_size": number(1, whole=True),
                     "plant": block(
                         {
                             "seed_layer": number(0, whole=True),
                             "amplifier_layer": number(0, whole=True),
                             "cls_share": number(0, 1, above=True),
                         }
-                    )
+                    ),
                 },
             )
         ),

@@ -162,3 +162,9 @@ def test_a_wrong_knob_is_said_with_what_was_expected(bare, text, said):
     (bare / "runtime.yaml").write_text(text)
     with pytest.raises(ValueError, match=said):
         Runtime.load(bare)
+
+
+def test_a_hub_backbone_is_one_line_as_the_readme_shows(params):
+    params["backbones"]["dinov2_large"] = {"source": "timm:vit_large_patch14_dinov2.lvd142m"}
+    params["runs"]["dinov2_original"] = {"backbone": "dinov2_large", "registers": "none", "num_registers": 0}
+    assert list(faults_of(params)) == []
