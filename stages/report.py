@@ -35,22 +35,19 @@ def main() -> None:
 
 
 def backbone_figures(name: str) -> str:
-    """What the search saw in a backbone."""
+    """What the search saw in a backbone; only the norms where it found no outliers."""
     folder = Path("metrics/identify") / name
     threshold = json.loads(folder.with_suffix(".json").read_text())["threshold"]
-    return figures(
-        [
-            ("Norm of the patches by block.", plot_norms(read_columns(folder / "norms.csv"))),
-            (
-                "With and without a test-time register.",
-                plot_histogram(read_columns(folder / "histogram.csv"), threshold),
-            ),
-            (
-                "Neurons, best first; none where there are no outliers.",
-                plot_scores(read_columns(folder / "scores.csv")),
-            ),
+    norms, histogram, scores = (read_columns(folder / f"{table}.csv") for table in ("norms", "histogram", "scores"))
+    content = [("Norm of the patches by block.", plot_norms(norms))]
+    if scores["rank"]:
+        content += [
+            ("With and without a test-time register.", plot_histogram(histogram, threshold)),
+            ("Share of the outliers' excess that each neuron writes, best first.", plot_scores(scores)),
         ]
-    )
+    else:
+        content[0] = ("Norm of the patches by block: no outliers, so no neurons to show.", content[0][1])
+    return figures(content)
 
 
 def read_columns(path: Path) -> dict[str, list[float]]:

@@ -88,7 +88,9 @@ def draw(path: Path, name: str, params: dict, models: Models) -> None:
     pixels = torch.stack([transform.load(scenes.image_path(i)) for i in range(min(PICTURES, len(scenes)))])
     device = next(models.run.model.parameters()).device
     columns = {"intact": models.intact} if models.untreated.planted else {}
-    columns |= {"original": models.untreated, name: models.run}
+    if getattr(models.run.model, "test_time_registers", None) is not None:
+        columns["original"] = models.untreated
+    columns[name] = models.run
     layer = len(models.run.model.blocks) - 2 if models.detection is None else models.detection.layer
     maps = {
         title: token_maps(backbone.model, transform.normalise(pixels.to(device)), layer, models.later)
