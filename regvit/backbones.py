@@ -18,7 +18,7 @@ import inspect
 import json
 import pickle
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
@@ -213,6 +213,31 @@ def _load(folder: Path, replaced: Mapping[str, Tensor]) -> Backbone:
     load_strictly(model, {**state, **replaced}, str(weights))
     planted = info["planted"] and {int(layer): list(units) for layer, units in info["planted"]["neurons"].items()}
     return Backbone(info["name"], model, Transform.from_dict(info["transform"]), found, planted or None, info)
+
+
+def resized(backbone: Backbone, img_size: int | None) -> Backbone:
+    """The same model looking at images of another size, as dense measurements want it; None leaves it as it is.
+
+    Args:
+        img_size: side of the square input, pixels, a multiple of the patch size.
+    Raises:
+        ValueError: the size is no multiple of the patch size, or the model was built for one size only.
+    """
+    if img_size is None or img_size == backbone.transform.size:
+        return backbone
+    patch = _patch_size(backbone.model)
+    if img_size < patch or img_size % patch:
+        low = max(img_size // patch, 1) * patch
+        raise ValueError(
+            f"img_size {img_size} is not a multiple of the patch size {patch} of backbone {backbone.name}; "
+            f"use {low} or {low + patch}"
+        )
+    if not getattr(backbone.model, "dynamic_img_size", False):
+        raise ValueError(
+            f"backbone {backbone.name} ({type(backbone.model).__name__}) takes images of {backbone.transform.size} px "
+            f"only, not of {img_size}; use img_size: null, or give the backbone itself another img_size"
+        )
+    return replace(backbone, transform=replace(backbone.transform, size=img_size))
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:

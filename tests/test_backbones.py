@@ -16,6 +16,7 @@ from regvit.backbones import (
     load_backbone,
     load_strictly,
     read_checkpoint,
+    resized,
     save_backbone,
     unplanted,
 )
@@ -291,3 +292,18 @@ def test_a_hub_that_does_not_answer_is_reported_with_the_way_round_it(monkeypatc
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(WeightsError, match=r"cannot be had \(no route\); .* use file:<path>"):
         build("timm:test_vit")
+
+
+def test_a_resized_backbone_sees_more_patches_and_a_wrong_size_is_refused_with_the_nearest():
+    model = timm.create_model("test_vit", num_classes=0, dynamic_img_size=True).eval()
+    transform = Transform(160, (0.5,) * 3, (0.5,) * 3)
+    backbone = Backbone("tiny", model, transform, "0" * 64, None, {})
+    larger = resized(backbone, 192)
+    assert larger.transform.size == 192 and backbone.transform.size == 160
+    assert larger.model(torch.zeros(1, 3, 192, 192)).shape == (1, 64)
+    assert resized(backbone, None) is backbone
+    with pytest.raises(ValueError, match="img_size 200 is not a multiple of the patch size 16.*use 192 or 208"):
+        resized(backbone, 200)
+    fixed = Backbone("fixed", timm.create_model("test_vit", num_classes=0), transform, "0" * 64, None, {})
+    with pytest.raises(ValueError, match="takes images of 160 px only, not of 192; use img_size: null"):
+        resized(fixed, 192)
