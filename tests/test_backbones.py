@@ -302,8 +302,8 @@ def test_a_resized_backbone_sees_more_patches_and_a_wrong_size_is_refused_with_t
     assert larger.transform.size == 192 and backbone.transform.size == 160
     assert larger.model(torch.zeros(1, 3, 192, 192)).shape == (1, 64)
     assert resized(backbone, None) is backbone
-    with pytest.raises(ValueError, match="img_size 200 is not a multiple of the patch size 16.*use 192 or 208"):
+    with pytest.raises(ValueError, match=r"img_size 200 is not a multiple of the patch size 16.*use 192 or 208"):
         resized(backbone, 200)
-    fixed = Backbone("fixed", timm.create_model("test_vit", num_classes=0), transform, "0" * 64, None, {})
+    fixed = Backbone("fixed", timm.create_model("vit_tiny_patch16_224", img_size=160), transform, "0" * 64, None, {})
     with pytest.raises(ValueError, match="takes images of 160 px only, not of 192; use img_size: null"):
         resized(fixed, 192)
