@@ -1,0 +1,146 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from regvit.gate import Change, Rule, changes, flatten, judge, markdown
+
+STAGES = Path(__file__).parents[1] / "stages"
+
+
+def top1(value, low=None, high=None):
+    return {"cls": {"id": {"top1": value} | ({} if low is None else {"top1_lo": low, "top1_hi": high})}}
+
+
+def compared(old, new, rule):
+    return judge(changes(flatten({"m.json": old}), flatten({"m.json": new})), [rule])
+
+
+HIGHER = Rule("m.json:*.top1", "higher", 0.01)
+
+
+def test_flatten_names_values_by_file_and_keys_and_leaves_out_text():
+    assert flatten({"a/b.json": {"x": {"y": 0.5, "why": "text"}, "ok": True}}) == {
+        "a/b.json:x.y": 0.5,
+        "a/b.json:ok": 1.0,
+    }
+
+
+def test_the_ends_of_an_interval_get_no_row_of_their_own():
+    (change,) = changes(flatten({"m.json": top1(0.6, 0.5, 0.7)}), {})
+    assert change == Change("m.json:cls.id.top1", 0.6, None, (0.5, 0.7), None)
+
+
+def test_a_drop_outside_the_old_interval_fails_and_says_by_how_much():
+    (failure,) = compared(top1(0.6, 0.55, 0.65), top1(0.5, 0.45, 0.55), HIGHER)
+    assert failure.name == "m.json:cls.id.top1"
+    assert (
+        failure.reason
+        == "0.6 → 0.5: 0.1 worse, more than the 0.01 allowed and lies outside the old interval [0.55, 0.65]"
+    )
+
+
+@pytest.mark.parametrize("new", [0.56, 0.595, 0.7])
+def test_noise_inside_the_interval_and_gains_pass(new):
+    assert not compared(top1(0.6, 0.55, 0.65), top1(new, new - 0.05, new + 0.05), HIGHER)
+
+
+def test_without_an_interval_the_tolerance_alone_decides():
+    assert not compared(top1(0.6), top1(0.59), HIGHER)
+    assert compared(top1(0.6), top1(0.58), HIGHER)
+    assert not compared(top1(0.6), top1(0.61), Rule("*top1", "lower", 0.01))
+    assert compared(top1(0.6), top1(0.62), Rule("*top1", "lower", 0.01))
+    assert compared(top1(0.6), top1(0.62), Rule("*top1", "equal", 0.01))
+
+
+def test_a_guarded_metric_that_is_gone_fails():
+    (failure,) = compared(top1(0.6), {"cls": {"id": {}}}, HIGHER)
+    assert "was 0.6 and is gone" in failure.reason
+
+
+def test_a_rule_that_guards_nothing_fails():
+    (failure,) = compared(top1(0.6), top1(0.6), Rule("metrics/typo.json:*", "higher", 0))
+    assert "guards no metric" in failure.reason
+
+
+def test_a_new_metric_has_nothing_to_fall_from():
+    assert not compared({"cls": {"id": {}}}, top1(0.1), HIGHER)
+
+
+def test_an_unknown_direction_and_a_negative_tolerance_are_refused():
+    with pytest.raises(ValueError, match="better is 'up'; expected higher, lower, equal"):
+        Rule("*", "up", 0)
+    with pytest.raises(ValueError, match="tolerance is -1; expected a number of at least 0"):
+        Rule("*", "higher", -1)
+
+
+def test_the_markdown_shows_changes_with_intervals_and_parameters():
+    table = changes(flatten({"m.json": top1(0.6, 0.5, 0.7)}), flatten({"m.json": top1(0.65, 0.6, 0.7)}))
+    text = markdown(table, [], [("probe.steps", "1000", "500")])
+    assert "| `m.json:cls.id.top1` | 0.6 [0.5, 0.7] | 0.65 [0.6, 0.7] | +0.05 |" in text
+    assert "| `probe.steps` | 1000 | 500 |" in text
+    assert "No guarded metric fell." in text
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A repository with DVC, one parameter and one metric; its main branch is the base."""
+    monkeypatch.chdir(tmp_path)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    for name, value in {"PATH": path, "GIT_CONFIG_GLOBAL": os.devnull}.items():
+        monkeypatch.setenv(name, value)
+    for role in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{role}_NAME", "tester")
+        monkeypatch.setenv(f"GIT_{role}_EMAIL", "tester@example.org")
+    subprocess.run(["git", "init", "--quiet", "--initial-branch=main"], check=True)
+    subprocess.run(["dvc", "init", "--quiet"], check=True)
+    Path("guard.yaml").write_text('- {metric: "metrics/*.json:*.top1", better: higher, tolerance: 0.01}\n')
+    write(0.6, steps=1000)
+    Path("dvc.yaml").write_text("params:\n  - params.yaml\n")
+    subprocess.run("git add --all && git commit --quiet --message base", shell=True, check=True)
+    return tmp_path
+
+
+def write(value, steps):
+    Path("metrics").mkdir(exist_ok=True)
+    Path("metrics/run.json").write_text(json.dumps(top1(value, value - 0.05, value + 0.05)))
+    Path("params.yaml").write_text(f"probe: {{steps: {steps}}}\n")
+
+
+def gate(*arguments):
+    return subprocess.run([sys.executable, STAGES / "gate.py", *arguments], capture_output=True, text=True)
+
+
+def test_the_script_fails_on_a_regression_and_passes_on_noise(repository):
+    write(0.4, steps=10)
+    fell = gate("--out", "comment.md")
+    assert fell.returncode == 1, fell.stderr
+    assert "0.6 → 0.4" in fell.stdout and "| `probe.steps` | 1000 | 10 |" in fell.stdout
+    assert Path("comment.md").read_text().strip() == fell.stdout.strip()
+    write(0.57, steps=1000)
+    noise = gate()
+    assert noise.returncode == 0, noise.stderr
+    assert "No guarded metric fell." in noise.stdout and "-0.03" in noise.stdout
+
+
+def test_the_script_says_what_is_wrong_without_a_traceback(repository):
+    unknown = gate("--against", "nowhere")
+    assert unknown.returncode == 1 and "gate: git ls-tree" in unknown.stderr and "Traceback" not in unknown.stderr
+    Path("guard.yaml").write_text("- {metric: a, better: higher, limit: 1}\n")
+    wrong = gate()
+    assert wrong.returncode == 1 and "an entry has the keys metric, better and tolerance" in wrong.stderr
+
+
+def test_every_rule_of_the_repository_guards_a_metric_that_is_committed():
+    root = Path(__file__).parents[1]
+    sys.path.insert(0, str(STAGES))
+    try:
+        from gate import read_rules
+    finally:
+        sys.path.remove(str(STAGES))
+    files = {path.relative_to(root).as_posix(): json.loads(path.read_text()) for path in root.glob("metrics/**/*.json")}
+    table = changes(flatten(files), flatten(files))
+    assert judge(table, read_rules(root / "guard.yaml")) == []
