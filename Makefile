@@ -1,5 +1,6 @@
 # make repro   environment, pipeline, table           make test   environment, linter, tests
 # make check   are params.yaml and dvc.yaml sound?    make lock   requirements.in -> requirements.txt
+# make choose  a whole experiment: data sets, backbones, runs
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := repro
@@ -15,7 +16,7 @@ unexport PYTHONHOME PYTHONPATH
 # Every stage is a process of its own: with imports compiled once instead of each time it starts in half the time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: repro test check lock env
+.PHONY: repro test check choose lock env
 repro: env
 	@python stages/reproduce.py
 
@@ -27,6 +28,9 @@ test: env
 check: env
 	@python stages/params.py
 	@dvc stage list --all --fail --name-only > /dev/null
+
+choose: env  # make choose NAME=imagenet IMAGES=/data/images; without NAME: what there is
+	@python stages/choose.py $(if $(NAME),$(NAME) $(if $(IMAGES),--images "$(IMAGES)"),--list)
 
 env: .venv/.complete
 

@@ -8,6 +8,7 @@ normalise only what they pooled, timm's `fc_norm`, give their tokens before it):
     cls         CLS token                                  only where the model has one
     registers   trained registers, then test-time ones     only where the model has any
     patch_mean  mean over the patch tokens, in float32
+    patches     the patch tokens themselves, row by row of the grid; only where asked for, as they are large
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -36,6 +37,7 @@ from .tokens import TokenLayout
 
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 PRECISIONS = ("float32", "float32_medium", *AUTOCAST)
+ARRAYS = ("cls", "registers", "patch_mean")  # what is stored where nothing else is asked for
 UNITS_IN_FLIGHT = 2  # computed and waiting for the disk; more would only cost memory
 
 
@@ -74,6 +76,7 @@ def extract(
     workers: int = 0,
     rows_per_unit: int | None = None,
     progress: Progress | None = None,
+    arrays: Sequence[str] = ARRAYS,
 ) -> None:
     """Extracts the features of a data set, or what an interrupted extraction left to do, into a feature store.
 
@@ -91,8 +94,9 @@ def extract(
         device, batch_size, workers: where and how fast; images per forward (lowered to a divisor of the rows of a
             unit), and decoding threads, which run ahead of the forward (0 decodes in between).
         progress: is told of every image, and of what was resumed; None is silent.
+        arrays: what to store, see `readouts`; what the model does not have is left out.
     Raises:
-        ValueError: the precision is unknown, the data set is empty, or the model returns no token sequence.
+        ValueError: the precision or an array is unknown, the model has none of the arrays, the data set is empty, or the model returns no token sequence.
         BadFeatures: an image gives NaN, infinity, or a value beyond float16.
         UnreadableImage, FileExistsError, FolderLocked: see `load_batches` and `StoreWriter`.
         KeyboardInterrupt: passed on; finished units stay in `partial`, and calling again goes on from there.
@@ -100,17 +104,20 @@ def extract(
     _check_precision(precision)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
+    arrays = tuple(arrays)
     model, device = backbone.model.to(device), torch.device(device)
     blank = torch.zeros(1, 3, backbone.transform.size, backbone.transform.size, dtype=torch.uint8)
     with _arithmetic(precision, device):
-        shapes = {name: values.shape[1:] for name, values in _features(backbone, model, blank, device).items()}
+        shapes = {name: values.shape[1:] for name, values in _features(backbone, model, blank, device, arrays).items()}
+        if not shapes:
+            raise ValueError(f"backbone {backbone.name} has none of the arrays asked for ({', '.join(arrays)})")
         with (
             StoreWriter(final, partial, len(dataset), shapes, attributes, rows_per_unit, _resume_key()) as writer,
             ThreadPoolExecutor(1, thread_name_prefix="store") as pool,  # leaving waits for the units in flight
         ):
             _tell(progress, writer)
             try:
-                _fill(writer, pool, backbone, model, dataset, device, batch_size, workers, progress)
+                _fill(writer, pool, backbone, model, dataset, device, batch_size, workers, progress, arrays)
             except UnstorableFeature as error:
                 row = dataset.rows[error.row]
                 raise BadFeatures(
@@ -127,18 +134,27 @@ def extract(
             writer.finish()
 
 
-def readouts(layout: TokenLayout, tokens: Float[Tensor, "b n d"]) -> dict[str, Float[Tensor, "b ..."]]:
-    """What is stored of a token sequence, in float32: `cls` (b, d), `registers` (b, r, d), `patch_mean` (b, d).
+def readouts(
+    layout: TokenLayout, tokens: Float[Tensor, "b n d"], arrays: Sequence[str] = ARRAYS
+) -> dict[str, Float[Tensor, "b ..."]]:
+    """What is stored of a token sequence, in float32: `cls` (b, d), `registers` (b, r, d), `patch_mean` (b, d),
+    `patches` (b, p, d), whichever of them are asked for.
 
     `cls` and `registers` are left out where the model has none.
+
+    Raises:
+        ValueError: an array is unknown.
     """
     tokens = tokens.float()
-    features = {"patch_mean": layout.patches(tokens).mean(1)}
-    if layout.cls:
-        features["cls"] = layout.cls_token(tokens)
-    if layout.num_registers:
-        features["registers"] = layout.registers(tokens)
-    return features
+    make = {
+        "cls": layout.cls_token if layout.cls else None,
+        "registers": layout.registers if layout.num_registers else None,
+        "patch_mean": lambda tokens: layout.patches(tokens).mean(1),
+        "patches": layout.patches,
+    }
+    if unknown := [name for name in arrays if name not in make]:
+        raise ValueError(f"array {unknown[0]!r} is unknown; expected some of {', '.join(make)}")
+    return {name: make[name](tokens) for name in arrays if make[name] is not None}
 
 
 def _fill(
@@ -151,6 +167,7 @@ def _fill(
     batch_size: int,
     workers: int,
     progress: Progress | None,
+    wanted: Sequence[str],
 ) -> None:
     """Computes the missing units in order and hands them to the writer thread."""
     missing = writer.missing_units()
@@ -164,7 +181,7 @@ def _fill(
         parts, gathered = [], 0
         while gathered < stop - start:
             _, batch = next(batches)
-            features = _features(backbone, model, batch, device)
+            features = _features(backbone, model, batch, device, wanted)
             parts.append({name: values.cpu().numpy() for name, values in features.items()})
             gathered += len(batch)
             if progress is not None:
@@ -179,7 +196,7 @@ def _fill(
 
 @torch.inference_mode()
 def _features(
-    backbone: Backbone, model: nn.Module, batch: Tensor, device: torch.device
+    backbone: Backbone, model: nn.Module, batch: Tensor, device: torch.device, arrays: Sequence[str]
 ) -> dict[str, Float[Tensor, "b ..."]]:
     """The readouts of one batch of uint8 images, on the device."""
     images = backbone.transform.normalise(batch.to(device))
@@ -190,7 +207,7 @@ def _features(
             f"{type(model).__name__}.forward_features returns {found}, expected a token sequence "
             "(image, token, channel); use a timm vision transformer"
         )
-    return readouts(TokenLayout.of(model), tokens)
+    return readouts(TokenLayout.of(model), tokens, arrays)
 
 
 @contextmanager

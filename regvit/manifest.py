@@ -2,7 +2,8 @@
 
 A data set is a folder with two files:
 
-- `manifest.csv`, one row an image (columns `image_id, path, label, split, boxes, mask, sha256`), UTF-8, `\\n` line ends;
+- `manifest.csv`, one row an image (columns `image_id, path, label, split, boxes, mask, sha256`, and `depth` where a row
+  has one), UTF-8, `\\n` line ends;
 - `dataset.json`, `{name, root, classes, about}`: `root` is where the paths of the manifest start (`"."` for the folder
   itself, or a folder of the user's that is read in place), `about` holds source, licence and attribution.
 
@@ -36,6 +37,8 @@ class Row:
         boxes: JSON list of [x0, y0, x1, y1] in pixels (x1, y1 exclusive), or "".
         mask: path, relative to the root, of a PNG with class index + 1 at each pixel and 0 for background, or "".
         sha256: of the image file's bytes (hex), or "". With it the manifest's digest covers the images as well.
+        depth: path, relative to the root, of a 16-bit PNG with the depth in millimetres at each pixel and 0 where it is
+            unknown, or "".
     """
 
     image_id: str
@@ -45,9 +48,11 @@ class Row:
     boxes: str = ""
     mask: str = ""
     sha256: str = ""
+    depth: str = ""
 
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
+LATER = ("depth",)  # added after the first manifests were made: written only where a row has one, so that those stay
 REQUIRED = tuple(field.name for field in dataclasses.fields(Row) if field.default is dataclasses.MISSING)
 
 
@@ -126,8 +131,9 @@ def write_dataset(
     _check(rows, classes, f"the rows given for data set {name!r}")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows(dataclasses.astuple(row) for row in rows)
+    columns = [column for column in COLUMNS if column not in LATER or any(getattr(row, column) for row in rows)]
+    writer.writerow(columns)
+    writer.writerows([getattr(row, column) for column in columns] for row in rows)
     description = {"name": name, "root": Path(root).as_posix(), "classes": list(classes), "about": about}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "manifest.csv").write_bytes(text.getvalue().encode())
@@ -213,9 +219,8 @@ def _check(rows: tuple[Row, ...], classes: tuple[str, ...], where: str) -> None:
             fault = "image_id is empty; give each image a unique one"
         elif row.image_id in seen:
             fault = f"image_id {row.image_id!r} occurs twice; make it unique"
-        elif escapes(row.path) or (row.mask and escapes(row.mask)):
-            path = row.path if escapes(row.path) else row.mask
-            fault = f"path {path!r} leaves the root of the data set; use a relative path without '..'"
+        elif leaving := [path for path in (row.path, row.mask or ".", row.depth or ".") if escapes(path)]:
+            fault = f"path {leaving[0]!r} leaves the root of the data set; use a relative path without '..'"
         elif row.label not in known:
             fault = f"label {row.label!r} is not among the {len(classes)} classes ({', '.join(classes[:8])}, …)"
         elif row.split not in SPLITS:

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .hooks import blocks, forward_until, output_projection, residual_scale, watch_inputs, watch_outputs
-from .outliers import Detection, patch_norms, settle_detection
+from .outliers import Detection, patch_norms, read_detection, settle_detection
 from .tokens import TokenLayout
 
 MIN_SHARE = 1e-3  # a neuron that writes less than a thousandth of the excess is one of the many that write noise
@@ -53,6 +53,7 @@ class RegisterNeurons:
         detection: layer and norm above which patches are outliers; None where the model has none.
         norms: of every patch at each block's output, as the search saw them.
         neurons: the best scored ones, best first.
+        active: those of largest activation, whatever they write: what a control may move instead.
         selected: `{layer: (neuron, …)}`, empty where the model has no outliers.
         explained: share of the outliers' excess residual that the selected neurons write.
     """
@@ -60,6 +61,7 @@ class RegisterNeurons:
     detection: Detection | None
     norms: Float[np.ndarray, "l b p"] = field(repr=False)
     neurons: tuple[Neuron, ...] = ()
+    active: tuple[Neuron, ...] = ()
     selected: dict[int, tuple[int, ...]] = field(default_factory=dict)
     explained: float = 0.0
 
@@ -84,6 +86,7 @@ class RegisterNeurons:
             "explained": self.explained,
             "selected": {str(layer): list(units) for layer, units in self.selected.items()},
             "neurons": [vars(neuron) for neuron in self.neurons],
+            "active": [vars(neuron) for neuron in self.active],
         }
         return json.dumps(document, indent=1, allow_nan=False) + "\n"
 
@@ -98,9 +101,7 @@ def read_selected(text: str) -> tuple[Detection | None, dict[int, tuple[int, ...
     missing = {"threshold", "detect_layer", "selected"} - document.keys()
     if missing:
         raise ValueError(f"the neurons file lacks {', '.join(sorted(missing))}; run the identify stage again")
-    layer = document["detect_layer"]
-    detection = None if layer is None else Detection(layer, document["threshold"], float("nan"))
-    return detection, {int(layer): tuple(units) for layer, units in document["selected"].items()}
+    return read_detection(text), {int(layer): tuple(units) for layer, units in document["selected"].items()}
 
 
 @dataclass(frozen=True)
@@ -268,19 +269,23 @@ def _select(
     chosen: dict[int, list[int]] = {}
     for flat in order[:count].tolist():
         chosen.setdefault(flat // width, []).append(flat % width)
-    best = [
-        Neuron(
+    busiest = torch.argsort(
+        scores.activation[: None if max_layer is None else max_layer + 1].flatten(), descending=True, stable=True
+    )
+
+    def described(flat: int) -> Neuron:
+        return Neuron(
             layer=flat // width,
             neuron=flat % width,
             activation=round(float(scores.activation.flatten()[flat]), 6),
             attribution=None if scores.attribution is None else round(float(scores.attribution.flatten()[flat]), 8),
         )
-        for flat in order[: max(keep, count)].tolist()
-    ]
+
     return RegisterNeurons(
         detection=detection,
         norms=norms,
-        neurons=tuple(best),
+        neurons=tuple(described(flat) for flat in order[: max(keep, count)].tolist()),
+        active=tuple(described(flat) for flat in busiest[:keep].tolist()),
         selected={layer: tuple(sorted(chosen[layer])) for layer in sorted(chosen)},
         explained=0.0 if shares is None or count == 0 else float(shares[count - 1]),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -141,3 +142,24 @@ def settle_detection(
         split = otsu(np.log(norms[layer].clip(min=np.finfo(np.float32).tiny)))
         return Detection(layer, float(np.exp(split.threshold)), split.separation)
     return Detection(layer, float(threshold), float("nan")) if (norms[layer] > threshold).any() else None
+
+
+def write_detection(detection: Detection | None) -> str:
+    """Which patches count as outliers, as JSON `{threshold, detect_layer}`; both null where the model has none."""
+    layer = None if detection is None else detection.layer
+    threshold = None if detection is None else detection.threshold
+    return json.dumps({"threshold": threshold, "detect_layer": layer}, indent=1) + "\n"
+
+
+def read_detection(text: str) -> Detection | None:
+    """What `write_detection` wrote; other keys are ignored.
+
+    Raises:
+        ValueError: a key is missing.
+    """
+    document = json.loads(text)
+    missing = {"threshold", "detect_layer"} - document.keys()
+    if missing:
+        raise ValueError(f"the detection lacks {', '.join(sorted(missing))}; run the compose stage again")
+    layer = document["detect_layer"]
+    return None if layer is None else Detection(layer, document["threshold"], float("nan"))

@@ -36,6 +36,7 @@ VALUE_RIDGE = 0.3  # the same, for the loudness of values
 KEEP_PATCH_QUERIES = 7  # every seventh patch query stands for all
 SEED_SPREAD = 0.2  # how far the last seed's direction is turned from the first's
 PREFIX_WEIGHT = 8  # how often prefix tokens count among the tokens on which amplifiers must not fire
+NUDGE_DIRECTIONS = 3  # of the moves that an empty register causes, besides their mean: seeds are blind to them
 QUIET = 0.999  # quantile of the tokens left alone that must stay under an amplifier's threshold
 
 
@@ -144,7 +145,8 @@ def plant(
         targets = attention_targets(model, survey.normed, TokenLayout.of(model), cls_share)
         direction = edited_sink(model, targets) if edit_keys else trained_sink(model, targets)
         info = low_information(model, images, batch_size)
-        hot = _write_seeds(model, recipe, neurons[seed_layer], survey, info, direction)
+        nudge = _empty_register_shift(model, images, survey.hidden, seed_layer, batch_size)
+        hot = _write_seeds(model, recipe, neurons[seed_layer], survey, info, nudge, direction)
         _write_amplifiers(model, recipe, neurons[amplifier_layer], survey, images, hot, direction, batch_size)
     except ValueError:
         unplant(model, replaced)
@@ -320,18 +322,19 @@ def _write_seeds(
     units: list[int],
     survey: _Survey,
     info: Float[Tensor, "b p"],
+    nudge: Float[Tensor, "m d"],
     direction: Float[Tensor, " d"],
 ) -> Bool[Tensor, "b p"]:
     """Writes the seeds; returns the patches on which the first of them fires.
 
     Their direction separates, within each image, the patches of least information from the others, and cannot tell
-    prefix tokens from patches; thresholds keep `fraction` of all patches and not one prefix token.
+    prefix tokens from patches, nor see `nudge`; thresholds keep `fraction` of all patches and not one prefix token.
     """
     layout = TokenLayout.of(model)
     h, prefix = layout.patches(survey.hidden), survey.hidden[:, : layout.prefix]
     wanted = max(1, round(3 * recipe.fraction * info.shape[1]))
     lowest = torch.zeros_like(info, dtype=torch.bool).scatter_(1, info.topk(wanted, dim=1).indices, True)
-    base = within_image_direction(h, lowest, prefix)
+    base = within_image_direction(h, lowest, prefix, nudge)
     size = SEED_RATIO * survey.median_norm[recipe.seed_layer] / len(units)
     generator = torch.Generator().manual_seed(recipe.seed)
     hot = None
@@ -374,23 +377,49 @@ def _write_amplifiers(
 
 
 def within_image_direction(
-    h: Float[Tensor, "b p d"], chosen: Bool[Tensor, "b p"], prefix: Float[Tensor, "b r d"]
+    h: Float[Tensor, "b p d"],
+    chosen: Bool[Tensor, "b p"],
+    prefix: Float[Tensor, "b r d"],
+    unseen: Float[Tensor, "m d"],
 ) -> Float[Tensor, " d"]:
     """Linear discriminant of chosen patches against their image's mean, indifferent to what tells images apart.
 
         f = C^-1 m,   m = E[h - mean_image(h) | chosen],   C = cov(within images) + 10 cov(image means) + ridge
 
-    then freed of the directions e from the mean patch to each mean prefix token, f - C^-1 e (e' C^-1 e)^-1 e' f.
+    then freed of the directions e from the mean patch to each mean prefix token, and of those in `unseen`:
+    f - C^-1 e (e' C^-1 e)^-1 e' f.
     """
     means = h.double().mean(1)
     within = h.double() - means[:, None]
     c = _ridged(torch.cov(within.flatten(0, 1).T) + 10 * torch.cov(means.T))
     f = torch.linalg.solve(c, within[chosen].mean(0))
-    if prefix.shape[1]:
-        e = prefix.double().mean(0) - h.double().mean((0, 1))  # (r, d)
+    e = torch.cat([prefix.double().mean(0) - h.double().mean((0, 1)), unseen.double()])  # (r + m, d)
+    if len(e):
         g = torch.linalg.solve(c, e.T)
         f = f - g @ torch.linalg.solve(e @ g, e @ f)
     return F.normalize(f, dim=0).float()
+
+
+def _empty_register_shift(
+    model: nn.Module, images: Tensor, hidden: Float[Tensor, "b n d"], layer: int, batch_size: int
+) -> Float[Tensor, "m d"]:
+    """How one more, empty token moves the patches' inputs of a block's MLP: the mean move, and its main variation.
+
+    A zero token takes its share of attention like any other. Seeds that noticed would fall silent when a register is
+    added in which nothing was put, and the cure would seem to work without moving a single neuron.
+    """
+    layout = TokenLayout.of(model)
+
+    def insert(_: int, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b m d"]:
+        return torch.cat([x[:, : layout.prefix], torch.zeros_like(x[:, :1]), layout.patches(x)], dim=1)
+
+    fc1 = blocks(model)[layer].mlp.fc1
+    with watch_inputs({0: blocks(model)[0]}, insert):
+        nudged = _inputs(model, images, {"fc1": fc1}, fc1, batch_size)["fc1"]
+    moved = (nudged[:, layout.prefix + 1 :] - layout.patches(hidden)).flatten(0, 1).double()
+    mean = moved.mean(0, keepdim=True)
+    main = torch.linalg.eigh(torch.cov(moved.T))[1][:, -NUDGE_DIRECTIONS:].T
+    return torch.cat([mean, main]).float()
 
 
 def _amplifier_probe(

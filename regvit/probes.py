@@ -1,25 +1,33 @@
-"""Linear probes: every readout × learning rate trained at once, the head chosen on the validation split.
+"""Linear probes: every readout × learning rate × seed trained at once, the head chosen on the validation split.
 
 For head h with learning rate η, on rows x standardised by the training split (z = (x − μ) / σ), in step t of T:
 
-    g = ∇ mean cross-entropy(z W + b) + λ W,    v ← 0.9 v + g,    (W, b) ← (W, b) − η ½ (1 + cos(π t / T)) v
+    g = ∇ mean cross-entropy(z W + b) + λ W,    v ← m v + g,    (W, b) ← (W, b) − η s(t) v
 
-All heads see the same shuffled batches and start at zero, so a head does not depend on which others are trained beside
-it, and the seed only sets the order of the rows. Readouts of equal width are one batched matrix product.
+with s(t) = ½ (1 + cos(π t / T)) for the schedule `cosine` and 1 for `constant`. All heads of a seed see the same
+shuffled batches and start at zero, so a head does not depend on which others are trained beside it, and a seed only
+sets the order of the rows. `heads` says how that is computed, and what probes are that pool the registers themselves.
 
-μ is the mean per channel and σ one number for all channels (the root of their mean variance). One scale per channel
-conditions no better (ViT-S features of 746 images: largest over mean eigenvalue 104 against 137, validated accuracy equal
-within noise) and would magnify channels that hardly vary. The exported weights are folded back and take raw features.
+Published protocols are settings of this one: that of arXiv:2501.04784 is learning rate 0.01, 10,000 steps, schedule
+`constant`, `standardise` off; DINOv2's (arXiv:2304.07193) is 12,500 steps, momentum 0.9, schedule `cosine`,
+`standardise` off and the learning rates of `DINOV2_RATES` times batch size / 256. Both choose on what they report;
+here the head is always chosen on the validation split.
 
-Shape letters: b image, d channel, c class, g readout (of one width), h head (learning rate).
+Training that takes long leaves a checkpoint in a folder of its own, and goes on from there; the probes are then the
+same, byte for byte, as without the interruption.
+
+Shape letters: b image, d channel, c class, g readout, s seed, h head (learning rate).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +35,27 @@ import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_tensors
 from torch import Tensor
 
+from . import heads as heads_module
+from .durable import lock_folder, sync, sync_folder
+from .heads import Heads, RowOrder, Settings, make_heads
+from .neighbours import Neighbours
+from .progress import progress as Progress
+from .readouts import POOLED
+
 MOMENTUM = 0.9
+SCHEDULES = ("cosine", "constant")
+DINOV2_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)  # at batch size 256
 CURVE_POINTS = 20  # rows a head has in the training curves
-LOGITS_AT_ONCE = 1 << 24  # validation logits held at once: 64 MiB of float32
+SAVE_EVERY = 30.0  # seconds between two checkpoints: training that takes less pays nothing
+CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINT_KEY = "regvit_training"
 METADATA_KEY = "regvit_probes"  # one key: safetensors does not fix the order of several, which would change the bytes
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: several seeds a readout, logistic regression and neighbours, pooling
+PLAIN = ("learning_rates", "steps", "batch_size", "weight_decay", "momentum", "schedule", "standardise", "seeds",
+         "train_images", "val_images")  # fmt: skip  # fields of a ProbeSet that stand in the metadata as they are
 
 
 class InvalidProbes(ValueError):
@@ -46,57 +68,96 @@ class Probe:
 
     Attributes:
         readout: name of the readout.
-        weight: (c, d) float32, applied to features as they stand in the store.
+        weight: (c, d') float32, applied to what `embed` makes of features as they stand in the store.
         bias: (c,) float32.
-        learning_rate: the one that won on the validation split.
+        learning_rate: the one that won on the validation split; None for logistic regression.
         val_correct: validation images that this head gets right.
+        seed: of the order of the training images; None for logistic regression.
+        C: the inverse regularisation that won, of logistic regression; else None.
+        pool: what the registers are weighed with where the probe does so, float32: a (r,) for `cls_reg_learned`,
+            q (d,) for `cls_reg_attn` (`heads` has the formulas); else None.
+        n_registers: that the probe pools; 0 where it does not.
     """
 
     readout: str
     weight: Float[np.ndarray, "c d"]
     bias: Float[np.ndarray, " c"]
-    learning_rate: float
+    learning_rate: float | None
     val_correct: int
+    seed: int | None = 0
+    C: float | None = None
+    pool: Float[np.ndarray, " rd"] | None = None
+    n_registers: int = 0
 
-    def logits(self, features: Float[np.ndarray, "b d"]) -> Float[np.ndarray, "b c"]:
-        """Class logits of each image, float32.
+    @property
+    def width(self) -> int:
+        """Channels of the features that the probe takes."""
+        inner = self.weight.shape[1]
+        return inner if self.pool is None else inner // 2 * (1 + self.n_registers)
+
+    def embed(self, features: Float[np.ndarray, "b d"]) -> Float[np.ndarray, "b d'"]:
+        """What the weight multiplies, float32: [CLS; pooled registers] where the probe pools, else the features.
 
         Raises:
             ValueError: the features are not (b, d) with the width that the probe was trained on.
         """
-        if features.ndim != 2 or features.shape[1] != self.weight.shape[1]:
+        if features.ndim != 2 or features.shape[1] != self.width:
             raise ValueError(
                 f"features of shape {features.shape} do not fit the probe of readout {self.readout!r}, which takes "
-                f"(b, {self.weight.shape[1]}); train the probe on features of the same run"
+                f"(b, {self.width}); train the probe on features of the same run"
             )
-        return features.astype(np.float32, copy=False) @ self.weight.T + self.bias
+        features = features.astype(np.float32, copy=False)
+        if self.pool is None:
+            return features
+        d = self.weight.shape[1] // 2
+        cls, registers = features[:, :d], features[:, d:].reshape(len(features), self.n_registers, d)
+        scores = (
+            registers @ self.pool / math.sqrt(d) if self.readout == "cls_reg_attn" else self.pool[None]
+        )  # (b | 1, r)
+        weights = np.exp(scores - scores.max(1, keepdims=True))
+        weights /= weights.sum(1, keepdims=True)
+        return np.concatenate([cls, (weights[:, :, None] * registers).sum(1)], axis=1)
+
+    def logits(self, features: Float[np.ndarray, "b d"]) -> Float[np.ndarray, "b c"]:
+        """Class logits of each image, float32. Raises as `embed`."""
+        return self.embed(features) @ self.weight.T + self.bias
 
 
 @dataclass(frozen=True)
 class ProbeSet:
-    """The chosen probe of each readout, and what they were trained with.
+    """The chosen probes of each readout, and what they were trained with: all that classifying takes besides a run.
 
     Attributes:
-        probes: by readout name.
+        probes: by readout name, one a seed, in the order of `seeds`.
         classes: class names, in the order of the logits.
-        learning_rates, steps, batch_size, weight_decay, seed: of the training.
+        learning_rates, steps, batch_size, weight_decay, momentum, schedule, standardise, seeds: of the training.
         train_images, val_images: rows that the heads were trained and chosen on.
+        logistic: logistic regression by readout name, where it was fitted (`logistic`).
+        knn: neighbours by readout name, where they were chosen (`neighbours`).
+        origin: attributes of the feature store that the training images came from; empty where it is not known.
     """
 
-    probes: dict[str, Probe]
+    probes: dict[str, tuple[Probe, ...]]
     classes: tuple[str, ...]
     learning_rates: tuple[float, ...]
     steps: int
     batch_size: int
     weight_decay: float
-    seed: int
+    momentum: float
+    schedule: str
+    standardise: bool
+    seeds: tuple[int, ...]
     train_images: int
     val_images: int
+    logistic: dict[str, Probe] = field(default_factory=dict)
+    knn: dict[str, Neighbours] = field(default_factory=dict)
+    origin: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One row of the training curves: `train_loss` is the mean over the steps since the row before (inf: diverged)."""
+    """One row of the training curves, means over the seeds: `train_loss` over the steps since the row before (inf:
+    diverged), `val_top1` at that step."""
 
     readout: str
     learning_rate: float
@@ -123,14 +184,21 @@ def train_probes(
     steps: int = 1000,
     batch_size: int = 256,
     weight_decay: float = 0.0,
-    seed: int = 0,
+    seeds: Sequence[int] = (0,),
+    *,
+    momentum: float = MOMENTUM,
+    schedule: str = "cosine",
+    standardise: bool = True,
+    channels: int | None = None,
     device: str | torch.device = "cpu",
-    on_step: Callable[[int], None] | None = None,
+    work: Path | str | None = None,
+    save_every: float = SAVE_EVERY,
+    progress: Progress | None = None,
 ) -> Training:
-    """Train one head per readout and learning rate, and choose for each readout the one best on the validation split.
+    """Train one head per readout, learning rate and seed; choose for each readout and seed the one best on validation.
 
     Equal validation accuracy goes to the smaller learning rate. Heads that diverged are never chosen. The same
-    arguments give byte-identical probes on the same machine.
+    arguments give byte-identical probes on the same machine with the same number of threads, interrupted or not.
 
     Args:
         train: features of the training images by readout.
@@ -138,74 +206,103 @@ def train_probes(
         val: features of the validation images, the same readouts.
         val_labels: class index of each validation image.
         classes: class names, in the order of the indices.
-        learning_rates: of SGD at the first step, on standardised features; decayed to 0 by a cosine.
+        learning_rates: of SGD at the first step.
         steps: updates of each head.
         batch_size: images an update; more than there are means all of them.
-        weight_decay: λ, on the weights in standardised coordinates, not on the bias.
-        seed: of the order of the images.
+        weight_decay: λ, on the weights in standardised coordinates, not on bias and pooling.
+        seeds: of the order of the images; one set of heads each.
+        momentum: m.
+        schedule: `cosine` (to 0 at the end) or `constant`.
+        standardise: whether the heads see (x − μ) / σ, or x itself as in the published protocols.
+        channels: of one token; needed by readouts that the probe pools, whose features hold several.
         device: where to train; features are copied there once.
-        on_step: called with 1 after each step.
+        work: folder for the checkpoint of training that takes long; made when it is needed, left to the caller to
+            remove; None keeps none. A checkpoint of other data, settings or code is not gone on from.
+        save_every: seconds between two checkpoints, which are written where the curves have a row.
+        progress: is told of every step, and of what was resumed; None is silent.
     Raises:
         ValueError: features, labels or settings do not fit together, are empty or not finite, the training images are
             all of one class, or all heads of a readout diverged; the message gives value and cure.
+        FolderLocked: another process trains in `work`.
+        KeyboardInterrupt: passed on; calling again goes on from the checkpoint.
     """
-    _check_settings(learning_rates, steps, batch_size, weight_decay)
-    _check_split("train", train, train_labels, classes)
-    _check_split("val", val, val_labels, classes)
-    _check_readouts(train, val, train_labels)
-    rates = tuple(float(rate) for rate in learning_rates)
-    groups = [_Group(train, val, names, rates, len(classes), device) for names in _by_width(train)]
-    batches = _Batches(len(train_labels), batch_size, seed)
-    labels, val_labels = _to(train_labels, device), _to(val_labels, device)
+    settings = Settings(
+        tuple(float(rate) for rate in learning_rates),
+        tuple(int(seed) for seed in seeds),
+        len(classes),
+        float(momentum),
+        float(weight_decay),
+        bool(standardise),
+    )
+    _check_settings(settings, steps, batch_size, schedule)
+    check_splits(train, train_labels, val, val_labels, classes)
+    _check_pooled(train, channels)
+    state = _State(
+        make_heads(train, val, settings, channels, device),
+        [RowOrder(len(train_labels), batch_size, seed) for seed in settings.seeds],
+    )
+    described = {**asdict(settings), "steps": steps, "batch_size": batch_size, "schedule": schedule,
+                 "channels": channels}  # fmt: skip
+    checkpoint = _Checkpoint(work, save_every, described, (train, train_labels, val, val_labels), device, progress)
+    labels, truth = _to(train_labels, device), _to(val_labels, device)
     milestones = {math.ceil(steps * (i + 1) / CURVE_POINTS) for i in range(CURVE_POINTS)}
-    curves: list[CurvePoint] = []
-    for step in range(1, steps + 1):
-        rows = batches.next().to(device)
-        decay = 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
-        for group in groups:
-            group.step(rows, labels[rows], decay, weight_decay)
+    with checkpoint:
+        checkpoint.resume(state)
+        for step in range(state.step + 1, steps + 1):
+            rows = torch.stack([order.next() for order in state.orders]).to(device)  # (s, b)
+            decay = 0.5 * (1 + math.cos(math.pi * (step - 1) / steps)) if schedule == "cosine" else 1.0
+            for group in state.heads:
+                group.step(rows, labels[rows], decay)
+            state.step = step
             if step in milestones:
-                curves += group.point(step, val_labels)
-        if on_step is not None:
-            on_step(1)
-    chosen = {probe.readout: probe for group in groups for probe in group.choose(val_labels)}
+                state.add_point(truth)
+                checkpoint.save_if_due(state)
+            if progress is not None:
+                progress.advance()
     probes = ProbeSet(
-        probes={name: chosen[name] for name in train},
+        probes={name: state.choose(name, settings) for name in train},
         classes=tuple(classes),
-        learning_rates=rates,
+        learning_rates=settings.learning_rates,
         steps=steps,
         batch_size=batch_size,
-        weight_decay=float(weight_decay),
-        seed=seed,
+        weight_decay=settings.weight_decay,
+        momentum=settings.momentum,
+        schedule=schedule,
+        standardise=settings.standardise,
+        seeds=settings.seeds,
         train_images=len(train_labels),
         val_images=len(val_labels),
     )
-    order = {name: i for i, name in enumerate(train)}
-    return Training(probes, tuple(sorted(curves, key=lambda p: (order[p.readout], p.learning_rate, p.step))))
+    curves = [point for name in train for point in state.curve(name, settings, len(val_labels))]
+    return Training(probes, tuple(curves))
 
 
 def save_probes(path: Path | str, probes: ProbeSet) -> None:
-    """Write probes as safetensors: `<readout>.weight`, `<readout>.bias`, and everything else as JSON in the metadata.
+    """Write probes as safetensors, format 2; the same probes give the same bytes.
 
-    The same probes give the same bytes.
+    `<readout>/<seed>/weight`, `…/bias` and where the probe pools `…/pool`, with `logistic` in the place of the seed for
+    logistic regression, and everything else as JSON in the metadata.
     """
-    tensors, described = {}, {}
-    for name, probe in probes.probes.items():
-        tensors[f"{name}.weight"] = np.ascontiguousarray(probe.weight)
-        tensors[f"{name}.bias"] = np.ascontiguousarray(probe.bias)
-        described[name] = {"learning_rate": probe.learning_rate, "val_correct": probe.val_correct}
+    tensors = {}
+
+    def described(probe: Probe, where: str) -> dict:
+        tensors[f"{where}/weight"] = np.ascontiguousarray(probe.weight)
+        tensors[f"{where}/bias"] = np.ascontiguousarray(probe.bias)
+        if probe.pool is not None:
+            tensors[f"{where}/pool"] = np.ascontiguousarray(probe.pool)
+        keys = ("seed", "learning_rate", "C", "val_correct", "n_registers")
+        return {key: getattr(probe, key) for key in keys}
+
     metadata = {
         "format_version": FORMAT_VERSION,
         "classes": list(probes.classes),
-        "readouts": described,
-        "learning_rates": list(probes.learning_rates),
-        "steps": probes.steps,
-        "batch_size": probes.batch_size,
-        "weight_decay": probes.weight_decay,
-        "seed": probes.seed,
-        "train_images": probes.train_images,
-        "val_images": probes.val_images,
-    }
+        "readouts": {name: [described(probe, f"{name}/{probe.seed}") for probe in of_seeds]
+                     for name, of_seeds in probes.probes.items()},
+        "logistic": {name: described(probe, f"{name}/logistic") for name, probe in probes.logistic.items()},
+        "knn": {name: asdict(neighbours) for name, neighbours in probes.knn.items()},
+        "origin": probes.origin,
+        **{key: getattr(probes, key) for key in PLAIN},
+    }  # fmt: skip
     save_file(tensors, str(path), metadata={METADATA_KEY: json.dumps(metadata, ensure_ascii=False)})
 
 
@@ -222,17 +319,20 @@ def load_probes(path: Path | str) -> ProbeSet:
             f"{path} has probe format {metadata.get('format_version')}, this version reads {FORMAT_VERSION}; "
             "run the probe stage again"
         )
-    probes = {
-        name: Probe(name, tensors[f"{name}.weight"], tensors[f"{name}.bias"], about["learning_rate"],
-                    about["val_correct"])
-        for name, about in metadata["readouts"].items()
-    }  # fmt: skip
+
+    def probe(name: str, where: str, about: dict) -> Probe:
+        return Probe(name, tensors[f"{where}/weight"], tensors[f"{where}/bias"],
+                     pool=tensors.get(f"{where}/pool"), **about)  # fmt: skip
+
+    plain = {key: metadata[key] for key in PLAIN}
     return ProbeSet(
-        probes=probes,
+        probes={name: tuple(probe(name, f"{name}/{about['seed']}", about) for about in of_seeds)
+                for name, of_seeds in metadata["readouts"].items()},
         classes=tuple(metadata["classes"]),
-        learning_rates=tuple(metadata["learning_rates"]),
-        **{key: metadata[key] for key in
-           ("steps", "batch_size", "weight_decay", "seed", "train_images", "val_images")},
+        logistic={name: probe(name, f"{name}/logistic", about) for name, about in metadata["logistic"].items()},
+        knn={name: Neighbours(**about) for name, about in metadata["knn"].items()},
+        origin=metadata["origin"],
+        **{key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()},
     )  # fmt: skip
 
 
@@ -258,133 +358,231 @@ def read_described(path: Path | str, key: str, what: str) -> tuple[dict[str, np.
     return tensors, json.loads(metadata[key])
 
 
-class _Group:
-    """All heads of the readouts of one width. Column h·c + k of a weight belongs to class k of head h."""
+class _State:
+    """Training so far: the heads, the order of the rows, the steps done and the curves.
 
-    def __init__(
-        self, train: Mapping, val: Mapping, names: list[str], rates: tuple[float, ...], n_classes: int, device
-    ):
-        self.names, self.rates, self.n_classes = names, rates, n_classes
-        width, columns = train[names[0]].shape[1], len(rates) * n_classes
-        mean = np.stack([train[name].mean(0, dtype=np.float64) for name in names])  # (g, d)
-        variance = np.stack([train[name].var(0, dtype=np.float64) for name in names])
-        scale = np.sqrt(variance.mean(1))  # (g,)
-        self.mean, self.scale = mean, np.where(scale > 0, scale, 1.0)  # constant features stay 0, and are harmless
-        self.shift = _to(mean.astype(np.float32), device)[:, None]  # (g, 1, d)
-        self.stretch = _to((1 / self.scale).astype(np.float32), device)[:, None, None]  # (g, 1, 1)
-        self.train = [_to(train[name], device) for name in names]
-        self.val = [_to(val[name], device) for name in names]
-        self.weight = torch.zeros(len(names), width, columns, device=device)
-        self.bias = torch.zeros(len(names), 1, columns, device=device)
-        self.weight_velocity, self.bias_velocity = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
-        self.rate = torch.tensor(rates, device=device).repeat_interleave(n_classes)  # (h·c,)
-        self.loss = torch.zeros(len(names), len(rates), device=device)  # summed since the last point
-        self.steps = self.steps_at_point = 0
+    A point of the curves is `loss` (g, s, h), summed since the point before, and `correct` (g, s, h), for each group.
+    """
 
-    def step(self, rows: Int[Tensor, " b"], labels: Int[Tensor, " b"], decay: float, weight_decay: float) -> None:
-        """One update of every head on the same rows."""
-        b = len(rows)
-        x = self._standardised([features[rows] for features in self.train])  # (g, b, d)
-        logits = torch.baddbmm(self.bias, x, self.weight).view(len(x), b, len(self.rates), self.n_classes)
-        log_p = logits.log_softmax(-1)  # (g, b, h, c)
-        image = torch.arange(b, device=rows.device)
-        self.loss -= log_p[:, image, :, labels].mean(0)  # (b, g, h) → (g, h)
-        gradient = log_p.exp_()
-        gradient[:, image, :, labels] -= 1
-        gradient = gradient.view(len(x), b, -1).div_(b)  # (g, b, h·c)
-        weight_gradient = x.mT @ gradient
-        if weight_decay:
-            weight_gradient.add_(self.weight, alpha=weight_decay)
-        self.weight_velocity.mul_(MOMENTUM).add_(weight_gradient)
-        self.bias_velocity.mul_(MOMENTUM).add_(gradient.sum(1, keepdim=True))
-        rate = self.rate * decay
-        self.weight.addcmul_(self.weight_velocity, rate, value=-1)
-        self.bias.addcmul_(self.bias_velocity, rate, value=-1)
-        self.steps += 1
+    def __init__(self, heads: list[Heads], orders: list[RowOrder]):
+        self.heads, self.orders, self.step = heads, orders, 0
+        self.points: list[int] = []  # steps
+        self.loss: list[list[np.ndarray]] = [[] for _ in heads]
+        self.correct: list[list[np.ndarray]] = [[] for _ in heads]
 
-    def point(self, step: int, val_labels: Int[Tensor, " v"]) -> list[CurvePoint]:
-        """One row of the curves for each head; starts the next mean of the loss."""
-        loss = (self.loss / (self.steps - self.steps_at_point)).nan_to_num(nan=math.inf).cpu().tolist()
-        top1 = (self._correct(val_labels) / len(val_labels)).cpu().tolist()
-        self.loss.zero_()
-        self.steps_at_point = self.steps
+    def add_point(self, val_labels: Int[Tensor, " v"]) -> None:
+        """One point of the curves of all heads, at the last step done."""
+        self.points.append(self.step)
+        for i, group in enumerate(self.heads):
+            self.loss[i].append(group.take_loss())
+            self.correct[i].append(group.correct(val_labels))
+
+    def curve(self, name: str, settings: Settings, val_images: int) -> list[CurvePoint]:
+        """The curves of one readout, learning rates ascending, means over the seeds."""
+        i, g = self._place(name)
+        lengths = np.diff([0, *self.points])
+        loss = np.stack([loss[g].mean(0, dtype=np.float64) for loss in self.loss[i]]) / lengths[:, None]  # (points, h)
+        loss = np.where(np.isfinite(loss), loss, np.inf)
+        top1 = np.stack([correct[g].mean(0) for correct in self.correct[i]]) / val_images
+        order = sorted(range(len(settings.learning_rates)), key=lambda h: settings.learning_rates[h])
         return [
-            CurvePoint(name, rate, step, loss[g][h], top1[g][h])
-            for g, name in enumerate(self.names)
-            for h, rate in enumerate(self.rates)
+            CurvePoint(name, settings.learning_rates[h], step, float(loss[p, h]), float(top1[p, h]))
+            for h in order
+            for p, step in enumerate(self.points)
         ]
 
-    def choose(self, val_labels: Int[Tensor, " v"]) -> list[Probe]:
-        """The best head of each readout on the validation split, folded back to raw features."""
-        finite = self._by_head(self.weight).isfinite().all(1).all(-1)  # (g, h)
-        finite &= self._by_head(self.bias).isfinite().all(1).all(-1)
-        correct = self._correct(val_labels).masked_fill(~finite, -1).cpu().tolist()
-        probes = []
-        for g, name in enumerate(self.names):
-            best = min(range(len(self.rates)), key=lambda h, g=g: (-correct[g][h], self.rates[h]))
-            if correct[g][best] < 0:
-                raise ValueError(f"all {len(self.rates)} heads of readout {name!r} diverged; "
-                                 f"the smallest learning rate was {min(self.rates):g}: try smaller ones")  # fmt: skip
-            weight = self._by_head(self.weight)[g, :, best].double().cpu().numpy() / self.scale[g]  # (d, c)
-            bias = self._by_head(self.bias)[g, 0, best].double().cpu().numpy() - self.mean[g] @ weight
-            weight, bias = np.ascontiguousarray(weight.T, dtype=np.float32), bias.astype(np.float32)
-            probes.append(Probe(name, weight, bias, self.rates[best], correct[g][best]))
-        return probes
+    def choose(self, name: str, settings: Settings) -> tuple[Probe, ...]:
+        """The best head of one readout on the validation split, for each seed; the last step is a point."""
+        i, g = self._place(name)
+        rates, probes = settings.learning_rates, []
+        right = np.where(self.heads[i].finite()[g], self.correct[i][-1][g], -1)  # (s, h)
+        for seed, correct in zip(settings.seeds, right.tolist(), strict=True):
+            best = min(range(len(rates)), key=lambda h, correct=correct: (-correct[h], rates[h]))
+            if correct[best] < 0:
+                raise ValueError(f"all {len(rates)} heads of readout {name!r} diverged; "
+                                 f"the smallest learning rate was {min(rates):g}: try smaller ones")  # fmt: skip
+            head = self.heads[i].export(name, seed, rates[best])
+            probes.append(Probe(name, head.weight, head.bias, rates[best], correct[best], seed,
+                                pool=head.pool, n_registers=head.n_registers))  # fmt: skip
+        return tuple(probes)
 
-    def _correct(self, val_labels: Int[Tensor, " v"]) -> Int[Tensor, "g h"]:
-        """Validation images that each head gets right."""
-        rows = max(1, LOGITS_AT_ONCE // (len(self.names) * self.weight.shape[2]))
-        total = torch.zeros(len(self.names), len(self.rates), dtype=torch.int64, device=self.weight.device)
-        for start in range(0, len(val_labels), rows):
-            x = self._standardised([features[start : start + rows] for features in self.val])
-            predicted = self._by_head(torch.baddbmm(self.bias, x, self.weight)).argmax(-1)  # (g, v, h)
-            total += (predicted == val_labels[None, start : start + rows, None]).sum(1)
-        return total
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it as tensors, for a checkpoint."""
+        tensors = {"step": torch.tensor(self.step), "points": torch.tensor(self.points)}
+        for i, group in enumerate(self.heads):
+            tensors |= {f"heads.{i}.{name}": value for name, value in group.state().items()}
+            tensors[f"heads.{i}.losses"] = torch.from_numpy(np.stack(self.loss[i]))
+            tensors[f"heads.{i}.corrects"] = torch.from_numpy(np.stack(self.correct[i]))
+        for i, order in enumerate(self.orders):
+            tensors |= {f"order.{i}.{name}": value for name, value in order.state().items()}
+        return tensors
 
-    def _standardised(self, parts: list[Float[Tensor, "b d"]]) -> Float[Tensor, "g b d"]:
-        return torch.stack(parts).sub_(self.shift).mul_(self.stretch)
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Goes on from where `tensors` was taken."""
+        self.step, self.points = int(tensors["step"]), tensors["points"].tolist()
+        for i, group in enumerate(self.heads):
+            for name, value in group.state().items():
+                value.copy_(tensors[f"heads.{i}.{name}"])
+            self.loss[i] = list(tensors[f"heads.{i}.losses"].numpy())
+            self.correct[i] = list(tensors[f"heads.{i}.corrects"].numpy())
+        for i, order in enumerate(self.orders):
+            order.restore({name: tensors[f"order.{i}.{name}"] for name in order.state()})
 
-    def _by_head(self, x: Float[Tensor, "g n hc"]) -> Float[Tensor, "g n h c"]:
-        return x.view(*x.shape[:2], len(self.rates), self.n_classes)
-
-
-class _Batches:
-    """Row indices of the batches: one random order after another, cut into equal lengths; drawn on the CPU."""
-
-    def __init__(self, n: int, batch_size: int, seed: int):
-        self.n, self.size = n, min(n, batch_size)
-        self.generator = torch.Generator().manual_seed(seed)
-        self.left = torch.empty(0, dtype=torch.int64)
-
-    def next(self) -> Int[Tensor, " b"]:
-        if len(self.left) < self.size:
-            self.left = torch.cat([self.left, torch.randperm(self.n, generator=self.generator)])
-        rows, self.left = self.left[: self.size], self.left[self.size :]
-        return rows
+    def _place(self, name: str) -> tuple[int, int]:
+        """Group of a readout, and its place there."""
+        return next((i, group.names.index(name)) for i, group in enumerate(self.heads) if name in group.names)
 
 
-def _by_width(features: Mapping[str, np.ndarray]) -> list[list[str]]:
-    """Readout names grouped by their number of channels, in the order of their first readout."""
-    groups: dict[int, list[str]] = {}
-    for name, values in features.items():
-        groups.setdefault(values.shape[1], []).append(name)
-    return list(groups.values())
+class _Checkpoint:
+    """The checkpoint in a working folder, which it holds locked; without a folder it does nothing.
+
+    The key says what it belongs to: settings, data, code, torch and device. It is a digest over all the features, so
+    it is made only when there is a checkpoint to compare with or to write.
+    """
+
+    def __init__(
+        self,
+        work: Path | str | None,
+        save_every: float,
+        described: dict,
+        data: tuple,
+        device: str | torch.device,
+        progress: Progress | None,
+    ):
+        self._folder, self._every, self._progress = None if work is None else Path(work), save_every, progress
+        self._described, self._data, self._device = described, data, device
+        self._key: str | None = None
+        self._lock: int | None = None
+        self._saved, self._steps_saved = time.monotonic(), 0
+
+    def __enter__(self) -> _Checkpoint:
+        if self._folder is not None:
+            self._lock = lock_folder(self._folder)
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if self._folder is None:
+            return
+        os.close(self._lock)
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            self._tell(f"interrupted: {self._steps_saved} of {self._described['steps']} steps are safe in "
+                       f"{self._folder}; run the same again to go on from there")  # fmt: skip
+
+    def resume(self, state: _State) -> None:
+        """Puts the training where the checkpoint is, if there is one of this very training; says so, or why not."""
+        if self._folder is None or not (self._folder / CHECKPOINT).exists():
+            return
+        try:
+            with safe_open(str(self._folder / CHECKPOINT), framework="pt") as file:
+                known = (file.metadata() or {}).get(CHECKPOINT_KEY) == self._make_key()
+                tensors = {name: file.get_tensor(name) for name in file.keys()} if known else {}  # noqa: SIM118
+        except SafetensorError as error:
+            self._tell(f"started anew: the checkpoint in {self._folder} is damaged ({error})")
+            return
+        if not known:
+            self._tell(f"started anew: the checkpoint in {self._folder} is of other data, settings or code")
+            return
+        state.restore(tensors)
+        self._steps_saved = state.step
+        self._tell(f"resumed: {state.step} of {self._described['steps']} steps were done")
+        if self._progress is not None:
+            self._progress.skip(state.step)
+
+    def save_if_due(self, state: _State) -> None:
+        """Writes the checkpoint in one step, if the last one is old enough."""
+        if self._folder is None or time.monotonic() - self._saved < self._every:
+            return
+        path = self._folder / CHECKPOINT
+        new = path.with_name(f"{path.name}.partial")
+        tensors = {name: value.contiguous().cpu() for name, value in state.tensors().items()}
+        save_tensors(tensors, str(new), metadata={CHECKPOINT_KEY: self._make_key()})
+        sync(new)
+        os.replace(new, path)
+        sync_folder(path.parent)
+        self._saved, self._steps_saved = time.monotonic(), state.step
+
+    def _make_key(self) -> str:
+        if self._key is None:
+            device = torch.device(self._device)
+            name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+            versions = {"torch": torch.__version__, "device": name}
+            digest = hashlib.sha256(json.dumps(self._described | versions, sort_keys=True).encode())
+            for module in (__file__, heads_module.__file__):
+                digest.update(Path(module).read_bytes())
+            for part in self._data:
+                arrays = part.items() if isinstance(part, Mapping) else [("labels", part)]
+                for name, values in arrays:
+                    digest.update(f"{name} {values.shape} {values.dtype}".encode())
+                    digest.update(np.ascontiguousarray(values).data)
+            self._key = digest.hexdigest()
+        return self._key
+
+    def _tell(self, text: str) -> None:
+        if self._progress is not None:
+            self._progress.line(text)
 
 
-def _to(values: np.ndarray, device: str | torch.device) -> Tensor:
-    dtype = np.int64 if np.issubdtype(values.dtype, np.integer) else np.float32
-    return torch.from_numpy(np.ascontiguousarray(values, dtype=dtype)).to(device)
+def _to(values: np.ndarray, device: str | torch.device) -> Int[Tensor, " b"]:
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64)).to(device)
 
 
-def _check_settings(learning_rates: Sequence[float], steps: int, batch_size: int, weight_decay: float) -> None:
-    if not learning_rates or len(set(learning_rates)) < len(learning_rates):
-        raise ValueError(f"learning_rates are {list(learning_rates)}; expected at least one, each once")
-    if not all(math.isfinite(rate) and rate > 0 for rate in learning_rates):
-        raise ValueError(f"learning_rates are {list(learning_rates)}; expected finite numbers above 0")
+def check_splits(
+    train: Mapping[str, np.ndarray],
+    train_labels: np.ndarray,
+    val: Mapping[str, np.ndarray],
+    val_labels: np.ndarray,
+    classes: Sequence[str],
+) -> None:
+    """Holds training and validation images to what any classifier needs.
+
+    Raises:
+        ValueError: a split is empty or has unusable labels or features, the readouts of the two differ, or the
+            training images are all of one class; the message gives value and cure.
+    """
+    _check_split("train", train, train_labels, classes)
+    _check_split("val", val, val_labels, classes)
+    if not train or set(train) != set(val):
+        raise ValueError(
+            f"train has the readouts {sorted(train)} and val {sorted(val)}; expected the same, at least one"
+        )
+    for name in train:
+        if train[name].shape[1] != val[name].shape[1]:
+            raise ValueError(
+                f"readout {name!r} has {train[name].shape[1]} channels in train, {val[name].shape[1]} in val"
+            )
+    if (train_labels == train_labels[0]).all():
+        raise ValueError(f"all {len(train_labels)} training images are of class {train_labels[0]}; "
+                         "a probe needs images of at least 2 classes")  # fmt: skip
+
+
+def _check_settings(settings: Settings, steps: int, batch_size: int, schedule: str) -> None:
+    rates, seeds = list(settings.learning_rates), list(settings.seeds)
+    if not rates or len(set(rates)) < len(rates):
+        raise ValueError(f"learning_rates are {rates}; expected at least one, each once")
+    if not all(math.isfinite(rate) and rate > 0 for rate in rates):
+        raise ValueError(f"learning_rates are {rates}; expected finite numbers above 0")
     if steps < 1 or batch_size < 1:
         raise ValueError(f"steps is {steps} and batch_size {batch_size}; expected at least 1 of each")
-    if not (math.isfinite(weight_decay) and weight_decay >= 0):
-        raise ValueError(f"weight_decay is {weight_decay}; expected a finite number, 0 or above")
+    if not (math.isfinite(settings.weight_decay) and settings.weight_decay >= 0):
+        raise ValueError(f"weight_decay is {settings.weight_decay}; expected a finite number, 0 or above")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds are {seeds}; expected at least one, each once")
+    if not 0 <= settings.momentum < 1:
+        raise ValueError(f"momentum is {settings.momentum}; expected a number of 0 or above, below 1")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule is {schedule!r}; expected one of {', '.join(SCHEDULES)}")
+
+
+def _check_pooled(train: Mapping[str, np.ndarray], channels: int | None) -> None:
+    for name in train:
+        if name not in POOLED:
+            continue
+        width = train[name].shape[1]
+        if channels is None:
+            raise ValueError(f"readout {name!r} holds several tokens; give channels, the width of one")
+        if channels < 1 or width % channels or width < 2 * channels:
+            raise ValueError(f"readout {name!r} has {width} channels and channels is {channels}; "
+                             "expected CLS and at least one register of that width each")  # fmt: skip
 
 
 def _check_split(split: str, features: Mapping[str, np.ndarray], labels: np.ndarray, classes: Sequence[str]) -> None:
@@ -402,18 +600,3 @@ def _check_split(split: str, features: Mapping[str, np.ndarray], labels: np.ndar
             raise ValueError(
                 f"readout {name!r}: {bad} of {len(values)} {split} rows are not finite; extract them again"
             )
-
-
-def _check_readouts(train: Mapping[str, np.ndarray], val: Mapping[str, np.ndarray], train_labels: np.ndarray) -> None:
-    if not train or set(train) != set(val):
-        raise ValueError(
-            f"train has the readouts {sorted(train)} and val {sorted(val)}; expected the same, at least one"
-        )
-    for name in train:
-        if train[name].shape[1] != val[name].shape[1]:
-            raise ValueError(
-                f"readout {name!r} has {train[name].shape[1]} channels in train, {val[name].shape[1]} in val"
-            )
-    if (train_labels == train_labels[0]).all():
-        raise ValueError(f"all {len(train_labels)} training images are of class {train_labels[0]}; "
-                         "a probe needs images of at least 2 classes")  # fmt: skip

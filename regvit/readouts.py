@@ -9,12 +9,28 @@
 | `cls_patch` | [CLS; mean of the patches] | 2 d |
 | `cls_reg_max` | [CLS; maximum over the registers, channel by channel] | 2 d |
 | `cls_reg_<i>` | [CLS; register i], i from 0 | 2 d |
+| `cls_reg_learned` | [CLS; register 0; …; register r − 1] | (1 + r) d |
+| `cls_reg_attn` | the same | (1 + r) d |
+| `cls_noise` | [CLS; CLS + noise] | 2 d |
+| `cls_random` | [CLS; CLS · R] | 2 d |
 
 `cls_reg` is the readout of arXiv:2501.04784. Registers are all that the store holds, trained and test-time.
+
+For `cls_reg_learned` and `cls_reg_attn` the probe pools the registers itself, with weights that are trained with its
+head (`probes`), down to 2 d channels. A single register leaves nothing to weigh, so there they are left out: they
+would be `cls_reg`.
+
+`cls_noise` and `cls_random` are controls of width: as wide as `cls_reg`, but with nothing in them besides CLS. Only
+what `cls_reg` gains beyond them comes from the registers. The noise is normal, in each channel with the standard
+deviation that the channel has over the images of the store; R has independent normal entries of variance 1/d.
+Both are the same on every call: R is a function of d alone, and an image's noise is drawn from a hash of its own CLS
+token, so that it does not depend on the row or on the other images, and images that show the same thing in two data
+sets do not share it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,13 +38,17 @@ from difflib import get_close_matches
 from typing import Protocol
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt64
 
 MISSING = {
     "cls": "its backbone has no CLS token",
     "registers": "the run has no registers",
     "patch_mean": "the store holds no patch means",
 }
+POOLED = ("cls_reg_learned", "cls_reg_attn")  # the probe weighs the registers
+CONTROLS = ("cls_noise", "cls_random")  # as wide as cls_reg, without registers
+PROJECTION_SEED = 0  # of R: a constant, so that a probe fits features that are read another day
+NOISE_ROWS = 4096  # images whose noise is made at once
 
 
 class Features(Protocol):
@@ -37,6 +57,16 @@ class Features(Protocol):
     arrays: Mapping[str, tuple[int, ...]]
 
     def read(self, name: str) -> Float[np.ndarray, "b ..."]: ...
+
+
+class InMemory:
+    """Arrays in memory under the interface of a store."""
+
+    def __init__(self, values: Mapping[str, Float[np.ndarray, "b ..."]]):
+        self._values, self.arrays = values, {name: array.shape[1:] for name, array in values.items()}
+
+    def read(self, name: str) -> Float[np.ndarray, "b ..."]:
+        return self._values[name]
 
 
 @dataclass(frozen=True)
@@ -54,6 +84,10 @@ READOUTS: dict[str, tuple[str, ...]] = {
     "cls_reg": ("cls", "registers"),
     "cls_patch": ("cls", "patch_mean"),
     "cls_reg_max": ("cls", "registers"),
+    "cls_reg_learned": ("cls", "registers"),
+    "cls_reg_attn": ("cls", "registers"),
+    "cls_noise": ("cls",),
+    "cls_random": ("cls",),
 }
 
 
@@ -91,6 +125,8 @@ def available(arrays: Mapping[str, tuple[int, ...]], names: Iterable[str]) -> Av
             left_out[name] = " and ".join(MISSING[array] for array in missing)
         elif index is not None and index >= arrays["registers"][0]:
             left_out[name] = f"register {index} is out of range (0 to {arrays['registers'][0] - 1})"
+        elif name in POOLED and arrays["registers"][0] == 1:
+            left_out[name] = "the run has one register, with which it would be cls_reg"
     return Available(tuple(name for name in names if name not in left_out), left_out)
 
 
@@ -104,6 +140,8 @@ def readout(features: Features, name: str) -> Float[np.ndarray, "b d"]:
         raise ValueError(f"readout {name!r} cannot be made: {reason}; leave it out, or choose another run")
     parts = [features.read(array) for array in arrays_needed(name)]
     parts = [_reduce_registers(name, part) if part.ndim == 3 else part for part in parts]  # (b, d) each
+    if name in CONTROLS:
+        parts.append(_with_noise(parts[0]) if name == "cls_noise" else parts[0] @ _projection(parts[0].shape[1]))
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
 
@@ -111,18 +149,8 @@ def read_all(features: Features, names: Iterable[str]) -> dict[str, Float[np.nda
     """Several readouts, each array of the store read once. Raises as `readout`."""
     names = tuple(names)
     needed = dict.fromkeys(array for name in names for array in arrays_needed(name) if array in features.arrays)
-    held = _Held({array: features.read(array) for array in needed})
+    held = InMemory({array: features.read(array) for array in needed})
     return {name: readout(held, name) for name in names}
-
-
-class _Held:
-    """Arrays in memory under the interface of a store."""
-
-    def __init__(self, values: Mapping[str, np.ndarray]):
-        self._values, self.arrays = values, {name: array.shape[1:] for name, array in values.items()}
-
-    def read(self, name: str) -> np.ndarray:
-        return self._values[name]
 
 
 def _register_index(name: str) -> int | None:
@@ -132,8 +160,41 @@ def _register_index(name: str) -> int | None:
 
 
 def _reduce_registers(name: str, registers: Float[np.ndarray, "b r d"]) -> Float[np.ndarray, "b d"]:
-    """The part of a readout that comes from the registers."""
+    """The part of a readout that comes from the registers: (b, d), or (b, r · d) where the probe pools them."""
+    if name in POOLED:
+        return registers.reshape(len(registers), -1)
     if name == "cls_reg_max":
         return registers.max(1)
     index = _register_index(name)
     return registers.mean(1) if index is None else registers[:, index]
+
+
+def _projection(channels: int) -> Float[np.ndarray, "d d"]:
+    values = np.random.default_rng(PROJECTION_SEED).standard_normal((channels, channels))
+    return (values / np.sqrt(channels)).astype(np.float32)
+
+
+def _with_noise(cls: Float[np.ndarray, "b d"]) -> Float[np.ndarray, "b d"]:
+    """CLS + σ ε, σ the standard deviation of each channel over the images, ε standard normal."""
+    spread, noisy = cls.std(0, dtype=np.float64), np.empty_like(cls)
+    for start in range(0, len(cls), NOISE_ROWS):
+        part = cls[start : start + NOISE_ROWS]
+        noisy[start : start + NOISE_ROWS] = part + spread * _normal(part)
+    return noisy
+
+
+def _normal(cls: Float[np.ndarray, "b d"]) -> Float[np.ndarray, "b d"]:
+    """Standard normal numbers by Box and Muller, from uniform ones that are hashes of (the image's CLS, channel)."""
+    digests = [hashlib.blake2b(np.ascontiguousarray(row, dtype="<f4"), digest_size=8).digest() for row in cls]
+    seeds = np.array([int.from_bytes(digest, "little") for digest in digests], dtype=np.uint64)[:, None]
+    counters = np.arange(1, 2 * cls.shape[1] + 1, dtype=np.uint64)
+    uniform = (_splitmix(seeds + counters * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(11)) * 2.0**-53  # [0, 1)
+    one, other = uniform[:, ::2], uniform[:, 1::2]
+    return np.sqrt(-2 * np.log1p(-one)) * np.cos(2 * np.pi * other)
+
+
+def _splitmix(x: UInt64[np.ndarray, "b d"]) -> UInt64[np.ndarray, "b d"]:
+    """The output function of SplitMix64 (Steele, Lea and Flood 2014); products wrap around on purpose."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -3,14 +3,20 @@
 `run.json` holds all that decides a run's features besides the images, so that what has not changed is not computed
 again: `{run, backbone, weights_sha256, transform, registers, num_registers, statistic, patches, scale, neurons}`. `neurons` is
 `{layer: [neuron, …]}` for `test_time` and null otherwise.
+
+A run may be a control (see `controls`): then `control` names it, `neurons` are the ones that it moves or silences, and
+`neurons_seed` is the seed of a random draw. A run that is no control has neither key.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from .backbones import Backbone, load_backbone
+from .controls import CONTROLS, ablate, control_neurons, mlp_widths
+from .neurons import Neuron
 from .registers import add_test_time_registers
 from .tokens import TokenLayout
 
@@ -27,13 +33,20 @@ def describe_run(
     statistic: str = "per_neuron",
     patches: str = "zero",
     scale: float = 1.0,
+    neurons: str = "selected",
+    neurons_seed: int = 0,
+    candidates: Iterable[Neuron] = (),
 ) -> dict:
     """The description that goes into `run.json`.
 
     Args:
         registers: `none`, `trained` (the backbone must have them) or `test_time`.
         num_registers: test-time registers to add, or trained registers expected.
-        selected: the backbone's register neurons; used by `test_time` only.
+        selected: the backbone's register neurons; used by `test_time` and by controls.
+        neurons: which neurons the run takes: `selected`, or those of a control: `empty` (none), `random` and
+            `same_activation` are moved into test-time registers, `ablated` are silenced without any.
+        neurons_seed: of `random`.
+        candidates: neurons with their scores, for `same_activation`.
     Raises:
         ValueError: the variant does not fit the backbone or the count.
     """
@@ -50,8 +63,14 @@ def describe_run(
         raise ValueError(f"run {name}: test-time registers need num_registers of 1 or more, got {num_registers}")
     if registers == "none" and num_registers:
         raise ValueError(f"run {name}: registers is none, so num_registers must be 0, got {num_registers}")
+    _check_control(name, neurons, registers)
+    control = None if neurons == "selected" else neurons
     moved = registers == "test_time"
-    return {
+    if control is not None:
+        widths = mlp_widths(backbone.model, selected)
+        selected = control_neurons(control, selected, widths, candidates, neurons_seed)
+    taken = {str(layer): list(units) for layer, units in sorted(selected.items())}
+    described = {
         "run": name,
         "backbone": backbone.name,
         "weights_sha256": backbone.weights_sha256,
@@ -61,8 +80,23 @@ def describe_run(
         "statistic": statistic if moved else None,
         "patches": patches if moved else None,
         "scale": scale if moved else None,
-        "neurons": {str(layer): list(units) for layer, units in sorted(selected.items())} if moved else None,
+        "neurons": taken if moved or control else None,
     }
+    if control is not None:  # without one nothing is added: the runs that there were keep their bytes
+        described["control"] = control
+        if control == "random":
+            described["neurons_seed"] = neurons_seed
+    return described
+
+
+def _check_control(name: str, neurons: str, registers: str) -> None:
+    if neurons not in ("selected", *CONTROLS):
+        raise ValueError(f"run {name}: neurons is {neurons!r}; expected one of selected, {', '.join(CONTROLS)}")
+    fitting = {"selected": registers, "ablated": "none"}.get(neurons, "test_time")
+    if registers != fitting:
+        raise ValueError(
+            f"run {name}: neurons is {neurons!r}, which needs registers: {fitting}, but registers is {registers!r}"
+        )
 
 
 def read_run(path: Path) -> dict:
@@ -79,7 +113,7 @@ def read_run(path: Path) -> dict:
 
 
 def open_run(path: Path, backbones: Path) -> Backbone:
-    """The backbone of a run, with its test-time registers in place.
+    """The backbone of a run, with its test-time registers in place or its ablated neurons silenced.
 
     Args:
         path: the run's `run.json`.
@@ -96,12 +130,15 @@ def open_run(path: Path, backbones: Path) -> Backbone:
         )
     if run["neurons"] is not None:
         neurons = {int(layer): units for layer, units in run["neurons"].items()}
-        add_test_time_registers(
-            backbone.model,
-            neurons,
-            run["num_registers"],
-            statistic=run["statistic"],
-            patches=run["patches"],
-            scale=run["scale"],
-        )
+        if run.get("control") == "ablated":
+            ablate(backbone.model, neurons)
+        else:
+            add_test_time_registers(
+                backbone.model,
+                neurons,
+                run["num_registers"],
+                statistic=run["statistic"],
+                patches=run["patches"],
+                scale=run["scale"],
+            )
     return backbone

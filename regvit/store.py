@@ -5,7 +5,8 @@ Format 1. A zarr v3 group in a folder `<name>.zarr`:
 - arrays `cls (image, channel)`, `registers (image, register, channel)`, `patch_mean (image, channel)`, …, whichever
   the model has; little-endian float16, no compression, a CRC-32C after each chunk, `fill_value` NaN;
 - row i is row i of the manifest, for every array;
-- chunks cover `rows_per_unit` rows and all of the other axes. The rows of one chunk, in all arrays, are one *unit*;
+- chunks cover `rows_per_unit` rows and all of the other axes. The rows of one chunk, in all arrays, are one *unit*.
+  A store that holds `patches` has units of 32 rows (one image is up to some MB there), all others of 256 to 4,096;
 - attributes: `format`, `format_version`, `rows`, `rows_per_unit`, `units`, `complete: true`, and what made the store
   (backbone, weights digest, run, transform, precision, manifest digest, …): no path, no time, no machine.
 
@@ -59,6 +60,9 @@ WRITE_CONFIG = {"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPip
 # 256 rows are half a minute. From 64 units on they grow, so that a store stays some hundred files, up to 4,096 rows
 # (a few MB a chunk; larger ones read no faster). It depends on the data set alone: chunks are part of the bytes.
 SMALLEST_UNIT, LARGEST_UNIT, UNITS_BEFORE_GROWTH = 256, 4096, 64
+# Patch tokens are hundreds of times larger: 32 images are 6 MB (ViT-S/14 at 224 px) to 90 MB (ViT-L/14 at 518 px), and
+# readers that shuffle do so by units. 20,000 images of the largest kind are 57 GB in 630 files: keep such sets small.
+UNIT_OF_PATCHES = 32
 
 
 class InvalidStore(ValueError):
@@ -77,8 +81,14 @@ class UnstorableFeature(ValueError):
         self.array, self.row, self.value = array, row, value
 
 
-def default_rows_per_unit(rows: int) -> int:
-    """Rows of a unit for a store of `rows` images: a power of two from 256 (up to 16,384 images) to 4,096."""
+def default_rows_per_unit(rows: int, arrays: Iterable[str] = ()) -> int:
+    """Rows of a unit for a store of `rows` images: a power of two from 256 (up to 16,384 images) to 4,096.
+
+    Args:
+        arrays: names of the arrays; with `patches` among them a unit is 32 rows.
+    """
+    if "patches" in arrays:
+        return UNIT_OF_PATCHES
     size = SMALLEST_UNIT
     while size < LARGEST_UNIT and size * UNITS_BEFORE_GROWTH < rows:
         size *= 2
@@ -161,16 +171,28 @@ class FeatureStore:
             KeyError: the store has no such array.
             InvalidStore: a chunk fails its checksum, or holds NaN.
         """
+        return self.read_rows(name, 0, len(self)).astype(np.float32)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Float[np.ndarray, "b ..."]:
+        """Some rows of an array as they are stored (float16), shape (stop - start, …); whole units are read fastest.
+
+        Args:
+            start, stop: first row, and the row after the last.
+        Raises:
+            IndexError: the rows are out of range.
+            KeyError, InvalidStore: see `read`.
+        """
         if name not in self.arrays:
             raise KeyError(f"{self.path} has no array {name!r}; it has {', '.join(self.arrays)}")
+        if not 0 <= start <= stop <= len(self):
+            raise IndexError(f"rows {start} to {stop} are out of range: {self.path} has rows 0 to {len(self)}")
         try:
-            values = self._group[name][...]
+            values = self._group[name][start:stop]
         except ValueError as error:
             cure = "a chunk is damaged: `dvc pull` it or extract again"
             raise InvalidStore(f"{self.path}, array {name!r}: {error}; {cure}") from error
-        values = values.astype(np.float32)
         if np.isnan(values).any():
-            row = int(np.isnan(values).reshape(len(values), -1).any(1).argmax())
+            row = start + int(np.isnan(values).reshape(len(values), -1).any(1).argmax())
             raise InvalidStore(f"{self.path}, array {name!r}: row {row} is NaN, as if never written; extract again")
         return values
 
@@ -239,7 +261,7 @@ class StoreWriter:
         rows: images.
         arrays: shape of one row by array name.
         attributes: plain JSON values that say what made the features; stored, and compared before resuming.
-        rows_per_unit: rows of a unit; the default depends on `rows` alone.
+        rows_per_unit: rows of a unit; the default depends on `rows` and the names of the arrays alone.
         resume_key: plain JSON values that must also agree before resuming, and are not stored: code digest, versions.
     Attributes:
         note: one sentence on what was found in `partial`, "" where there was nothing.
@@ -261,7 +283,7 @@ class StoreWriter:
     ):
         self.final, self.partial = Path(final), Path(partial)
         self.rows = rows
-        self.rows_per_unit = default_rows_per_unit(rows) if rows_per_unit is None else rows_per_unit
+        self.rows_per_unit = default_rows_per_unit(rows, arrays) if rows_per_unit is None else rows_per_unit
         if rows < 1 or self.rows_per_unit < 1 or not arrays:
             raise ValueError(
                 f"rows {rows} and rows_per_unit {self.rows_per_unit} must be at least 1, and there must be an array "

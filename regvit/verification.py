@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,8 +13,34 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .attention import watch_cls_attention
+from .backbones import Backbone, load_backbone, unplanted
+from .gallery import as_picture, draw_maps, first_images, token_maps
+from .hooks import blocks
+from .intervals import mean_with_interval
+from .manifest import Dataset
+from .neurons import read_selected
 from .outliers import Detection, patch_norms
+from .runs import open_run
 from .tokens import TokenLayout
+
+
+@dataclass(frozen=True)
+class Models:
+    """A run beside the models that it is held against.
+
+    Args:
+        intact: the backbone before planting; the same object as `untreated` where nothing was planted.
+        untreated: the run's backbone without test-time registers.
+        run: the run's backbone.
+        detection: layer and threshold of outliers in `untreated`; None where it has none.
+        later: blocks after the last register neuron, where outliers draw attention; the later half without any.
+    """
+
+    intact: Backbone
+    untreated: Backbone
+    run: Backbone
+    detection: Detection | None
+    later: list[int]
 
 
 @dataclass(frozen=True)
@@ -37,6 +64,72 @@ class Recovery:
     cls_attention_on_outliers: Float[np.ndarray, " b"]
     cls_attention_on_registers: Float[np.ndarray, " b"]
     intact_attention_on_outliers: Float[np.ndarray, " b"]
+
+
+def open_models(run_file: Path, backbones: Path, neurons: Path, device: str = "cpu") -> Models:
+    """The models of a run, all on the device.
+
+    Args:
+        run_file: the run's `run.json`.
+        backbones: folder that holds one folder a backbone.
+        neurons: folder that holds `<backbone>.json`, the result of the search for outliers.
+    Raises:
+        ValueError: the backbone is not the one that the run was composed of.
+    """
+    run = open_run(run_file, backbones)
+    untreated = load_backbone(backbones / run.name)
+    intact = unplanted(backbones / run.name) if untreated.planted else untreated
+    for backbone in (intact, untreated, run):
+        backbone.model.to(device)
+    detection, selected = read_selected((neurons / f"{run.name}.json").read_text())
+    depth = len(blocks(run.model))
+    first = max(selected) + 1 if selected else depth // 2
+    return Models(intact, untreated, run, detection, list(range(min(first, depth - 1), depth)))
+
+
+def verify(models: Models, batches: Iterable[Float[Tensor, "b 3 h w"]], seed: int = 0) -> dict:
+    """Holds a run against the model before planting, as numbers for a metrics file.
+
+    Args:
+        batches: normalised images; gone through several times, and not at all where there is no ground truth.
+        seed: of the intervals.
+    """
+    if not models.untreated.planted:
+        return {"planted": False, "why": "the backbone is as it came: there is no ground truth to compare with"}
+    if models.detection is None:
+        return {"planted": True, "why": "the search found no outliers in the planted backbone"}
+    outliers = patch_norms(models.untreated.model, batches, [models.detection.layer])[0] > models.detection.threshold
+    recovery = compare_with_intact(
+        models.run.model, models.intact.model, outliers, models.detection, batches, models.later
+    )
+    metrics = {"planted": True, "images": len(outliers), "images_with_outliers": int(outliers.any(1).sum())}
+    for field, values in vars(recovery).items():
+        metrics |= mean_with_interval(field, values, seed)
+    return metrics
+
+
+def draw_verification(path: Path, title: str, models: Models, dataset: Dataset, pictures: int) -> None:
+    """Writes a PNG of norms and CLS attention before planting, before and after registers, whichever the run has.
+
+    Args:
+        title: of the run's columns.
+        dataset: whose first images are drawn, at twice the run's image size where the model takes it, so that objects
+            show.
+        pictures: how many.
+    """
+    transform = models.run.transform
+    if getattr(models.run.model, "dynamic_img_size", False):
+        transform = replace(transform, size=2 * transform.size)
+    pixels = first_images(dataset, transform, pictures)
+    images = transform.normalise(pixels.to(next(models.run.model.parameters()).device))
+    columns = {"intact": models.intact} if models.untreated.planted else {}
+    if getattr(models.run.model, "test_time_registers", None) is not None:
+        columns["original"] = models.untreated
+    columns[title] = models.run
+    layer = len(blocks(models.run.model)) - 2 if models.detection is None else models.detection.layer
+    maps = {name: token_maps(backbone.model, images, layer, models.later) for name, backbone in columns.items()}
+    ceiling = max(m.norms.max() for m in maps.values()) if models.detection is None else models.detection.threshold
+    draw_maps(path, as_picture(pixels), maps, float(ceiling))
 
 
 @torch.inference_mode()

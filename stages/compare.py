@@ -8,7 +8,19 @@ import sys
 from pathlib import Path
 
 from params import load_params
-from regvit.compare import Check, Measured, Table, accuracy_table, outlier_table, self_checks
+from regvit.compare import (
+    Check,
+    Measured,
+    Table,
+    accuracy_table,
+    anomaly_table,
+    classifier_table,
+    detector_table,
+    difference_table,
+    outlier_table,
+    self_checks,
+)
+from regvit.references import references
 
 BEGIN, END = "<!-- results: python stages/compare.py --readme -->", "<!-- end of results -->"
 
@@ -40,15 +52,19 @@ def write_readme(path: Path, tables: list[Table]) -> None:
 
 def compare(params: dict) -> tuple[list[Table], list[Check]]:
     """Tables and checks over the runs of params.yaml, in its order; what lies in metrics/ besides is not looked at."""
-    runs = read_runs(params)
-    names = {role: [n for n, d in params["datasets"].items() if d["role"] == role] for role in ("ood", "anomaly")}
-    detector = params["evaluate"]["detectors"][0]
-    accuracy = accuracy_table(runs, params["in_distribution"], names["ood"], names["anomaly"], detector)
-    return [accuracy, outlier_table(runs)], list(self_checks(runs))
+    runs, home, detectors = read_runs(params), params["in_distribution"], params["evaluate"]["detectors"]
+    ood, anomaly = ([n for n, d in params["datasets"].items() if d["role"] == role] for role in ("ood", "anomaly"))
+    tables = [accuracy_table(runs, home, ood), classifier_table(runs, home, ood)]
+    if anomaly:
+        tables += [anomaly_table(runs, anomaly, detectors[0]), detector_table(runs, detectors)]
+    tables += [difference_table(runs, home, detectors[0]), outlier_table(runs)]
+    return [table for table in tables if table.rows], list(self_checks(runs))
 
 
 def read_runs(params: dict) -> list[Measured]:
     """The metrics of every run."""
+    held = references(params["runs"], params["backbones"], params["compare"]["references"])
+    differences = read("metrics/differences.json")
     return [
         Measured(
             name,
@@ -57,6 +73,10 @@ def read_runs(params: dict) -> list[Measured]:
             read(f"metrics/evaluate/{name}.json"),
             read(f"metrics/identify/{run['backbone']}.json"),
             read(f"metrics/verify/{name}.json"),
+            run.get("neurons", "selected"),
+            read(f"metrics/evaluate/{name}/differences.json")["differences"],
+            held.get(name),
+            differences.get(f"{name}-{held.get(name)}", {}),
         )
         for name, run in params["runs"].items()
     ]

@@ -1,4 +1,7 @@
-"""compose@<run>: a backbone, its register neurons and a variant make a run; features/<run>/run.json."""
+"""compose@<run>: a backbone, its register neurons and a variant make a run; features/<run>/run.json.
+
+Beside it detection.json: which patches of the backbone count as outliers. It decides no feature, so it stands apart.
+"""
 
 import json
 import sys
@@ -6,7 +9,9 @@ from pathlib import Path
 
 from params import load_params
 from regvit.backbones import load_backbone
+from regvit.controls import read_candidates
 from regvit.neurons import read_selected
+from regvit.outliers import write_detection
 from regvit.runs import describe_run
 
 
@@ -14,13 +19,29 @@ def main(name: str) -> None:
     params = load_params()
     run = params["runs"][name]
     backbone = load_backbone(Path("data/backbones") / run["backbone"])
-    _, selected = read_selected(Path(f"features/neurons/{run['backbone']}.json").read_text())
-    described = describe_run(name, backbone, run["registers"], run["num_registers"], selected, **params["register"])
+    found = Path(f"features/neurons/{run['backbone']}.json").read_text()
+    detection, selected = read_selected(found)
+    described = describe_run(
+        name,
+        backbone,
+        run["registers"],
+        run["num_registers"],
+        selected,
+        **params["register"],
+        neurons=run.get("neurons", "selected"),
+        neurons_seed=run.get("neurons_seed", 0),
+        candidates=read_candidates(found),
+    )
     out = Path("features") / name / "run.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(described, indent=1) + "\n")
-    moved = sum(len(units) for units in selected.values()) if run["registers"] == "test_time" else 0
-    print(f"run {name}: {run['backbone']}, {run['num_registers']} {run['registers']} registers, {moved} neurons moved")
+    out.with_name("detection.json").write_text(write_detection(detection))
+    taken = sum(len(units) for units in (described["neurons"] or {}).values())
+    kind, done = described.get("control", ""), "silenced" if described.get("control") == "ablated" else "moved"
+    print(
+        f"run {name}: {run['backbone']}, {run['num_registers']} {run['registers']} registers, "
+        f"{taken} {kind + ' ' if kind else ''}neurons {done}"
+    )
 
 
 if __name__ == "__main__":

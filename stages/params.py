@@ -21,8 +21,12 @@ REGISTERS = ("none", "trained", "test_time")
 STATISTICS = ("per_neuron", "per_neuron_patches", "reference")
 PATCHES = ("zero", "mean", "only_outliers", "same")
 PRECISIONS = ("float32", "float32_medium", "bfloat16", "float16")
-READOUTS = r"cls|reg_mean|patch_mean|cls_reg|cls_patch|cls_reg_max|cls_reg_\d+"
-DETECTORS = ("msp", "energy", "max_logit")
+READOUTS = r"cls|reg_mean|patch_mean|cls_reg|cls_patch|cls_reg_max|cls_reg_learned|cls_reg_attn|cls_noise|cls_random|cls_reg_\d+"
+SCHEDULES = ("cosine", "constant")
+DETECTORS = ("msp", "energy", "max_logit", "knn", "mahalanobis", "relative_mahalanobis", "vim", "react")
+NEURONS = ("selected", "empty", "random", "same_activation", "ablated")
+TEMPLATES = ("openai", "simple")
+FEATURES = ("k", "q", "v", "token")
 RESERVED = ("backbones", "neurons")  # data/backbones and features/neurons are folders of their own
 
 
@@ -93,6 +97,12 @@ def choice(*known: str) -> Check:
     return check
 
 
+def flag(value: object, where: str) -> Iterator[str]:
+    """true or false."""
+    if not isinstance(value, bool):
+        yield f"{where} is {value!r}, expected true or false"
+
+
 def text(pattern: str = r".+", expected: str = "a text") -> Check:
     """A text that the regular expression matches as a whole."""
 
@@ -113,12 +123,12 @@ def optional(inner: Check) -> Check:
     return check
 
 
-def several(inner: Check) -> Check:
-    """A list, not empty and without repetition, of what `inner` allows."""
+def several(inner: Check, *, empty: bool = False) -> Check:
+    """A list without repetition of what `inner` allows; only with `empty` may it have no entry."""
 
     def check(value: object, where: str) -> Iterator[str]:
-        if not isinstance(value, list) or not value:
-            yield f"{where} is {value!r}, expected a list of at least one entry"
+        if not isinstance(value, list) or not (value or empty):
+            yield f"{where} is {value!r}, expected a list" + ("" if empty else " of at least one entry")
             return
         for index, entry in enumerate(value):
             yield from inner(entry, f"{where}[{index}]")
@@ -169,12 +179,34 @@ def named(inner: Check, *, empty: bool = False) -> Check:
     return check
 
 
+def classes(value: object, where: str) -> Iterator[str]:
+    """Classes to take: a list of names, {new name: name or names}, or the path of a file."""
+    names = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+    if isinstance(value, dict):
+        names = [name for olds in value.values() for name in (olds if isinstance(olds, list) else [olds])] + list(value)
+    wrong = [name for name in names if not isinstance(name, str | int) or isinstance(name, bool) or name == ""]
+    if not names or wrong:
+        yield (
+            f"{where} is {wrong[0] if wrong else value!r}, expected a list of class names, a block of new names"
+            " ({cat: [tabby, siamese]}), or the path of a .csv, .txt or .json file"
+        )
+
+
+REJECTS = {"rejects": choice("reject", "fail"), "max_rejects": number(0, 1)}
+SETS = {"datasets": several(text(), empty=True)}
+SIZED = SETS | {"img_size": optional(number(1, whole=True))}
+TRAINED = SETS | {
+    "learning_rates": several(number(0, above=True)),
+    "weight_decays": several(number(0)),
+    "steps": number(1, whole=True),
+    "batch_size": number(1, whole=True),
+}
 SCHEMA = block(
     {
         "seed": number(0, 2**32 - 1, whole=True),
         "in_distribution": text(),
-        "datasets": named(block({"source": text(), "role": choice(*ROLES)})),
-        "scenes": named(block({"source": text()}), empty=True),
+        "datasets": named(block({"source": text(), "role": choice(*ROLES)}, REJECTS | {"classes": classes})),
+        "scenes": named(block({"source": text()}, REJECTS), empty=True),
         "backbones": named(
             block(
                 {
@@ -194,7 +226,10 @@ SCHEMA = block(
             )
         ),
         "runs": named(
-            block({"backbone": text(), "registers": choice(*REGISTERS), "num_registers": number(0, whole=True)})
+            block(
+                {"backbone": text(), "registers": choice(*REGISTERS), "num_registers": number(0, whole=True)},
+                {"neurons": choice(*NEURONS), "neurons_seed": number(0, whole=True)},
+            )
         ),
         "identify": block(
             {
@@ -217,10 +252,58 @@ SCHEMA = block(
                 "steps": number(1, whole=True),
                 "batch_size": number(1, whole=True),
                 "weight_decay": number(0),
+                "momentum": number(0, 0.999999),
+                "schedule": choice(*SCHEDULES),
+                "standardise": flag,
+                "seeds": number(1, whole=True),
+                "neighbours": several(number(1, whole=True)),
+                "temperature": number(0, above=True),
+                "logistic": optional(several(number(0, above=True))),
             }
         ),
         "evaluate": block({"detectors": several(choice(*DETECTORS)), "bootstrap": number(1, whole=True)}),
+        "compare": block({"references": named(text(), empty=True)}),
         "verify": block({"pictures": text()}),
+        "tokens": block(SIZED | {"images": number(2, whole=True), "class_images": number(2, whole=True)}),
+        "attention": block(SIZED | {"images": number(1, whole=True), "first_layer": optional(number(0, whole=True))}),
+        "patches": block(SIZED),
+        "segment": block(TRAINED),
+        "depth": block(
+            TRAINED
+            | {
+                "min_depth": number(0, above=True),
+                "max_depth": number(0, above=True),
+                "crop": choice("none", "eigen"),
+                "bins": number(2, whole=True),
+                "upsample": number(1, whole=True),
+            }
+        ),
+        "discover": block(
+            SIZED
+            | {
+                "fit": choice("pad", "squash"),
+                "layers": number(1, whole=True),
+                "features": several(choice(*FEATURES)),
+                "normalised": several(flag),
+                "biases": several(number(-1, 0)),
+                "k_patches": number(1, whole=True),
+                "choose_images": number(1, whole=True),
+            }
+        ),
+        "zeroshot": block(
+            {
+                "runs": several(text(), empty=True),
+                "datasets": several(text(), empty=True),
+                "templates": choice(*TEMPLATES),
+                "text": named(
+                    text(
+                        r"hub:.+/.+|folder:.+|file:[^:]+:.+",
+                        "hub:<model>/<tag>, folder:<path> or file:<model>:<path>",
+                    ),
+                    empty=True,
+                ),
+            }
+        ),
     }
 )
 
@@ -240,6 +323,7 @@ def _broken_references(params: dict) -> Iterator[str]:
     pictures, drawable = params["verify"]["pictures"], datasets | params["scenes"]
     if pictures not in drawable:
         yield f"verify.pictures is {pictures!r}, which neither datasets nor scenes has{_nearest(pictures, drawable)}"
+    yield from _broken_measurements(params)
     for name, entry in backbones.items():
         plant = entry.get("plant")
         if plant and plant["amplifier_layer"] <= plant["seed_layer"]:
@@ -254,8 +338,45 @@ def _broken_references(params: dict) -> Iterator[str]:
             yield f"{where}.backbone is {run['backbone']!r}, which backbones does not have{nearest}"
         if run["registers"] == "test_time" and count < 1:
             yield f"{where}.num_registers is {count}, expected at least 1 where registers is test_time"
+        control = run.get("neurons", "selected")
+        wanted = {"ablated": "none", "selected": run["registers"]}.get(control, "test_time")
+        if run["registers"] != wanted:
+            yield f"{where}.neurons is {control}, which needs registers: {wanted}, not {run['registers']}"
         if run["registers"] == "none" and count != 0:
             yield f"{where}.num_registers is {count}, expected 0 where registers is none"
+
+
+MEASURED = ("tokens", "attention", "patches", "segment", "depth", "discover")
+
+
+def _broken_measurements(params: dict) -> Iterator[str]:
+    """Sets and runs that a measurement names and that are not there."""
+    datasets, runs, known = params["datasets"], params["runs"], params["datasets"] | params["scenes"]
+    for stage in MEASURED:
+        for name in params[stage]["datasets"]:
+            if name not in known:
+                yield f"{stage}.datasets has {name!r}, which neither datasets nor scenes has{_nearest(name, known)}"
+            elif stage in ("segment", "depth") and name not in params["patches"]["datasets"]:
+                yield f"{stage}.datasets has {name!r}, which patches.datasets lacks: add it there, {stage} reads its patches"
+    if params["depth"]["min_depth"] >= params["depth"]["max_depth"]:
+        yield f"depth.min_depth is {params['depth']['min_depth']}, expected less than max_depth {params['depth']['max_depth']}"
+    zeroshot = params["zeroshot"]
+    for name in zeroshot["datasets"]:
+        if name not in datasets:
+            yield f"zeroshot.datasets has {name!r}, which datasets does not have{_nearest(name, datasets)}"
+    for name in zeroshot["runs"]:
+        if name not in runs:
+            yield f"zeroshot.runs has {name!r}, which runs does not have{_nearest(name, runs)}"
+        elif runs[name]["backbone"] not in zeroshot["text"]:
+            yield f"zeroshot.text has no text tower for {runs[name]['backbone']}, the backbone of run {name}: add one"
+    for name in zeroshot["text"].keys() - params["backbones"].keys():
+        yield f"zeroshot.text.{name} is no backbone{_nearest(name, params['backbones'])}"
+    references = params["compare"]["references"]
+    for name in sorted({*references, *references.values()} - runs.keys()):
+        yield f"compare.references names {name!r}, which runs does not have{_nearest(name, runs)}"
+    for name, other in references.items():
+        if name == other:
+            yield f"compare.references.{name} is the run itself: name another"
 
 
 def _nearest(word: object, known) -> str:

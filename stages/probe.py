@@ -1,42 +1,34 @@
-"""probe@<run>: linear probes on the run's in-distribution features; features/<run>/probes.safetensors."""
+"""probe@<run>: linear probes, logistic regression and neighbours on the run's in-distribution features.
+
+Leaves features/<run>/probes.safetensors. Training that takes long keeps a checkpoint in work/, outside DVC's outputs;
+interrupted, it is resumed by running it again.
+"""
 
 import csv
 import json
+import os
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from params import load_params
+from regvit.durable import FolderLocked
+from regvit.logistic import fit_logistic
 from regvit.manifest import InvalidManifest, read_dataset
 from regvit.metrics import accuracy
-from regvit.probes import Training, save_probes, train_probes
+from regvit.neighbours import choose_neighbours
+from regvit.probes import ProbeSet, Training, save_probes, train_probes
 from regvit.progress import progress
 from regvit.readouts import available, read_all
-from regvit.store import FeatureStore, InvalidStore
+from regvit.store import FeatureStore, InvalidStore, fingerprint
 from runtime import Runtime
 
 
 def main(run: str) -> None:
     params, runtime = load_params(), Runtime.load()
-    training = train(run, params, runtime)
-    save_probes(f"features/{run}/probes.safetensors", training.probes)
-    out = Path("metrics/probe") / run
-    out.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps(metrics(training), indent=1) + "\n")
-    with open(out / "curves.csv", "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["readout", "learning_rate", "step", "train_loss", "val_top1"])
-        for p in training.curves:
-            writer.writerow([p.readout, p.learning_rate, p.step, round(p.train_loss, 6), round(p.val_top1, 6)])
-    for name, probe in training.probes.probes.items():
-        end = " (an end of the grid: widen learning_rates)" if probe.learning_rate in grid_ends(training) else ""
-        top1 = probe.val_correct / training.probes.val_images
-        print(f"{run}: {name} {top1:.4f} on validation, learning rate {probe.learning_rate:g}{end}")
-
-
-def train(run: str, params: dict, runtime: Runtime) -> Training:
-    """Trains on the train split and chooses on the val split; readouts that the run cannot give are named and left."""
     dataset, settings = read_dataset(Path("data") / params["in_distribution"]), params["probe"]
     store = FeatureStore.open(Path("features") / run / f"{params['in_distribution']}.zarr", dataset.digest)
     readouts = available(store.arrays, settings["readouts"])
@@ -44,39 +36,101 @@ def train(run: str, params: dict, runtime: Runtime) -> Training:
         print(f"{run}: readout {name} is left out: {reason}")
     features, labels = read_all(store, readouts.names), dataset.labels()
     rows = {split: np.flatnonzero([row.split == split for row in dataset.rows]) for split in ("train", "val")}
+    train, val = ({name: values[rows[split]] for name, values in features.items()} for split in ("train", "val"))
+    data = (train, labels[rows["train"]], val, labels[rows["val"]])
+
+    seeds = [params["seed"] + s for s in range(settings["seeds"])]
+    # Named by all that decides the probes, in the main repository, as the working folders of `extract` are.
+    made = fingerprint({"settings": settings, "seeds": seeds, "features": store.attributes})
+    work = Path(os.environ.get("DVC_ROOT", ".")) / "work" / f"probe-{run}-{made[:12]}.partial"
     with progress(settings["steps"], f"probe {run}", "steps") as bar:
-        return train_probes(
-            {name: values[rows["train"]] for name, values in features.items()},
-            labels[rows["train"]],
-            {name: values[rows["val"]] for name, values in features.items()},
-            labels[rows["val"]],
+        for other in sorted(set(work.parent.glob(f"probe-{run}-*.partial")) - {work}):
+            bar.line(f"{other} is unfinished and was made with other settings; delete it if it is not wanted any more")
+        training = train_probes(
+            *data,
             dataset.classes,
             settings["learning_rates"],
-            steps=settings["steps"],
-            batch_size=settings["batch_size"],
-            weight_decay=settings["weight_decay"],
-            seed=params["seed"],
+            settings["steps"],
+            settings["batch_size"],
+            settings["weight_decay"],
+            seeds,
+            momentum=settings["momentum"],
+            schedule=settings["schedule"],
+            standardise=settings["standardise"],
+            channels=store.arrays["cls"][-1] if "cls" in store.arrays else None,
             device=runtime.device,
-            on_step=bar.advance,
+            work=work,
+            progress=bar,
         )
+    probes = replace(add_others(training.probes, data, settings, runtime.device), origin=store.attributes)
+    save_probes(f"features/{run}/probes.safetensors", probes)
+    out = Path("metrics/probe") / run
+    out.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(metrics(probes), indent=1) + "\n")
+    write_curves(out / "curves.csv", training)
+    shutil.rmtree(work)
+    for name, of_seeds in probes.probes.items():
+        rates = sorted({probe.learning_rate for probe in of_seeds})
+        end = " (an end of the grid: widen learning_rates)" if set(rates) & grid_ends(probes.learning_rates) else ""
+        top1 = np.mean([probe.val_correct for probe in of_seeds]) / probes.val_images
+        print(f"{run}: {name} {top1:.4f} on validation, learning rate {', '.join(f'{rate:g}' for rate in rates)}{end}")
 
 
-def metrics(training: Training) -> dict:
-    """Validation accuracy and winning learning rate by readout."""
-    n = training.probes.val_images
+def add_others(probes: ProbeSet, data: tuple, settings: dict, device: str) -> ProbeSet:
+    """The same with logistic regression (null in the params: none) and neighbours, for each readout."""
+    train, labels, val, val_labels = data
+    classes, grid, logistic, knn = probes.classes, settings["logistic"], {}, {}
+    with progress(len(train), "neighbours and logistic regression", "readouts") as bar:
+        for name, x in train.items():
+            knn[name] = choose_neighbours(x, labels, val[name], val_labels, len(classes), settings["neighbours"],
+                                          settings["temperature"], device)  # fmt: skip
+            if grid:
+                logistic[name] = fit_logistic(name, x, labels, val[name], val_labels, classes, grid)
+            bar.advance()
+    return replace(probes, logistic=logistic, knn=knn)
+
+
+def metrics(probes: ProbeSet) -> dict:
+    """Validation accuracy of each classifier by readout, and the settings that won.
+
+    `val_top1` and its interval are means over the seeds: all are right or wrong on the same images, so that more seeds do
+    not make the interval narrower.
+    """
     table = {}
-    for name, probe in training.probes.probes.items():
-        top1 = accuracy(np.arange(n) < probe.val_correct).named("val_top1")
-        table[name] = {key: round(value, 6) for key, value in top1.items()} | {
-            "n": n,
-            "n_train": training.probes.train_images,
-            "learning_rate": probe.learning_rate,
+    for name, of_seeds in probes.probes.items():
+        estimates = [top1(probe.val_correct, probes) for probe in of_seeds]
+        table[name] = {
+            **{key: round(float(np.mean([e[key] for e in estimates])), 6) for key in estimates[0] if key != "n"},
+            "n": probes.val_images,
+            "n_train": probes.train_images,
+            "seeds": [probe.seed for probe in of_seeds],
+            "learning_rates": [probe.learning_rate for probe in of_seeds],
+            "val_top1_of_seeds": [e["val_top1"] for e in estimates],
         }
+        if name in probes.knn:
+            table[name]["knn"] = top1(probes.knn[name].val_correct, probes) | {"k": probes.knn[name].k}
+        if name in probes.logistic:
+            table[name]["logistic"] = top1(probes.logistic[name].val_correct, probes) | {"C": probes.logistic[name].C}
     return table
 
 
-def grid_ends(training: Training) -> set[float]:
-    rates = training.probes.learning_rates
+def top1(correct: int, probes: ProbeSet) -> dict:
+    estimate = accuracy(np.arange(probes.val_images) < correct).named("val_top1")
+    return {key: round(value, 6) for key, value in estimate.items()} | {"n": probes.val_images}
+
+
+def write_curves(path: Path, training: Training) -> None:
+    """Every second point of the curves, the last one among them: half the rows show as much."""
+    shown = sorted({point.step for point in training.curves})[::-2]
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["readout", "learning_rate", "step", "train_loss", "val_top1"])
+        for p in training.curves:
+            if p.step in shown:
+                writer.writerow([p.readout, p.learning_rate, p.step, round(p.train_loss, 6), round(p.val_top1, 6)])
+
+
+def grid_ends(rates: tuple[float, ...]) -> set[float]:
     return {min(rates), max(rates)} if len(rates) > 1 else set()
 
 
@@ -85,5 +139,7 @@ if __name__ == "__main__":
         sys.exit("usage: python stages/probe.py <run>")
     try:
         main(sys.argv[1])
-    except (FileNotFoundError, InvalidManifest, InvalidStore) as error:
+    except (FileNotFoundError, FolderLocked, InvalidManifest, InvalidStore) as error:
         sys.exit(f"probe: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)  # 128 + SIGINT, as shells do; train_probes has said what is safe

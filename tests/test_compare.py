@@ -6,7 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from regvit.compare import Check, Measured, Table, accuracy_table, outlier_fraction, outlier_table, self_checks
+from regvit.compare import (
+    Check,
+    Measured,
+    Table,
+    accuracy_table,
+    anomaly_table,
+    classifier_table,
+    detector_table,
+    difference_table,
+    outlier_fraction,
+    outlier_table,
+    points,
+    self_checks,
+)
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "stages"))
@@ -20,13 +33,35 @@ def top1(value: float) -> dict:
 
 
 def anomaly(auroc: float, fpr95: float) -> dict:
-    return {"msp": {"auroc": auroc, "fpr95": fpr95, "fpr95_lo": fpr95 - 0.1, "fpr95_hi": fpr95 + 0.1}}
+    return {
+        "auroc": auroc, "auroc_lo": auroc - 0.02, "auroc_hi": auroc + 0.02,
+        "fpr95": fpr95, "fpr95_lo": fpr95 - 0.1, "fpr95_hi": fpr95 + 0.1,
+    }  # fmt: skip
 
 
 READOUT = {
     "id": top1(0.625),
     "ood": {"lines": top1(0.4)},
-    "anomaly": {"flags": anomaly(0.7, 0.9), "digits": anomaly(0.8, 0.5)},
+    "anomaly": {"flags": {"msp": anomaly(0.7, 0.9)}, "digits": {"msp": anomaly(0.8, 0.5)}},
+    "anomaly_mean": {"msp": anomaly(0.75, 0.7), "vim": anomaly(0.9, 0.3)},
+    "knn": {"id": top1(0.5), "ood": {"lines": top1(0.3)}},
+}
+
+
+def shifted(**by: float) -> dict:
+    """Differences by metric, each with an interval of half a point to both sides."""
+    values = {}
+    for name, value in by.items():
+        values |= {name: value, f"{name}_lo": value - 0.005, f"{name}_hi": value + 0.005, f"{name}_p": 0.0004}
+    return values
+
+
+DIFFERENCES = {
+    "id": shifted(top1=0.02),
+    "ood": {"lines": shifted(top1=-0.02)},
+    "pooled": shifted(top1=0.001),
+    "anomaly": {"flags": {"msp": shifted(auroc=0.0, fpr95=0.03)}, "digits": {"msp": shifted(auroc=0.0, fpr95=-0.03)}},
+    "anomaly_mean": {"msp": shifted(auroc=-0.01, fpr95=0.0), "vim": shifted(auroc=0.03, fpr95=0.0)},
 }
 IDENTIFY = {"outliers_found": True, "outlier_fraction": 0.012, "outlier_fraction_after": 0.0, "num_neurons": 6,
             "precision": 1.0, "recall": 1.0}  # fmt: skip
@@ -46,25 +81,85 @@ def cured(num_registers: int = 1, **changed) -> Measured:
 
 
 def test_a_row_is_a_run_and_readout_in_percent_with_intervals():
-    table = accuracy_table([original(), cured()], "plain", ["lines"], ["digits", "flags"], "msp")
-    assert table.header == (
-        "run", "readout", "plain top-1", "lines top-1", "mean AUROC", "digits FPR95", "flags FPR95",
-    )  # fmt: skip
-    assert table.rows[0] == (
-        "original", "cls", "62.5 [57.5–67.5]", "40.0 [35.0–45.0]", "75.0", "50.0 [40.0–60.0]", "90.0 [80.0–100.0]",
-    )  # fmt: skip
+    table = accuracy_table([original(), cured()], "plain", ["lines"])
+    assert table.header == ("run", "readout", "plain top-1", "lines top-1")
+    assert stripped(table)[0] == ("original", "cls", "62.5 [57.5–67.5]", "40.0 [35.0–45.0]")
     assert [row[:2] for row in table.rows[1:]] == [("cured", "cls"), ("cured", "cls_reg")]
+    table = anomaly_table([original()], ["digits", "flags"], "msp")
+    assert table.header == ("run", "readout", "mean AUROC", "mean FPR95", "digits FPR95", "flags FPR95")
+    assert stripped(table)[0][2:] == (
+        "75.0 [73.0–77.0]", "70.0 [60.0–80.0]", "50.0 [40.0–60.0]", "90.0 [80.0–100.0]",
+    )  # fmt: skip
 
 
-def test_without_anomaly_sets_there_are_no_anomaly_columns():
-    assert accuracy_table([original()], "plain", ["lines"], [], "msp").header[-1] == "lines top-1"
+def test_every_classifier_that_a_run_has_is_a_row():
+    table = classifier_table([original()], "plain", ["lines"])
+    assert stripped(table) == [
+        ("original", "linear probe", "62.5 [57.5–67.5]", "40.0 [35.0–45.0]"),
+        ("original", "kNN", "50.0 [45.0–55.0]", "30.0 [25.0–35.0]"),
+    ]
+
+
+def test_detectors_are_rows_and_runs_columns():
+    table = detector_table([original(), cured()], ["msp", "vim"])
+    assert table.header == ("detector", "original", "cured")
+    assert stripped(table) == [("msp", *["75.0 [73.0–77.0]"] * 2), ("vim", *["90.0 [88.0–92.0]"] * 2)]
+
+
+def against_reference() -> Measured:
+    """Its CLS differs from that of `original`, its cls_reg from its CLS, and its patch means from nothing."""
+    readouts = {"cls": READOUT, "cls_reg": READOUT, "patch_mean": READOUT}
+    return Measured("cured", "test_time", 1, readouts, IDENTIFY, CURED, within={"cls_reg-cls": DIFFERENCES},
+                    reference="original", against={"cls-cls": DIFFERENCES})  # fmt: skip
+
+
+def test_figures_whose_difference_leaves_out_zero_are_marked_better_or_worse():
+    rows = accuracy_table([original(), against_reference()], "plain", ["lines"]).rows
+    marks = [[cell[-1] for cell in row[2:]] for row in rows]
+    assert marks == [[" ", " "], ["▲", "▼"], ["▲", "▼"], [" ", " "]]
+    rows = anomaly_table([against_reference()], ["flags", "digits"], "msp").rows
+    assert [cell[-1] for cell in rows[0][2:]] == ["▼", " ", "▼", "▲"]  # of FPR95 the smaller is the better
+    assert detector_table([against_reference()], ["msp", "vim"]).rows == (
+        ("msp", "75.0 [73.0–77.0] ▼"), ("vim", "90.0 [88.0–92.0] ▲"),
+    )  # fmt: skip
+
+
+def test_the_note_says_what_was_held_against_what():
+    tables = [
+        accuracy_table([original(), against_reference()], "plain", []),
+        detector_table([against_reference()], ["msp"]),
+    ]
+    assert tables[0].note.endswith("(cls: cured against original; other readouts: against cls of the same run).")
+    assert tables[1].note.endswith("(cls: cured against original).")
+    assert accuracy_table([original()], "plain", []).note == ""
+
+
+def test_paired_differences_are_listed_with_interval_and_p():
+    table = difference_table([original(), against_reference()], "plain", "msp")
+    assert table.rows[:4] == (
+        ("cured − original", "cls", "plain top-1", "+2.0 [+1.5, +2.5]", "< 0.001"),
+        ("cured − original", "cls", "ID + OOD top-1", "+0.1 [−0.4, +0.6]", "< 0.001"),
+        ("cured − original", "cls", "mean AUROC", "−1.0 [−1.5, −0.5]", "< 0.001"),
+        ("cured − original", "cls", "mean FPR95", "±0.0 [−0.5, +0.5]", "< 0.001"),
+    )
+    assert [row[:2] for row in table.rows[4:]] == [("cured", "cls_reg − cls")] * 4
+    assert "not corrected for the number of rows" in table.note
+    assert difference_table([original()], "plain", "msp").rows == ()
+
+
+def test_what_rounds_to_nothing_has_no_sign():
+    assert points({"d": -0.0002, "d_lo": -0.021, "d_hi": 0.0004}, "d") == "±0.0 [−2.1, ±0.0]"
+
+
+def stripped(table: Table) -> list[tuple[str, ...]]:
+    return [tuple(cell.strip() for cell in row) for row in table.rows]
 
 
 def test_a_data_set_that_was_not_evaluated_is_named():
     with pytest.raises(
         ValueError, match=r"run 'original' has no metrics for cls\.ood\.sketch: 'sketch' is not among lines"
     ):
-        accuracy_table([original()], "plain", ["sketch"], [], "msp")
+        accuracy_table([original()], "plain", ["sketch"])
 
 
 def test_a_run_without_outliers_says_so_and_has_nothing_to_compare():
@@ -131,9 +226,21 @@ def test_a_limit_is_said_in_words(low, high, words):
     assert Check("run", "figure", 0.5, low, high).limit == words
 
 
+def test_controls_are_not_held_to_the_cure():
+    control = Measured("random", "test_time", 1, {}, IDENTIFY, CURED | {"outlier_fraction": 0.02}, "random")
+    assert list(self_checks([control])) == []
+
+
 def test_a_table_for_the_terminal_has_numbers_to_the_right():
     table = Table("Sizes", ("name", "n"), (("a", "5"), ("long name", "12")))
     assert table.text().splitlines() == ["Sizes", "name        n", "---------  --", "a           5", "long name  12"]
+
+
+def test_a_note_is_wrapped_below_the_table_and_a_paragraph_in_markdown():
+    table = Table("Sizes", ("name", "n"), (("a", "−5 ▲"), ("b", "2  ")), "word " * 30 + "end")
+    lines = table.text().splitlines()
+    assert lines[3:5] == ["a     −5 ▲", "b      2"] and lines[-1].endswith("end") and max(map(len, lines)) <= 120
+    assert table.markdown().splitlines()[1:5] == ["| --- | --: |", "| a | −5 ▲ |", "| b | 2 |", ""]
 
 
 def test_a_table_in_markdown_escapes_bars():

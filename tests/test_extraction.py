@@ -124,6 +124,50 @@ def test_readouts_take_each_token_from_its_place():
     assert readouts(TokenLayout(cls=0, trained=0), tokens).keys() == {"patch_mean"}
 
 
+def test_patches_are_stored_row_by_row_where_they_are_asked_for_and_nothing_else(tmp_path, dataset):
+    backbone = with_registers(backbone_of(), 2)
+    store = run(tmp_path, backbone, dataset, arrays=["patches"])
+    assert store.arrays == {"patches": (4, 64)} and store.attributes["arrays"] == ["patches"]
+    tokens = tokens_of(backbone, 8)[0].numpy()  # CLS, two registers, 4 patches
+    np.testing.assert_allclose(store.read("patches")[8], tokens[3:], atol=2e-3)
+
+
+def test_patches_of_larger_images_are_more(tmp_path, dataset):
+    torch.manual_seed(0)
+    backbone = backbone_of(dynamic_img_size=True)
+    larger = dataclasses.replace(backbone, transform=dataclasses.replace(backbone.transform, size=2 * SIZE))
+    assert run(tmp_path, larger, dataset, arrays=["patches"]).arrays == {"patches": (16, 64)}
+
+
+def test_an_interrupted_extraction_of_patches_is_the_same_byte_for_byte(tmp_path, dataset):
+    class Stop(Exception):
+        pass
+
+    class StopsAt(progress):
+        def advance(self, n=1):
+            super().advance(n)
+            if self.done >= 8:
+                raise Stop
+
+    backbone, options = backbone_of(), {"arrays": ["patches", "cls"]}
+    (tmp_path / "whole").mkdir()
+    whole = run(tmp_path / "whole", backbone, dataset, **options)
+    (tmp_path / "torn").mkdir()
+    with StopsAt(11, None) as bar, pytest.raises(Stop):
+        run(tmp_path / "torn", backbone, dataset, progress=bar, **options)
+    torn = run(tmp_path / "torn", backbone, dataset, **options)
+    assert tree(torn.path) == tree(whole.path) and torn.digest() == whole.digest()
+
+
+def test_arrays_that_are_unknown_or_that_the_model_does_not_have_are_refused(tmp_path, dataset):
+    with pytest.raises(
+        ValueError, match="array 'patch' is unknown; expected some of cls, registers, patch_mean, patches"
+    ):
+        run(tmp_path, backbone_of(), dataset, arrays=["patch"])
+    with pytest.raises(ValueError, match=r"test_vit has none of the arrays asked for \(registers\)"):
+        run(tmp_path, backbone_of(), dataset, arrays=["registers"])
+
+
 def test_patch_means_of_half_precision_tokens_are_taken_in_float32():
     tokens = torch.full((1, 5000, 1), 0.1, dtype=torch.bfloat16)
     found = readouts(TokenLayout(cls=0, trained=0), tokens)["patch_mean"]

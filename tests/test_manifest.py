@@ -82,6 +82,7 @@ def test_a_root_that_is_gone_is_reported_with_its_place(tmp_path):
         (Row("", "x.png", "", "test"), "row 4: image_id is empty"),
         (Row("d", "../x.png", "", "test"), r"path '\.\./x\.png' leaves the root"),
         (Row("d", "x.png", "", "test", mask="/etc/m.png"), r"path '/etc/m\.png' leaves the root"),
+        (Row("d", "x.png", "", "test", depth="../d.png"), r"path '\.\./d\.png' leaves the root"),
         (Row("d", "x.png", "fish", "test"), "label 'fish' is not among the 2 classes"),
         (Row("d", "x.png", "", "dev"), "split 'dev' is unknown; use one of train, val, test"),
         (Row("d", "x.png", "", "test", boxes="[1, 2, 3, 4]"), "are not a JSON list of"),
@@ -118,6 +119,25 @@ def test_a_missing_column_is_named_and_optional_ones_may_be_absent(tmp_path):
         read_dataset(tmp_path)
     (tmp_path / "manifest.csv").write_text("image_id,path,label,split\nx,x.png,cat,val\n")
     assert read_dataset(tmp_path).rows == (Row("x", "x.png", "cat", "val"),)
+
+
+def test_a_depth_column_is_written_only_where_a_row_has_one(tmp_path):
+    write(tmp_path / "flat")
+    assert (tmp_path / "flat/manifest.csv").read_text().startswith("image_id,path,label,split,boxes,mask,sha256\n")
+    deep = (*ROWS, Row("d", "x.png", "cat", "val", depth="depth/d.png"))
+    assert read_dataset(write(tmp_path / "deep", deep)).rows == deep
+    assert (tmp_path / "deep/manifest.csv").read_text().splitlines()[-1] == "d,x.png,cat,val,,,,depth/d.png"
+
+
+def test_the_bytes_of_a_manifest_without_depth_are_those_of_earlier_versions(tmp_path):
+    expected = (
+        "image_id,path,label,split,boxes,mask,sha256\n"
+        "b,images/b.png,dog,train,,,\n"
+        'a,"images/a, with comma.png",,test,"[[0, 1, 2, 3]]",masks/a.png,ff\n'
+        "c,images/ü.png,cat,val,,,\n"
+    )
+    write(tmp_path)
+    assert (tmp_path / "manifest.csv").read_bytes() == expected.encode()
 
 
 def test_a_folder_without_a_manifest_is_refused(tmp_path):

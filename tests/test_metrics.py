@@ -1,4 +1,5 @@
 import math
+from itertools import product
 
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from regvit import metrics
 from regvit.metrics import (
+    ANOMALY_METRICS,
+    Separation,
     accuracy,
-    anomaly_metrics,
     aupr_in,
     aupr_out,
     auroc,
@@ -82,7 +84,7 @@ def test_infinite_scores_stand_at_the_ends_and_tie_with_each_other(metric):
     assert metric(id_scores, anomaly_scores) == finite
 
 
-@pytest.mark.parametrize("metric", [*ALL, anomaly_metrics, roc_curve])
+@pytest.mark.parametrize("metric", [*ALL, Separation, roc_curve])
 def test_nan_and_empty_sides_are_refused(metric):
     good = np.array([0.0, 1.0])
     with pytest.raises(ValueError, match=r"anomaly_scores holds 1 NaN among 2 scores"):
@@ -93,49 +95,22 @@ def test_nan_and_empty_sides_are_refused(metric):
         metric(good, good[:, None])
 
 
-def test_intervals_hold_the_point_and_are_those_of_a_plain_bootstrap():
-    rng = np.random.default_rng(1)
-    id_scores, anomaly_scores = rng.normal(size=120), rng.normal(1.0, size=80).round(1)
-    estimates = anomaly_metrics(id_scores, anomaly_scores, bootstrap=2000, seed=3)
-    assert list(estimates) == ["auroc", "fpr95", "fpr95_ood_positive", "aupr_in", "aupr_out"]
-    own = np.random.default_rng(7)
-    resamples = [(own.choice(id_scores, 120), own.choice(anomaly_scores, 80)) for _ in range(2000)]
-    for metric in (auroc, aupr_in, aupr_out):
-        estimate = estimates[metric.__name__]
-        assert estimate.value == metric(id_scores, anomaly_scores)
-        lo, hi = np.quantile([metric(*r) for r in resamples], [0.025, 0.975])
-        assert (estimate.lo, estimate.hi) == pytest.approx((lo, hi), abs=0.01)
-        assert estimate.lo < estimate.value < estimate.hi and estimate.n == 80
+@given(sides, st.integers(0, 99))
+@settings(max_examples=100, deadline=None)
+def test_weighed_images_count_as_often_as_they_are_drawn(scores, seed):
+    rng = np.random.default_rng(seed)
+    drawn = [[rng.integers(0, len(side), len(side)) for side in scores] for _ in range(3)]
+    counts = [np.array([np.bincount(rows[i], minlength=len(scores[i])) for rows in drawn]) for i in (0, 1)]
+    measured = Separation(*scores).measure(None, *counts)
+    for i, rows in enumerate(drawn):
+        for metric in ALL:
+            expected = metric(scores[0][rows[0]], scores[1][rows[1]])
+            assert measured[metric.__name__][i] == pytest.approx(expected, abs=1e-12)
 
 
-def test_the_interval_of_auroc_is_as_wide_as_hanley_and_mcneil_say():
-    rng = np.random.default_rng(0)
-    id_scores, anomaly_scores = rng.normal(size=500), rng.normal(1.0, size=400)
-    estimate = anomaly_metrics(id_scores, anomaly_scores, bootstrap=2000)["auroc"]
-    a, n, m = estimate.value, 400, 500
-    q1, q2 = a / (2 - a), 2 * a * a / (1 + a)
-    error = math.sqrt((a * (1 - a) + (n - 1) * (q1 - a * a) + (m - 1) * (q2 - a * a)) / (n * m))
-    assert estimate.hi - estimate.lo == pytest.approx(2 * 1.96 * error, rel=0.1)
-
-
-def test_the_same_seed_gives_the_same_interval_however_the_resamples_are_cut(monkeypatch):
-    rng = np.random.default_rng(0)
-    scores = rng.normal(size=50), rng.normal(1.0, size=40)
-    whole = anomaly_metrics(*scores, bootstrap=100, seed=5)
-    assert anomaly_metrics(*scores, bootstrap=100, seed=6) != whole
-    monkeypatch.setattr(metrics, "CELLS_PER_CHUNK", 700)  # 7 resamples at once
-    assert anomaly_metrics(*scores, bootstrap=100, seed=5) == whole
-
-
-def test_an_interval_holds_its_point_even_where_the_detector_is_upside_down():
-    rng = np.random.default_rng(0)
-    for estimate in anomaly_metrics(rng.normal(4.0, size=80), rng.normal(size=70), bootstrap=200).values():
-        assert 0 <= estimate.lo <= estimate.value <= estimate.hi <= 1
-
-
-def test_no_bootstrap_is_refused():
-    with pytest.raises(ValueError, match="bootstrap is 0; an interval needs at least 1 resample"):
-        anomaly_metrics(np.zeros(2), np.ones(2), bootstrap=0)
+def test_only_the_metrics_asked_for_are_measured():
+    assert list(ANOMALY_METRICS) == [metric.__name__ for metric in ALL]
+    assert list(Separation(np.zeros(2), np.ones(2)).measure(["fpr95", "auroc"])) == ["fpr95", "auroc"]
 
 
 def test_the_roc_is_thinned_but_keeps_its_ends_and_its_area():
@@ -171,6 +146,40 @@ def test_accuracy_refuses_no_images_and_what_is_not_boolean():
         accuracy(np.zeros(0, dtype=bool))
     with pytest.raises(ValueError, match=r"correct is float64 of shape \(2,\); expected one boolean per image"):
         accuracy(np.ones(2))
+    with pytest.raises(ValueError, match=r"correct is bool of shape \(1, 2, 1\); expected"):
+        accuracy(np.ones((1, 2, 1), dtype=bool))
+
+
+def test_seeds_that_agree_add_nothing():
+    correct = np.arange(50) % 3 > 0
+    assert accuracy(np.stack([correct] * 4)) == accuracy(correct)
+
+
+def test_the_interval_over_seeds_is_worked_by_hand():
+    correct = np.array([[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]], dtype=bool)
+    images = ((np.array([1, 2 / 3, 1 / 3, 0]) - 0.5) ** 2).sum() / 16
+    seeds = (0.25**2 + 0.25**2) / (3 * 2)
+    size = 0.25 / (images + seeds)
+    z = 1.959964
+    half = z / (1 + z * z / size) * math.sqrt(0.25 / size + z * z / (4 * size**2))
+    estimate = accuracy(correct)
+    assert (estimate.value, estimate.n) == (0.5, 4)
+    assert (estimate.lo, estimate.hi) == pytest.approx((0.5 - half, 0.5 + half), abs=1e-6)
+
+
+def test_images_that_half_of_the_seeds_get_right_count_at_most_once_a_seed():
+    estimate, single = accuracy(np.array([[True, False] * 10, [False, True] * 10])), accuracy(np.arange(40) % 2 == 0)
+    assert (estimate.lo, estimate.hi, estimate.n) == (single.lo, single.hi, 20)
+
+
+def test_the_interval_over_images_and_seeds_covers_the_truth_about_95_times_in_100():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(2000):
+        luck = rng.normal(0, 0.05, size=(5, 1))  # of a seed: E Φ is ½ by symmetry
+        estimate = accuracy(rng.normal(0, 1, 150) + luck + rng.normal(0, 0.5, (5, 150)) > 0)
+        hits += estimate.lo <= 0.5 <= estimate.hi
+    assert 0.93 <= hits / 2000 <= 0.975
 
 
 def test_a_named_estimate_has_its_interval_beside_it():
@@ -260,3 +269,55 @@ TRUE_DIFFERENCE = (
 def test_paired_arrays_must_have_equal_length():
     with pytest.raises(ValueError, match="correct_a has 2 images and correct_b 3; pair the same images"):
         paired_accuracy_difference(np.ones(2, dtype=bool), np.ones(3, dtype=bool))
+
+
+def test_several_seeds_are_compared_by_the_mean_of_each_image():
+    a = np.array([[1, 1, 1, 0, 1], [1, 1, 0, 0, 1]], dtype=bool)
+    b = np.array([[0, 1, 0, 1, 1], [0, 0, 0, 0, 1]], dtype=bool)
+    difference = paired_accuracy_difference(a, b)
+    assert difference.value == pytest.approx(0.3)
+    assert (difference.only_a, difference.only_b, difference.n) == (4, 1, 5)
+    d, centre = np.array([1, 0.5, 0.5, -0.5, 0, 1, -1]), 1.5 / 7  # two images more
+    by_seed = np.array([0.2, 0.4])
+    variance = ((d - centre) ** 2).sum() / 49 + by_seed.var(ddof=1) / 2
+    half = 1.959964 * math.sqrt(variance)
+    assert (difference.lo, difference.hi) == pytest.approx((centre - half, centre + half), abs=1e-6)
+    totals = [2, 1, 1, -1]
+    flips = [abs(sum(s * t for s, t in zip(signs, totals, strict=True))) for signs in product((1, -1), repeat=4)]
+    assert difference.p == pytest.approx(np.mean([flip >= 3 for flip in flips]))
+
+
+@given(st.lists(st.integers(-4, 4), min_size=1, max_size=10))
+@settings(max_examples=60, deadline=None)
+def test_the_sign_flip_test_equals_trying_all_signs(totals):
+    flips = [
+        abs(sum(s * t for s, t in zip(signs, totals, strict=True))) for signs in product((1, -1), repeat=len(totals))
+    ]
+    expected = np.mean([flip >= abs(sum(totals)) for flip in flips])
+    assert metrics._sign_flip(np.array(totals)) == pytest.approx(expected)
+
+
+def test_very_many_disagreements_follow_the_normal_law(monkeypatch):
+    totals = np.repeat([3, -2, 1, -1], [800, 1050, 300, 350])
+    exact = metrics._sign_flip(totals)
+    monkeypatch.setattr(metrics, "EXACT_FLIPS", 10)
+    assert metrics._sign_flip(totals) == pytest.approx(exact, rel=0.05)
+
+
+def test_images_of_a_group_are_flipped_and_counted_together():
+    a = np.array([True, True, True, True, False, True])
+    b = np.array([False, False, False, False, True, True])
+    apart, together = paired_accuracy_difference(a, b), paired_accuracy_difference(a, b, np.array([7, 7, 7, 7, 1, 2]))
+    assert (apart.value, apart.p) == pytest.approx((3 / 6, 2 * 6 / 32))
+    assert (together.value, together.p) == (apart.value, 1.0)  # 4 against 1: no flip gives less than 3
+    assert together.hi - together.lo > apart.hi - apart.lo
+    with pytest.raises(ValueError, match=r"groups have shape \(2,\); expected one for each of the 6 images"):
+        paired_accuracy_difference(a, b, np.zeros(2))
+
+
+def test_one_classifier_without_seeds_meets_all_of_the_others():
+    rng = np.random.default_rng(0)
+    a, b = rng.random((3, 40)) < 0.8, rng.random(40) < 0.6
+    assert paired_accuracy_difference(a, b) == paired_accuracy_difference(a, np.stack([b] * 3))
+    with pytest.raises(ValueError, match="correct_a has 3 seeds and correct_b 2; pair the same seeds"):
+        paired_accuracy_difference(a, a[:2])

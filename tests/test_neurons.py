@@ -201,6 +201,7 @@ def test_the_file_reads_back_what_was_found(planted):
         "explained",
         "selected",
         "neurons",
+        "active",
     ]
 
 
@@ -245,3 +246,17 @@ def test_sums_take_no_more_memory_for_more_images():
         sums.see_activation(0, torch.randn(4, 10, 8))
     after = {name: value.numel() for name, value in vars(sums).items() if isinstance(value, torch.Tensor)}
     assert {name: n for name, n in after.items() if name != "mask"} == {n: v for n, v in before.items() if n != "mask"}
+
+
+def test_the_busiest_neurons_are_kept_beside_the_best_writers(planted):
+    model, x = planted
+    found = find_register_neurons(model, x)
+    scores = score_neurons(
+        model, [x], found.norms[found.detection.layer] > found.detection.threshold, found.detection.layer
+    )
+    first = int(scores.activation.argmax())
+    width = scores.activation.shape[1]
+    assert (found.active[0].layer, found.active[0].neuron) == divmod(first, width)
+    activations = [neuron.activation for neuron in found.active]
+    assert activations == sorted(activations, reverse=True) and len(activations) == 200
+    assert json.loads(found.to_json())["active"][0]["activation"] == activations[0]

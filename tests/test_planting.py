@@ -160,12 +160,15 @@ def test_the_seeds_direction_is_blind_to_prefix_tokens_and_to_differences_betwee
     h[:, :3, 4] += 1  # as well, a little
     prefix = torch.zeros(40, 1, 6)
     prefix[..., 5] = 3
-    f = within_image_direction(h, chosen, prefix)
+    unseen = torch.tensor([[1.0, 2.0, 0.0, 0.0, 0.0, 0.0]])
+    f = within_image_direction(h, chosen, prefix, torch.zeros(0, 6))
     assert f.norm().item() == pytest.approx(1, abs=1e-6)
     assert f[0] > 0.9
     assert abs(f[4]) < 0.05
     offset = (prefix.mean(0) - h.mean((0, 1)))[0]
     assert abs((f @ offset).item()) < 1e-5
+    turned = within_image_direction(h, chosen, prefix, unseen)
+    assert abs((turned @ unseen[0]).item()) < 1e-5 and turned[0] > 0.5
 
 
 @pytest.mark.parametrize(
@@ -217,3 +220,14 @@ def test_unplanting_another_model_changes_nothing(tiny_vit, noise_images):
     other = nn.Sequential(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="is not a parameter of this Sequential"):
         unplant(other, planted.replaced)
+
+
+def test_an_empty_register_leaves_nearly_all_outliers_where_they_are(tiny_vit, noise_images):
+    model = tiny_vit(1)
+    new, _ = planted_copy(model, noise_images(64))
+    unseen = noise_images(32, seed=1)
+    before = outliers_of(new, unseen)
+    with add_test_time_registers(new, {}, num_registers=1):
+        after = outliers_of(new, unseen)
+    assert (after & before).sum() >= 0.9 * before.sum()
+    assert after.sum() <= 1.1 * before.sum()

@@ -7,7 +7,10 @@ import torch
 
 from regvit import TokenLayout
 from regvit.backbones import load_backbone, save_backbone
+from regvit.controls import silence
+from regvit.hooks import output_projection, watch_inputs
 from regvit.images import Transform
+from regvit.neurons import Neuron
 from regvit.runs import describe_run, open_run
 
 TRANSFORM = Transform(160, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -90,3 +93,84 @@ def test_another_transform_is_another_run(folder):
     backbone = load_backbone(folder / "tiny")
     other = dataclasses.replace(backbone, transform=dataclasses.replace(TRANSFORM, crop_pct=0.9))
     assert describe_run("r", backbone, "none", 0, {}) != describe_run("r", other, "none", 0, {})
+
+
+def test_a_run_that_is_no_control_keeps_the_keys_that_it_always_had(folder):
+    run = describe_run("cured", load_backbone(folder / "tiny"), "test_time", 1, SELECTED, neurons="selected")
+    assert list(run) == [
+        "run", "backbone", "weights_sha256", "transform", "registers", "num_registers", "statistic", "patches",
+        "scale", "neurons",
+    ]  # fmt: skip
+
+
+def test_a_random_control_moves_as_many_other_neurons_and_says_so(folder):
+    backbone = load_backbone(folder / "tiny")
+    run = describe_run("control", backbone, "test_time", 1, SELECTED, neurons="random", neurons_seed=4)
+    assert (run["control"], run["neurons_seed"], run["registers"]) == ("random", 4, "test_time")
+    units = run["neurons"]["1"]
+    assert len(units) == 2
+    assert not set(units) & {3, 5}
+    opened = open_run(write(folder, run), folder)
+    assert opened.model.blocks[1].mlp.fc2.register_neurons.tolist() == units
+    assert run != describe_run("control", backbone, "test_time", 1, SELECTED, neurons="random", neurons_seed=5)
+
+
+def test_a_control_of_equal_activation_takes_its_neurons_from_the_candidates(folder):
+    candidates = [Neuron(1, 3, 2.0, 0.5), Neuron(1, 5, 3.0, 0.4), Neuron(1, 8, 3.5, 0.0), Neuron(1, 9, 1.5, 0.0)]
+    run = describe_run(
+        "control", load_backbone(folder / "tiny"), "test_time", 1, SELECTED,
+        neurons="same_activation", candidates=candidates,
+    )  # fmt: skip
+    assert run["neurons"] == {"1": [8, 9]}
+    assert run["control"] == "same_activation"
+    assert "neurons_seed" not in run
+
+
+@torch.no_grad()
+def test_an_ablated_run_has_no_register_and_its_neurons_are_zero_at_the_patches(folder):
+    backbone = load_backbone(folder / "tiny")
+    run = describe_run("control", backbone, "none", 0, SELECTED, neurons="ablated")
+    assert (run["control"], run["neurons"], run["statistic"]) == ("ablated", {"1": [3, 5]}, None)
+    opened = open_run(write(folder, run), folder).model
+    assert TokenLayout.of(opened) == TokenLayout(1, 0, 0)
+    seen = {}
+    for name, model in (("ablated", opened), ("plain", backbone.model)):
+        x = torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+        with watch_inputs({1: output_projection(model.blocks[1])}, lambda _, a, name=name: seen.update({name: a})):
+            model.forward_features(x)
+    assert torch.equal(seen["ablated"], silence(seen["plain"], torch.tensor([3, 5]), TokenLayout(1, 0, 0)))
+    assert seen["plain"][:, 1:, [3, 5]].abs().max() > 0
+
+
+@torch.no_grad()
+def test_an_empty_control_has_its_registers_and_moves_nothing(folder):
+    backbone = load_backbone(folder / "tiny")
+    run = describe_run("control", backbone, "test_time", 2, SELECTED, neurons="empty")
+    assert (run["control"], run["neurons"], run["num_registers"]) == ("empty", {}, 2)
+    opened = open_run(write(folder, run), folder).model
+    assert TokenLayout.of(opened) == TokenLayout(1, 0, 2)
+    assert not any("register_neurons" in name for name, _ in opened.named_buffers())
+
+
+def test_a_control_of_a_backbone_without_outliers_has_nothing_to_move(folder):
+    run = describe_run("control", load_backbone(folder / "tiny"), "test_time", 1, {}, neurons="random")
+    assert run["neurons"] == {}
+    assert TokenLayout.of(open_run(write(folder, run), folder).model).test_time == 1
+
+
+@pytest.mark.parametrize(
+    ("registers", "count", "neurons", "message"),
+    [
+        ("none", 0, "random", "neurons is 'random', which needs registers: test_time, but registers is 'none'"),
+        ("test_time", 1, "ablated", "neurons is 'ablated', which needs registers: none, but registers is 'test_time'"),
+        (
+            "test_time",
+            1,
+            "other",
+            "neurons is 'other'; expected one of selected, empty, random, same_activation, ablated",
+        ),
+    ],
+)
+def test_a_control_that_does_not_fit_the_variant_is_refused(folder, registers, count, neurons, message):
+    with pytest.raises(ValueError, match=message):
+        describe_run("r", load_backbone(folder / "tiny"), registers, count, SELECTED, neurons=neurons)

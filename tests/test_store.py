@@ -104,6 +104,25 @@ def test_units_are_small_for_small_sets_and_few_for_large_ones(rows, expected):
     assert default_rows_per_unit(rows) == expected
 
 
+def test_units_of_patches_are_small_whatever_the_size_of_the_set(tmp_path):
+    assert default_rows_per_unit(40, ["cls"]) == 256
+    assert default_rows_per_unit(40, ["cls", "patches"]) == default_rows_per_unit(10**6, ["patches"]) == 32
+    with StoreWriter(tmp_path / "a.zarr", tmp_path / "a.partial", 40, {"patches": (4, 2)}, MADE_BY) as writer:
+        assert [writer.unit_rows(unit) for unit in range(writer.units)] == [(0, 32), (32, 40)]
+
+
+def test_some_rows_are_read_as_they_are_stored(tmp_path):
+    store = FeatureStore.open(make(tmp_path))
+    rows = store.read_rows("registers", 3, 9)  # of three units
+    assert rows.dtype == np.float16 and rows.shape == (6, 2, 8)
+    np.testing.assert_array_equal(rows, features(10)["registers"][3:9].astype(np.float16))
+    assert store.read_rows("cls", 4, 4).shape == (0, 8)
+    with pytest.raises(IndexError, match=r"rows 8 to 11 are out of range: .* has rows 0 to 10"):
+        store.read_rows("cls", 8, 11)
+    with pytest.raises(KeyError, match="has no array 'patches'"):
+        store.read_rows("patches", 0, 1)
+
+
 def test_a_store_opens_with_its_attributes_and_shapes(tmp_path):
     store = FeatureStore.open(make(tmp_path))
     assert store.arrays == {"cls": (8,), "patch_mean": (8,), "registers": (2, 8)}

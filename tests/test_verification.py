@@ -1,10 +1,17 @@
+import json
+
 import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 
+from regvit.backbones import create, load_backbone, save_backbone
+from regvit.images import Transform
+from regvit.manifest import Row, read_dataset, write_dataset
 from regvit.outliers import Detection
-from regvit.verification import compare_with_intact
+from regvit.runs import describe_run
+from regvit.verification import Models, compare_with_intact, draw_verification, open_models, verify
 
 
 @pytest.fixture
@@ -37,3 +44,75 @@ def test_attention_on_outliers_is_summed_over_the_marked_patches(model):
 def test_without_outliers_there_is_nothing_to_compare(model):
     with pytest.raises(ValueError, match="none of 1 images has an outlier"):
         compare_with_intact(model, model, np.zeros((1, 100), bool), Detection(4, 1.0, 0.0), [], [5])
+
+
+ARGS = {"num_classes": 0, "dynamic_img_size": True}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A backbone `tiny` that says of itself that neuron 3 of block 1 was planted, its search result and two runs."""
+    torch.manual_seed(0)
+    model = create("test_vit", ARGS)
+    name = "blocks.1.mlp.fc2.weight"
+    replaced = {name: model.get_parameter(name).detach().clone()}
+    model.get_parameter(name).data[:, 3] = 1.0
+    save_backbone(
+        tmp_path / "tiny", model, name="tiny", architecture="test_vit", model_args=ARGS,
+        transform=Transform(64, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), source="random weights", licence="MIT",
+        planted={"neurons": {1: [3]}}, replaced=replaced,
+    )  # fmt: skip
+    found = {"threshold": 1.0, "detect_layer": 3, "selected": {"1": [3]}}
+    (tmp_path / "tiny.json").write_text(json.dumps(found))
+    backbone = load_backbone(tmp_path / "tiny")
+    for run, registers, count in (("plain", "none", 0), ("cured", "test_time", 1)):
+        described = describe_run(run, backbone, registers, count, {1: (3,)})
+        (tmp_path / f"{run}.run.json").write_text(json.dumps(described))
+    return tmp_path
+
+
+def opened(folder, run: str) -> Models:
+    return open_models(folder / f"{run}.run.json", folder, folder)
+
+
+def test_a_run_opens_beside_the_models_before_planting_and_before_registers(folder):
+    models = opened(folder, "cured")
+    assert models.intact.planted is None and models.untreated.planted == {1: [3]}
+    assert models.run.model.num_prefix_tokens == 2 and models.untreated.model.num_prefix_tokens == 1
+    assert models.later == [2, 3, 4, 5] and models.detection.layer == 3
+
+
+def test_figures_are_means_over_images_with_their_intervals(folder):
+    models, batches = opened(folder, "plain"), list(torch.randn(4, 3, 64, 64).split(2))
+    metrics = verify(models, batches)
+    assert metrics["planted"] and metrics["images"] == metrics["images_with_outliers"] == 4  # all norms exceed 1
+    assert metrics["outlier_fraction"] == metrics["outlier_fraction_lo"] == 1
+    everywhere = np.ones((4, 16), bool)
+    recovery = compare_with_intact(
+        models.run.model, models.intact.model, everywhere, models.detection, batches, models.later
+    )
+    assert metrics["cls_cosine"] == pytest.approx(recovery.cls_cosine.mean(), abs=1e-6)
+    assert metrics["cls_cosine_lo"] <= metrics["cls_cosine"] <= metrics["cls_cosine_hi"]
+
+
+def test_without_ground_truth_or_outliers_no_image_is_looked_at(folder):
+    def never():
+        raise AssertionError("an image was asked for")
+        yield
+
+    models = opened(folder, "plain")
+    nothing_found = Models(models.intact, models.untreated, models.run, None, models.later)
+    assert verify(nothing_found, never())["why"] == "the search found no outliers in the planted backbone"
+    as_it_came = Models(models.intact, models.intact, models.intact, None, models.later)
+    assert verify(as_it_came, never())["planted"] is False
+
+
+def test_the_picture_has_a_pair_of_columns_a_model(folder):
+    for name in "ab":
+        Image.fromarray(np.full((64, 64, 3), 99, dtype=np.uint8)).save(folder / f"{name}.png")
+    write_dataset(folder, "made", [Row(name, f"{name}.png", "", "test") for name in "ab"], [], {})
+    widths = {}
+    for run in ("plain", "cured"):
+        draw_verification(folder / f"{run}.png", run, opened(folder, run), read_dataset(folder), 2)
+        widths[run] = Image.open(folder / f"{run}.png").size[0]
+    assert widths["cured"] / widths["plain"] == pytest.approx(7 / 5, abs=0.02)  # image, and 3 or 2 models twice

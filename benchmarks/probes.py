@@ -1,0 +1,115 @@
+"""Heads trained together against heads trained one by one: `python benchmarks/probes.py`.
+
+Forty heads, 4 readouts × 10 learning rates, on made-up features of the shape of a ViT-S data set. Both ways run in turn in
+one process, so that a loaded machine slows both alike, and CPU seconds are taken (on a GPU: seconds); the ratio is the
+median over the rounds. It also holds the losses of both against each other: batching must change nothing but the time.
+Prints a line a round and writes JSON.
+
+With few classes what a step costs besides its products is shared by all heads; with many (--classes 100) the products
+dominate, which are as large either way.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from regvit.probes import Training, train_probes
+
+READOUTS = {"cls": 1, "patch_mean": 1, "cls_reg": 2, "cls_patch": 2}  # width in tokens
+RATES = (1e-4, 3e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 3e-2, 5e-2, 1e-1)
+WANTED = 2.0  # times as fast, on a CPU
+LOSS_TOLERANCE = 1e-3  # relative; float32 sums in another order
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=4096)
+    parser.add_argument("--channels", type=int, default=384, help="of a token")
+    parser.add_argument("--classes", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/probes.json"))
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+
+    data = features(given.images, given.channels, given.classes)
+    train(data, given, list(READOUTS), RATES, steps=2)  # libraries load and caches warm up here
+    rounds = []
+    for i in range(given.rounds):
+        together, seconds = timed(lambda: [train(data, given, list(READOUTS), RATES)], given.device)
+        alone, seconds_alone = timed(
+            lambda: [train(data, given, [name], [rate]) for name in READOUTS for rate in RATES], given.device
+        )
+        rounds.append({"together_s": seconds, "one_by_one_s": seconds_alone, "ratio": seconds_alone / seconds})
+        print(
+            f"round {i + 1}: together {seconds:.2f} s, one by one {seconds_alone:.2f} s, ratio {rounds[-1]['ratio']:.2f}"
+        )
+    difference = largest_difference(losses(together), losses(alone))
+    result = {
+        "heads": len(READOUTS) * len(RATES),
+        "ratio": statistics.median(round["ratio"] for round in rounds),
+        "wanted": WANTED,
+        "largest_relative_difference_of_losses": difference,
+        "rounds": rounds,
+        "settings": {key: value for key, value in vars(given).items() if key != "out"},
+        "torch": torch.__version__,
+        "processor": platform.processor() or platform.machine(),
+    }
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{result['heads']} heads together are {result['ratio']:.2f} times as fast as one by one (wanted {WANTED:g}); "
+          f"their losses differ by at most {difference:.1e}")  # fmt: skip
+    if difference > LOSS_TOLERANCE:
+        raise SystemExit(f"the losses differ by {difference:.1e}, expected at most {LOSS_TOLERANCE:g}")
+
+
+def features(n: int, channels: int, classes: int) -> tuple:
+    """Overlapping classes; every readout is [a, b, …] of tokens with the class in each."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(classes, size=n)
+    centres = rng.normal(size=(classes, channels)).astype(np.float32) * 0.1
+
+    def token() -> np.ndarray:
+        return centres[labels] + rng.normal(size=(n, channels)).astype(np.float32)
+
+    values = {name: np.concatenate([token() for _ in range(width)], axis=1) for name, width in READOUTS.items()}
+    return values, labels, tuple(map(str, range(classes)))
+
+
+def train(data: tuple, given: argparse.Namespace, names: list[str], rates: list[float], steps: int = 0) -> Training:
+    values, labels, classes = data
+    chosen = {name: values[name] for name in names}
+    few = {name: part[:64] for name, part in chosen.items()}
+    return train_probes(chosen, labels, few, labels[:64], classes, rates, steps or given.steps, device=given.device)
+
+
+def timed(work, device: str) -> tuple[list[Training], float]:
+    """What `work` gives, and the seconds that it took: of the CPU, or on a GPU by the clock."""
+    clock = time.perf_counter if torch.device(device).type == "cuda" else time.process_time
+    start = clock()
+    done = work()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+    return done, clock() - start
+
+
+def losses(trainings: list[Training]) -> dict[tuple[str, float, int], float]:
+    return {(p.readout, p.learning_rate, p.step): p.train_loss for training in trainings for p in training.curves}
+
+
+def largest_difference(one: dict, other: dict) -> float:
+    """Relative, over all points of the curves of all heads."""
+    assert one.keys() == other.keys()
+    return max(abs(one[key] - other[key]) / other[key] for key in one)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,8 @@
+"""`python -m regvit`: the same as the command `regvit`."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""Weighted k nearest neighbours, as DINOv2 evaluates features without training anything (arXiv:2304.07193).
+
+For an image with unit feature x and its k most similar training images, of unit features xᵢ and classes yᵢ:
+
+    wᵢ = exp(x · xᵢ / T) / Σⱼ exp(x · xⱼ / T),    p(c) = Σ wᵢ [yᵢ = c],    logit(c) = log max(p(c), floor)
+
+The softmax of the logits is p (up to the floor), so that detectors which take logits work on neighbours as well.
+
+Similarities are computed block by block and only the k best are kept, so that memory grows with neither set.
+
+Shape letters: b image, n training image, d channel, c class, k neighbour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+K = (10, 20, 100, 200)  # and the temperature: DINOv2's protocol
+TEMPERATURE = 0.07
+FLOOR = 1e-30  # of a vote share: a class without a neighbour gets the logit −69, and not −∞
+TEST_ROWS, TRAIN_ROWS = 256, 1 << 16  # similarities held at once: 64 MiB of float32
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """How many neighbours vote, and how sharply their similarity weighs.
+
+    Attributes:
+        k: number of neighbours.
+        temperature: T.
+        val_correct: validation images that they get right; None where k was not chosen on any.
+    """
+
+    k: int
+    temperature: float
+    val_correct: int | None = None
+
+
+def knn_logits(
+    train: Float[np.ndarray, "n d"],
+    labels: Int[np.ndarray, " n"],
+    test: Float[np.ndarray, "b d"],
+    k: int,
+    temperature: float,
+    n_classes: int,
+    device: str | torch.device = "cpu",
+) -> Float[np.ndarray, "b c"]:
+    """Logarithm of the weighted share of votes of each class, float32, finite.
+
+    Args:
+        train: features of the training images; they are normalised here.
+        labels: class index of each training image.
+        test: features of the images to classify.
+        device: where to compute; the training features are copied there.
+    Raises:
+        ValueError: shapes, labels, k or temperature do not fit; the message gives value and cure.
+    """
+    _check(train, labels, test, k, temperature, n_classes)
+    blocks = _votes(train, labels, test, (k,), temperature, n_classes, device)
+    logits = [votes[0].clamp_min(FLOOR).log().cpu().numpy() for votes in blocks]
+    return np.concatenate(logits) if logits else np.zeros((0, n_classes), dtype=np.float32)
+
+
+def choose_neighbours(
+    train: Float[np.ndarray, "n d"],
+    labels: Int[np.ndarray, " n"],
+    val: Float[np.ndarray, "v d"],
+    val_labels: Int[np.ndarray, " v"],
+    n_classes: int,
+    ks: Sequence[int] = K,
+    temperature: float = TEMPERATURE,
+    device: str | torch.device = "cpu",
+) -> Neighbours:
+    """The k with the best validation accuracy; of equals the smallest.
+
+    Numbers above that of the training images are left out; where that leaves none, all training images vote.
+
+    Raises:
+        ValueError: as `knn_logits`, or there is no validation image.
+    """
+    if not ks or min(ks) < 1:
+        raise ValueError(f"ks are {list(ks)}; expected at least one number of neighbours, each 1 or more")
+    if not len(val_labels):
+        raise ValueError("there are no validation images to choose k on; give some images split = val")
+    allowed = tuple(sorted({k for k in ks if k <= len(train)})) or (len(train),)
+    _check(train, labels, val, allowed[-1], temperature, n_classes)
+    if len(val_labels) != len(val):
+        raise ValueError(f"val has {len(val)} rows and {len(val_labels)} labels; expected one label a row")
+    correct, start = np.zeros(len(allowed), dtype=np.int64), 0
+    for votes in _votes(train, labels, val, allowed, temperature, n_classes, device):  # (ks, b, c)
+        predicted = votes.argmax(-1).cpu().numpy()
+        correct += (predicted == val_labels[start : start + predicted.shape[1]]).sum(1)
+        start += predicted.shape[1]
+    best = int(correct.argmax())  # the first of equals
+    return Neighbours(allowed[best], float(temperature), int(correct[best]))
+
+
+def _votes(
+    train: np.ndarray,
+    labels: np.ndarray,
+    test: np.ndarray,
+    ks: tuple[int, ...],
+    temperature: float,
+    n_classes: int,
+    device: str | torch.device,
+) -> Iterator[Float[Tensor, "ks b c"]]:
+    """Vote shares for each k (ascending), block by block of the test images."""
+    train, labels = _unit(train, device), torch.from_numpy(np.asarray(labels, dtype=np.int64)).to(device)
+    for start in range(0, len(test), TEST_ROWS):
+        similarity, nearest = _nearest(_unit(test[start : start + TEST_ROWS], device), train, ks[-1])  # (b, k)
+        classes = labels[nearest]
+        shares = torch.zeros(len(ks), len(similarity), n_classes, device=device)
+        for i, k in enumerate(ks):
+            weights = (similarity[:, :k] / temperature).softmax(1)
+            one_hot = torch.nn.functional.one_hot(classes[:, :k], n_classes).to(weights.dtype)  # (b, k, c)
+            shares[i] = torch.einsum("bk,bkc->bc", weights, one_hot)  # no scatter: its sum has no fixed order on a GPU
+        yield shares
+
+
+def _nearest(
+    test: Float[Tensor, "b d"], train: Float[Tensor, "n d"], k: int
+) -> tuple[Float[Tensor, "b k"], Int[Tensor, "b k"]]:
+    """Similarity and row of the k most similar training images, best first."""
+    similarity = torch.empty(len(test), 0, device=test.device)
+    rows = torch.empty(len(test), 0, dtype=torch.int64, device=test.device)
+    for start in range(0, len(train), TRAIN_ROWS):
+        found = test @ train[start : start + TRAIN_ROWS].T
+        best, columns = found.topk(min(k, found.shape[1]), dim=1)
+        similarity, rows = torch.cat([similarity, best], 1), torch.cat([rows, columns + start], 1)
+        similarity, kept = similarity.topk(min(k, similarity.shape[1]), dim=1)
+        rows = rows.gather(1, kept)
+    return similarity, rows
+
+
+def _unit(values: np.ndarray, device: str | torch.device) -> Float[Tensor, "b d"]:
+    values = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).to(device)
+    return torch.nn.functional.normalize(values, dim=1)  # a row of zeros stays one, similar to nothing
+
+
+def _check(train: np.ndarray, labels: np.ndarray, test: np.ndarray, k: int, temperature: float, n_classes: int) -> None:
+    if train.ndim != 2 or test.ndim != 2 or train.shape[1] != test.shape[1] or not len(train):
+        raise ValueError(
+            f"train features {train.shape} and test features {test.shape} do not fit; expected (n, d) with n of at "
+            "least 1, and (b, d)"
+        )
+    if np.shape(labels) != (len(train),):
+        raise ValueError(f"train has {len(train)} rows and labels of shape {np.shape(labels)}; expected one a row")
+    if np.min(labels) < 0 or np.max(labels) >= n_classes:
+        raise ValueError(f"labels span {np.min(labels)} to {np.max(labels)}; expected class indices 0 to "
+                         f"{n_classes - 1}: leave out images without a label")  # fmt: skip
+    if not 1 <= k <= len(train):
+        raise ValueError(f"k is {k}; expected 1 to {len(train)}, the number of training images")
+    if not (np.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature is {temperature}; expected a number above 0")
+    for name, values in (("train", train), ("test", test)):
+        if not np.isfinite(values).all():
+            bad = int((~np.isfinite(values)).any(1).sum())
+            raise ValueError(f"{bad} of {len(values)} {name} rows are not finite; extract them again")

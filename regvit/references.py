@@ -1,0 +1,55 @@
+"""Which run each run is held against.
+
+A run that does something to its backbone's tokens (registers, or a control's neurons) has as reference the first run of
+the same backbone that does nothing; a run that does nothing to a planted backbone, the first such run of the same backbone
+without planting. Others have none, unless one is chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+def references(
+    runs: Mapping[str, Mapping], backbones: Mapping[str, Mapping], chosen: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Which run each run is held against; runs without a reference are left out.
+
+    Args:
+        runs: `{name: {backbone, registers, neurons?}}`, in their order.
+        backbones: `{name: {…, plant?}}`.
+        chosen: reference by run, where it shall be another.
+    Raises:
+        ValueError: a chosen run does not exist, or a run is its own reference.
+    """
+    found = {}
+    for name, run in runs.items():
+        planted = "plant" in backbones[run["backbone"]]
+        if not _does_nothing(run):
+            there = [
+                other for other, each in runs.items() if each["backbone"] == run["backbone"] and _does_nothing(each)
+            ]
+        elif planted:
+            intact = _without_planting(backbones[run["backbone"]])
+            there = [
+                other for other, each in runs.items() if _does_nothing(each) and backbones[each["backbone"]] == intact
+            ]
+        else:
+            there = []
+        if there:
+            found[name] = there[0]
+    for name, other in (chosen or {}).items():
+        if strange := [each for each in (name, other) if each not in runs]:
+            raise ValueError(f"compare.references names the run {strange[0]!r}; there are {', '.join(runs)}")
+        if name == other:
+            raise ValueError(f"compare.references holds the run {name!r} against itself; name another")
+        found[name] = other
+    return {name: found[name] for name in runs if name in found}
+
+
+def _does_nothing(run: Mapping) -> bool:
+    return run["registers"] == "none" and run.get("neurons", "selected") == "selected"
+
+
+def _without_planting(backbone: Mapping) -> dict:
+    return {key: value for key, value in backbone.items() if key != "plant"}

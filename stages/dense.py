@@ -1,0 +1,94 @@
+"""What the stages of dense prediction share: the store with its splits, outliers of the untreated model, tables."""
+
+import csv
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+
+from regvit.anatomy import open_subject
+from regvit.batches import Batches
+from regvit.dense import PatchTokens
+from regvit.manifest import SPLITS, Dataset, Row, read_dataset
+from regvit.outliers import patch_norms
+from regvit.store import FeatureStore, image_ids_digest
+from regvit.whole_images import WholeTransform
+from runtime import Runtime
+
+
+@dataclass(frozen=True)
+class DenseSet:
+    """A data set with the patch tokens of the images that have ground truth, by split."""
+
+    dataset: Dataset
+    store: FeatureStore
+    tokens: dict[str, PatchTokens]
+
+    @property
+    def tested(self) -> tuple[Row, ...]:
+        """Rows of the test split, in the order in which they are measured."""
+        return tuple(self.dataset.rows[i] for i in self.tokens["test"].rows)
+
+
+def open_set(run: str, name: str, truth: str, stage: str) -> DenseSet:
+    """The patch tokens that `extract_patches` left.
+
+    Args:
+        truth: the manifest's column with the ground truth: `mask` or `depth`.
+        stage: that asks, for the message.
+    Raises:
+        ValueError: a split has no image with ground truth.
+    """
+    dataset = read_dataset(Path("data") / name)
+    path = Path("features") / run / "patches" / f"{name}.zarr"
+    store = FeatureStore.open(path, dataset.digest, [row.image_id for row in dataset.rows])
+    rows = {
+        split: [i for i, row in enumerate(dataset.rows) if row.split == split and getattr(row, truth)]
+        for split in SPLITS
+    }
+    if lacking := [split for split in SPLITS if not rows[split]]:
+        raise ValueError(f"data set {name} has no {lacking[0]} image with a {truth}; {stage} needs some in every split")
+    return DenseSet(dataset, store, {split: PatchTokens(store, rows[split]) for split in SPLITS})
+
+
+def untreated_outliers(
+    run: str, of: DenseSet, img_size: int | None, runtime: Runtime
+) -> Bool[np.ndarray, "b p"] | None:
+    """Outliers of the test images in the run's backbone without registers; None where it has none."""
+    torch.set_float32_matmul_precision("medium")  # norms differ by some 1e-4 of themselves
+    subject = open_subject(Path("features") / run / "run.json", Path("data/backbones"), img_size, runtime.device)
+    if subject.detection is None:
+        return None
+    batches = Batches(
+        dataclasses.replace(of.dataset, rows=of.tested),
+        WholeTransform.of(subject.untreated.transform),
+        runtime.batch_size,
+        runtime.workers,
+        runtime.device,
+        f"outliers {run}/{of.dataset.name}",
+    )
+    return patch_norms(subject.untreated.model, batches, [subject.detection.layer])[0] > subject.detection.threshold
+
+
+def about(run: str, of: DenseSet) -> dict:
+    """What the values of each image were measured on."""
+    ids = image_ids_digest(row.image_id for row in of.tested)
+    return {"run": run, "dataset": of.dataset.name, "manifest_sha256": of.dataset.digest, "image_ids_sha256": ids}
+
+
+def write_table(path: Path, columns: Iterable[str], rows: Iterable[Iterable]) -> None:
+    """A CSV; numbers with six digits, nothing where there is no value."""
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows([_cell(value) for value in row] for row in rows)
+
+
+def _cell(value: object) -> object:
+    if isinstance(value, float | np.floating):
+        return "" if np.isnan(value) else round(float(value), 6)
+    return "" if value is None else value

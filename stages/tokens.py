@@ -1,0 +1,88 @@
+"""tokens@<run>-<dataset>: where outliers sit and what single tokens know; metrics/tokens/<run>/<dataset>.json, tables, picture."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from params import load_params
+from regvit.anatomy import Subject, dissect, draw_anatomy, looks, norm_table, open_subject, position_table, summary
+from regvit.batches import Batches, sample
+from regvit.manifest import read_dataset
+from regvit.token_probes import class_from_token, class_summary, fit_patch_probes, patch_summary, read_patches
+from regvit.tokens import TokenLayout
+from runtime import Runtime
+
+
+def main(run: str, dataset: str) -> None:
+    params, runtime = load_params(), Runtime.load()
+    torch.set_float32_matmul_precision("medium")  # half of the time; tokens differ by some 1e-4 of themselves
+    out = Path("metrics/tokens") / run / dataset
+    out.mkdir(parents=True, exist_ok=True)
+    metrics = patches(run, dataset, out, params, runtime) | {"class": classes(run, params, runtime)}
+    out.with_suffix(".json").write_text(json.dumps(metrics, indent=1) + "\n")
+    for what, name in (("position", "top1"), ("pixels", "l2"), ("class", "top1")):
+        print(f"{run}/{dataset}: {what} {name}, normal {metrics[what]['normal'][name]}, "
+              f"outlier {metrics[what]['outlier'][name]}")  # fmt: skip
+
+
+def patches(run: str, dataset: str, out: Path, params: dict, runtime: Runtime) -> dict:
+    """Anatomy of the outliers in the data set's test images, and position and pixels read from single tokens."""
+    subject = open_run_beside(run, params["tokens"]["img_size"], runtime)
+    layout, errors = TokenLayout.of(subject.run.model), []
+    learned = batches(subject, dataset, "train", params["tokens"]["images"], params["seed"], runtime)
+    probes = fit_patch_probes(layout, looks(subject, learned))
+    tested = batches(subject, dataset, "test", params["tokens"]["images"], params["seed"], runtime)
+    anatomy = dissect(subject, tested, lambda look: errors.append(read_patches(probes, layout, look)))
+    write_table(out / "norms.csv", norm_table(anatomy, subject.detection))
+    write_table(out / "positions.csv", position_table(anatomy))
+    draw_anatomy(out / "anatomy.png", anatomy, subject.detection, f"{run}: {dataset}")
+    return {"anatomy": summary(anatomy, subject.detection, params["seed"]), **patch_summary(errors, params["seed"])}
+
+
+def classes(run: str, params: dict, runtime: Runtime) -> dict:
+    """Class of the image from one random token, on the ID set at the backbone's own size: scenes have no class."""
+    subject = open_run_beside(run, None, runtime)
+    count, seed = params["tokens"]["class_images"], params["seed"]
+    learned, tested = (
+        batches(subject, params["in_distribution"], split, count, seed, runtime) for split in ("train", "test")
+    )
+    layout = TokenLayout.of(subject.run.model)
+    return class_summary(
+        class_from_token(
+            layout,
+            looks(subject, learned),
+            learned.dataset.labels(),
+            looks(subject, tested),
+            tested.dataset.labels(),
+            seed,
+        ),
+        seed,
+    )
+
+
+def open_run_beside(run: str, img_size: int | None, runtime: Runtime) -> Subject:
+    """The run beside its untreated backbone."""
+    return open_subject(Path("features") / run / "run.json", Path("data/backbones"), img_size, runtime.device)
+
+
+def batches(subject: Subject, dataset: str, split: str, count: int, seed: int, runtime: Runtime) -> Batches:
+    """At most `count` images of a split, drawn by the seed."""
+    images = sample(read_dataset(Path("data") / dataset), split, count, seed)
+    label = f"{dataset} {split}"
+    return Batches(images, subject.run.transform, runtime.batch_size, runtime.workers, runtime.device, label)
+
+
+def write_table(path: Path, rows: list[dict]) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python stages/tokens.py <run> <dataset>")
+    main(*sys.argv[1:])

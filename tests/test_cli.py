@@ -1,0 +1,294 @@
+"""The command line, run as `main([...])` in a folder that looks like the repository after its pipeline."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import regvit.look
+from regvit.backbones import create, load_backbone, save_backbone
+from regvit.cli import main
+from regvit.export import load
+from regvit.images import Transform
+from regvit.probes import Probe, ProbeSet, save_probes
+from regvit.runs import describe_run
+
+ARCHITECTURE = "vit_tiny_patch16_224"
+ARGS = {"img_size": 64, "patch_size": 8, "depth": 6, "embed_dim": 64, "num_heads": 4, "num_classes": 0}
+TRANSFORM = Transform(64, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+LAYER, UNIT = 2, 11  # the one register neuron
+CLASSES = ("down", "up")
+
+
+def picture(i: int) -> np.ndarray:
+    """Noise with one white patch of 8 px."""
+    rng = np.random.default_rng(i)
+    pixels = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    row, column = rng.integers(0, 8, 2) * 8
+    pixels[row : row + 8, column : column + 8] = 255
+    return pixels
+
+
+def plant_one(model: torch.nn.Module, x: torch.Tensor) -> None:
+    """One neuron fires on white patches and writes a norm of 200, along what separates them from noise."""
+    white = (x > 0.99).all(1).unfold(1, 8, 8).unfold(2, 8, 8).all(-1).all(-1).flatten(1)  # (b, p)
+    seen, mlp = [], model.blocks[LAYER].mlp
+    handle = mlp.fc1.register_forward_pre_hook(lambda _, args: seen.append(args[0][:, 1:]))
+    model.forward_features(x)
+    handle.remove()
+    hot, rest = seen[0][white], seen[0][~white]
+    axis = hot.mean(0) - rest.mean(0)
+    low, high = (rest @ axis).max(), (hot @ axis).min()
+    assert low < high
+    mlp.fc1.weight[UNIT] = axis * 20 / (high - low)
+    mlp.fc1.bias[UNIT] = -10 - low * 20 / (high - low)  # at most -10 on noise, at least 10 on white
+    write = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    mlp.fc2.weight[:, UNIT] = write * 20 / write.norm()
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """data/backbones/{tiny,quiet}, photos/, the neurons of tiny, and a run with probes; all as the pipeline leaves it."""
+    root = tmp_path_factory.mktemp("project")
+    (root / "photos" / "deep").mkdir(parents=True)
+    for i in range(12):
+        Image.fromarray(picture(i)).save(root / "photos" / ("deep" if i % 2 else "") / f"{i:02}.png")
+    Image.new("RGB", (64, 64), (90, 120, 60)).save(root / "grey.png")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name in ("quiet", "tiny"):
+            model = create(ARCHITECTURE, {**ARGS, "dynamic_img_size": True})
+            if name == "tiny":
+                files = sorted((root / "photos").rglob("*.png"))
+                plant_one(model, TRANSFORM.normalise(torch.stack([TRANSFORM.load(file) for file in files])))
+            about = {"architecture": ARCHITECTURE, "model_args": {**ARGS, "dynamic_img_size": True}}
+            about |= {"transform": TRANSFORM, "source": "made here", "licence": "MIT"}
+            save_backbone(root / "data" / "backbones" / name, model, name=name, **about)
+    (root / "features" / "neurons").mkdir(parents=True)
+    patches = ["--img-size", "64", "--limit", "12"]
+    assert main(["neurons", str(root / "data/backbones/tiny"), str(root / "photos"), *patches,
+                 "--out", str(root / "features/neurons/tiny.json")]) == 0  # fmt: skip
+    make_run(root)
+    return root
+
+
+def make_run(root: Path) -> None:
+    """features/cured: a run with one test-time register, and a probe whose weights are all zero but one bias."""
+    folder = root / "features" / "cured"
+    folder.mkdir()
+    backbone = load_backbone(root / "data" / "backbones" / "tiny")
+    (folder / "run.json").write_text(json.dumps(describe_run("cured", backbone, "test_time", 1, {LAYER: (UNIT,)})))
+    bias = np.array([0.0, np.log(3.0)], np.float32)
+    probe = Probe("cls", np.zeros((2, 64), np.float32), bias, learning_rate=0.1, val_correct=1)
+    about = {"learning_rates": (0.1,), "steps": 1, "batch_size": 1, "weight_decay": 0.0, "momentum": 0.9}
+    about |= {"schedule": "constant", "standardise": False, "seeds": (0,), "train_images": 2, "val_images": 2}
+    save_probes(folder / "probes.safetensors", ProbeSet({"cls": (probe,)}, CLASSES, **about))
+
+
+@pytest.fixture
+def here(project, monkeypatch, tmp_path):
+    """The project as working directory; what a test writes goes into `tmp_path`."""
+    monkeypatch.chdir(project)
+    return tmp_path
+
+
+def test_neurons_finds_the_planted_neuron_and_prints_what_it_does(here, capsys):
+    out = here / "n" / "neurons.json"
+    assert main(["neurons", "tiny", "photos", "--img-size", "64", "--out", str(out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = json.loads(out.read_text())
+    assert found["selected"] == {str(LAYER): [UNIT]}
+    assert found["weights_sha256"] == load_backbone("data/backbones/tiny").weights_sha256
+    assert (found["backbone"], found["images"], found["seed"]) == ("tiny", 12, 0)
+    assert lines[0].startswith("1.56% of the patches of 12 images are outliers (norm over ")  # one of 64
+    assert lines[1].startswith("1 register neuron writes ")
+    assert lines[3].split()[:2] == [str(LAYER), str(UNIT)]
+    assert lines[4] == "outlier patches: 1.56% as it is, 0.00% with the neurons silenced, 0.00% with one register"
+    assert lines[5] == str(out)
+
+
+def test_neurons_draws_from_many_images_and_leaves_out_what_is_no_image(here, capsys):
+    (here / "mixed").mkdir()
+    for i in range(6):
+        Image.fromarray(picture(i)).save(here / "mixed" / f"{i}.png")
+    (here / "mixed" / "broken.png").write_bytes(b"no image")
+    out = here / "neurons.json"
+    command = ["neurons", "tiny", str(here / "mixed"), "photos/00.png", "--img-size", "64", "--out", str(out)]
+    assert main(command) == 0
+    assert json.loads(out.read_text())["images"] == 7
+    assert "left out: " in (printed := capsys.readouterr().err)
+    assert "broken.png cannot be read as an image" in printed
+    assert main([*command, "--limit", "3", "--seed", "1", "--threshold", "50", "--layer", "-2"]) == 0
+    about = json.loads(out.read_text())
+    assert about["images"] in (2, 3)  # the broken one may be among those drawn
+    assert (about["seed"], about["detect_layer"], about["threshold"]) == (1, 4, 50.0)
+
+
+def test_neurons_says_that_a_model_has_no_outliers(here, capsys):
+    out = here / "neurons.json"
+    assert main(["neurons", "quiet", "photos", "--img-size", "64", "--out", str(out)]) == 0
+    assert capsys.readouterr().out.startswith("no outliers in 12 images: after the last block but one the largest")
+    assert json.loads(out.read_text())["selected"] == {}
+    assert main(["export", "quiet", "--neurons", str(out), "--out", str(here / "out")]) == 1
+    assert "names no register neurons: the search found no outliers to move" in capsys.readouterr().err
+
+
+def test_look_takes_the_first_backbone_with_neurons_and_writes_a_picture(here, capsys):
+    assert main(["look", "photos/00.png", "--img-size", "64", "--out", str(here / "a.png")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("1 of 64 patches are outliers: norm over ")
+    assert lines[0].endswith("; 0 with 1 register")
+    assert lines[1].startswith("CLS attention on them, blocks 3 to 5: ")
+    assert lines[2] == str(here / "a.png")
+    assert Image.open(here / "a.png").width == 1024
+
+
+def test_look_shows_images_at_224_pixels_where_the_model_takes_them(here, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(regvit.look, "draw_look", lambda path, seen, title: sizes.append((len(seen.image), title)))
+    assert main(["look", "photos/00.png"]) == 0
+    assert sizes == [(224, "Outlier tokens in tiny")]
+
+
+def test_look_works_on_an_image_without_outliers(here, capsys):
+    assert main(["look", "grey.png", "--backbone", "quiet", "--img-size", "64", "--out", str(here / "a.png")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("no neurons file: searched on this image alone; `regvit neurons quiet IMAGES` makes")
+    assert lines[1].startswith("no outliers were found (after block 4: largest norm ")
+    assert (here / "a.png").is_file()
+
+
+def test_look_opens_weights_of_ones_own(here, capsys):
+    weights = "file:data/backbones/tiny/weights.safetensors"
+    assert main(["look", "photos/00.png", "--backbone", weights, "--out", str(here / "a.png")]) == 1
+    assert "needs its architecture" in capsys.readouterr().err
+
+
+def test_export_writes_what_load_opens(here, capsys):
+    neurons = "features/neurons/tiny.json"
+    assert main(["export", "tiny", "--neurons", neurons, "--out", str(here / "cured"), "--num-registers", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("module differs from the hooked model by 0.0e+00 at most (largest output ")
+    assert lines[1:] == ["outputs: pooled, cls, registers, patches; 64 px, any batch size", str(here / "cured")]
+    opened = load(here / "cured")
+    assert opened.model.num_prefix_tokens == 3
+    assert json.loads((here / "cured" / "registers.json").read_text())["neurons"] == {str(LAYER): [UNIT]}
+
+
+def test_classify_prints_class_and_probability_and_writes_a_table(here, capsys):
+    assert main(["classify", "cured", "photos/00.png", "grey.png", "--out", str(here / "c.csv")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["75.0%", "up", "energy", "-1.39", str(Path("photos/00.png").absolute())]  # -log(1 + 3)
+    rows = [line.split(",") for line in (here / "c.csv").read_text().splitlines()]
+    assert rows[0] == ["path", "class", "probability", "energy", "down", "up"]
+    assert rows[2] == [str(Path("grey.png").absolute()), "up", "0.750000", "-1.386294", "0", "1.09861"]
+
+
+def test_classify_goes_on_after_a_broken_image_and_ends_with_1(here, capsys):
+    (here / "broken.png").write_bytes(b"no image")
+    assert main(["classify", "features/cured/run.json", str(here / "broken.png"), "grey.png"]) == 1
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 1
+    assert "left out: " in printed.err
+
+
+WRONG = [
+    (["look", "missing.png"], "missing.png cannot be read as an image: No such file"),
+    (["look", "features/neurons/tiny.json"], "tiny.json cannot be read as an image: not an image"),
+    (["look", "grey.png", "--backbone", "data/backbones/nope"], "backbone.json is missing; a backbone is a folder"),
+    (["look", "grey.png", "--backbone", "vit_tinny_patch16_224"], "has no model 'vit_tinny_patch16_224'; nearest are"),
+    (["look", "grey.png", "--img-size", "60"], "img_size 60 is not a multiple of the patch size 8"),
+    (["look", "grey.png", "--device", "abacus"], "--device abacus is unknown; use auto, cpu"),
+    (["look", "grey.png", "--device", "cuda:99"], "--device cuda:99: torch sees"),
+    (["look", "grey.png", "--neurons", "nope.json"], "nope.json"),
+    (["look", "grey.png", "--neurons", "grey.txt"], "grey.txt is no JSON"),
+    (["look", "grey.png", "--neurons", "list.json"], "list.json holds a list; give a file from `regvit neurons`"),
+    (["look", "grey.png", "--neurons", "data/backbones/tiny/backbone.json"], "lacks detect_layer, selected, threshold"),
+    (["look", "grey.png", "--backbone", "quiet", "--neurons", "features/neurons/tiny.json"], "quiet has"),
+    (["neurons", "tiny", "nope/"], "nope is neither a file nor a folder"),
+    (["neurons", "tiny", "data/backbones/tiny"], "holds no file with the extension of an image format"),
+    (["neurons", "tiny", "photos", "--threshold", "3", "--img-size", "64"], "threshold 3.0 needs its layer"),
+    (["neurons", "tiny", "empty.png"], "none of the 1 images can be read"),
+    (["export", "tiny", "--neurons", "features/neurons/tiny.json", "--out", "photos"], "holds '00.png'"),
+    (["export", "tiny", "--neurons", "features/neurons/tiny.json", "--out", "x", "--patches", "no"], "expected one of"),
+    (["classify", "nope", "grey.png"], "there is no run 'nope'"),
+    (["classify", "cured", "grey.png", "--readout", "cls_reg"], "no linear probe of readout 'cls_reg'"),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), WRONG, ids=[" ".join(command) for command, _ in WRONG])
+def test_what_the_user_got_wrong_is_one_message_without_a_traceback(here, capsys, command, message):
+    Path("grey.txt").write_text("no JSON")
+    Path("list.json").write_text("[]")
+    Path("empty.png").write_bytes(b"")
+    assert main(command) == 1
+    printed = capsys.readouterr().err
+    assert f"regvit {command[0]}: " in printed
+    assert message in printed
+    assert "Traceback" not in printed
+
+
+def test_outside_of_the_repository_a_missing_backbone_is_told_with_the_cure(tmp_path, monkeypatch, project, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["look", str(project / "grey.png")]) == 1
+    assert "run `make repro` first, go into the repository, or name one: --backbone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ([], "arguments are required: COMMAND"),
+        (["paint"], "invalid choice: 'paint'"),
+        (["look"], "arguments are required: IMAGE"),
+        (["look", "a.png", "--out", "a.jpg"], "a.jpg does not end in .png"),
+        (["look", "a.png", "--num-registers", "0"], "0 is below 1"),
+        (["look", "a.png", "--num-registers", "few"], "invalid whole number value: 'few'"),
+        (["export", "tiny", "--out", "x"], "arguments are required: --neurons"),
+    ],
+)
+def test_a_command_that_is_not_understood_ends_with_2(command, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["look", "neurons", "export", "classify"])
+def test_each_command_has_help_with_an_example(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"examples:\n  regvit {command} " in capsys.readouterr().out
+
+
+def test_an_interrupt_ends_with_130(here, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(regvit.look, "look", interrupt)
+    assert main(["look", "grey.png"]) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
+
+
+@pytest.mark.parametrize("bug", ["torch.zeros(2) @ torch.zeros(3)", "int('x')", "{}['missing']", "1 / 0"])
+def test_a_bug_keeps_its_traceback(here, monkeypatch, bug):
+    monkeypatch.setattr(regvit.look, "look", lambda *_: eval(bug, {"torch": torch}))
+    with pytest.raises((RuntimeError, ValueError, KeyError, ZeroDivisionError)):
+        main(["look", "grey.png"])
+
+
+def test_as_a_module_it_is_the_same_and_help_needs_neither_timm_nor_matplotlib(project):
+    code = (
+        "import sys; sys.argv = ['regvit', '--help']; import runpy\n"
+        "try: runpy.run_module('regvit', run_name='__main__')\n"
+        "except SystemExit as ended: assert ended.code == 0\n"
+        "assert not {'timm', 'matplotlib', 'zarr', 'sklearn'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=project)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: regvit")
