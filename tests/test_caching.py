@@ -281,3 +281,24 @@ def test_a_clone_without_cache_can_be_checked_for_staleness(pipeline, tmp_path):
     dry = [sys.executable, "-m", "dvc", "repro", "--dry", "--allow-missing"]
     done = subprocess.run(dry, cwd=clone, capture_output=True, text=True, check=False)
     assert (done.returncode, re.findall("Running stage.*", done.stdout)) == (0, []), done.stderr
+
+
+def test_a_clone_with_a_remote_gets_every_result_without_computing(pipeline, tmp_path):
+    def dvc(*arguments: str, folder: Path) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "dvc", *arguments], cwd=folder, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    git = ["git", "-c", "user.name=tester", "-c", "user.email=tester@example.org"]
+    dvc("remote", "add", "--default", "shared", str(tmp_path / "remote"), folder=pipeline.folder)
+    dvc("push", "--quiet", folder=pipeline.folder)
+    subprocess.run([*git, "add", "--all"], cwd=pipeline.folder, check=True)
+    subprocess.run([*git, "commit", "--quiet", "--message", "results"], cwd=pipeline.folder, check=True)
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", str(pipeline.folder), str(clone)], check=True)
+    dvc("pull", "--quiet", folder=clone)
+    assert "Running stage" not in dvc("repro", folder=clone)
+    assert (clone / "features/cured/plain.zarr/zarr.json").is_file()
+    assert (clone / "metrics/report.html").read_bytes() == (pipeline.folder / "metrics/report.html").read_bytes()

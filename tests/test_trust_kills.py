@@ -1,0 +1,224 @@
+"""Sudden death of every stage that writes, at moments chosen and at random: nothing is lost, nothing is left half-written.
+
+By default some 120 kills; REGVIT_KILLS=1 in the environment asks for many more (before every single change that a stage
+makes to the disk, and 150 at random in extraction), which takes a few minutes.
+"""
+
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from trust_project import ORDER, Stages, make_project, results, tree
+
+MANY = bool(os.environ.get("REGVIT_KILLS"))
+KILLS_IN_EXTRACTION = 150 if MANY else 30
+POINTS = 10_000 if MANY else 3  # moments a stage at which it is killed
+STORES = ("extract", "extract_patches")
+
+
+@pytest.fixture(scope="module")
+def stages():
+    with Stages() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def undisturbed(stages, tmp_path_factory):
+    """A project that ran to its end undisturbed: its folder, and for each stage its outputs, changes to the disk and
+    seconds."""
+    folder = make_project(tmp_path_factory.mktemp("undisturbed"))
+    made, before = {}, results(folder)
+    for stage in ORDER:
+        ended = stages.finish(folder, *stage)
+        after = results(folder)
+        made[stage] = ({name: after[name] for name in after if before.get(name) != after[name]}, ended)
+        before = after
+    return folder, made
+
+
+def before(stage, undisturbed, folder):
+    """A copy of the project as it was before a stage."""
+    done, made = undisturbed
+    shutil.copytree(done, folder)
+    shutil.rmtree(folder / "work", ignore_errors=True)
+    for later in ORDER[ORDER.index(stage) :]:
+        for name in made[later][0]:
+            (folder / name).unlink()
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+    return folder
+
+
+def under_final_names(folder):
+    """What the stages left, but for what is still in a hidden folder or said to be partial."""
+    return {name: content for name, content in results(folder).items()
+            if not any(part.startswith(".") or part.endswith(".partial") for part in name.split("/"))}  # fmt: skip
+
+
+def go_on(stages, folder, stage):
+    """The stage run again until it is done, as DVC or a user would: a finished store that is in the way is deleted."""
+    ended = stages.run(folder, *stage)
+    if ended.status == 1 and "exists; delete it to extract it again" in ended.text:
+        shutil.rmtree(next((folder / "features" / stage[1]).rglob(f"{stage[2]}.zarr")))
+        ended = stages.run(folder, *stage)
+    assert ended.status == 0, f"{stage} after a kill ended with {ended.status}:\n{ended.text}"
+    return ended
+
+
+@pytest.mark.parametrize("stage", ORDER, ids="-".join)
+def test_a_stage_killed_before_a_change_to_the_disk_leaves_nothing_half_written_and_ends_in_the_same_bytes(
+    stage, stages, undisturbed, tmp_path
+):
+    _, made = undisturbed
+    outputs, ended = made[stage]
+    folder = before(stage, undisturbed, tmp_path / "project")
+    start, changes, there = results(folder), ended.changes, set(folder.rglob("*"))
+    # First, last, and others evenly between them: a stage makes the same changes in the same order each time.
+    points = sorted({round(i * (changes - 1) / (POINTS - 1)) for i in range(POINTS)})
+    for point in points:
+        killed = stages.run(folder, *stage, die_at=point)
+        assert killed.status == -signal.SIGKILL, f"change {point} of {changes} was not reached:\n{killed.text}"
+        for name, content in under_final_names(folder).items():
+            assert content == (start | outputs)[name], f"{name} is half-written after a kill at change {point}"
+        go_on(stages, folder, stage)
+        assert results(folder) == start | outputs
+        assert not (folder / "work").exists() or not list((folder / "work").glob("*.partial"))
+        for path in sorted(set(folder.rglob("*")) - there, reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize("stage", ORDER, ids="-".join)
+def test_a_stage_killed_at_a_random_moment_ends_in_the_same_bytes(stage, stages, undisturbed, tmp_path):
+    _, made = undisturbed
+    outputs, ended = made[stage]
+    folder = before(stage, undisturbed, tmp_path / "project")
+    start, moments, kills = results(folder), random.Random(str(stage)), 0
+    for _ in range(10 if MANY else 1):
+        kills += stages.run(folder, *stage, die_after=moments.uniform(0, 0.8 * ended.seconds)).status == -signal.SIGKILL
+    assert kills
+    go_on(stages, folder, stage)
+    assert results(folder) == start | outputs
+
+
+def test_an_extraction_killed_again_and_again_at_random_goes_on_each_time_and_ends_in_the_same_bytes(
+    stages, undisturbed, tmp_path
+):
+    """Each kill falls somewhere between the start of the process and a little more than one unit further than the last,
+    so that the work goes on in small steps; when it is done it begins anew, until there were enough kills."""
+    stage = ("extract", "cured", "home")
+    outputs, ended = undisturbed[1][stage]
+    folder = before(stage, undisturbed, tmp_path / "project")
+    start, moments, kills, finished, resumed = results(folder), random.Random(0), 0, 0, 0
+    while kills < KILLS_IN_EXTRACTION or not finished:
+        logs = list((folder / "work").glob("*.partial/done.jsonl"))
+        done = len(logs[0].read_bytes().splitlines()) if logs else 0
+        run = stages.run(folder, *stage, die_after=moments.uniform(0.3, 1.3) * ended.seconds)
+        resumed += "resumed: " in run.text
+        if run.status == 0:
+            finished += 1
+            assert results(folder) == start | outputs
+        elif run.status == -signal.SIGKILL:
+            kills += 1
+            logs = list((folder / "work").glob("*.partial/done.jsonl"))
+            assert not logs or len(logs[0].read_bytes().splitlines()) >= done  # what is recorded is never lost
+            assert all(content == (start | outputs)[name] for name, content in under_final_names(folder).items())
+        else:  # the kill before fell between the last rename and the record
+            assert "exists; delete it to extract it again" in run.text
+        if (folder / "features/cured/home.zarr").exists():
+            shutil.rmtree(folder / "features/cured/home.zarr")
+            (folder / "metrics/extract/cured/home.json").unlink(missing_ok=True)
+    assert resumed >= kills // 4
+    go_on(stages, folder, stage)
+    assert results(folder) == start | outputs
+
+
+# Ctrl-C.
+
+
+def test_ctrl_c_in_an_extraction_says_what_is_safe_and_the_next_run_goes_on_from_there(stages, undisturbed, tmp_path):
+    stage = ("extract", "cured", "home")
+    outputs, ended = undisturbed[1][stage]
+    folder = before(stage, undisturbed, tmp_path / "project")
+    start = results(folder)
+    stopped = stages.run(folder, *stage, die_at=ended.changes // 2, signal=int(signal.SIGINT))
+    assert stopped.status == 130 and "Traceback" not in stopped.text
+    assert "units are safe in work/cured-home-" in stopped.text and "run the same again to go on" in stopped.text
+    assert results(folder) == start
+    assert "resumed: " in stages.finish(folder, *stage).text
+    assert results(folder) == start | outputs
+
+
+def test_ctrl_c_in_the_training_of_probes_says_what_is_safe_and_the_next_run_goes_on_from_there(
+    stages, undisturbed, tmp_path
+):
+    stage = ("probe", "cured")
+    outputs, ended = undisturbed[1][stage]
+    folder = before(stage, undisturbed, tmp_path / "project")
+    start = results(folder)
+    stopped = stages.run(folder, *stage, die_at=ended.changes // 2, signal=int(signal.SIGINT))
+    assert stopped.status == 130 and "Traceback" not in stopped.text
+    assert "steps are safe in work/probe-cured-" in stopped.text
+    assert results(folder) == start
+    assert "resumed: " in stages.finish(folder, *stage).text
+    assert results(folder) == start | outputs
+
+
+@pytest.mark.parametrize("stage", [("download", "rooms"), ("backbone", "tiny"), ("identify", "tiny")], ids="-".join)
+def test_ctrl_c_elsewhere_leaves_nothing_under_a_final_name_and_the_next_run_is_as_if_nothing_had_been(
+    stage, stages, undisturbed, tmp_path
+):
+    outputs, ended = undisturbed[1][stage]
+    folder = before(stage, undisturbed, tmp_path / "project")
+    start = results(folder)
+    stopped = stages.run(folder, *stage, die_at=ended.changes // 2, signal=int(signal.SIGINT))
+    assert stopped.status == 130 and "Traceback" not in stopped.text and "interrupted" in stopped.text
+    assert all(content == (start | outputs)[name] for name, content in under_final_names(folder).items())
+    stages.finish(folder, *stage)
+    assert results(folder) == start | outputs
+
+
+# Two at once.
+
+
+def test_of_two_extractions_of_one_store_the_second_says_who_holds_it_and_the_first_is_not_disturbed(
+    stages, undisturbed, tmp_path
+):
+    stage = ("extract", "cured", "home")
+    outputs, ended = undisturbed[1][stage]
+    folder = before(stage, undisturbed, tmp_path / "project")
+    start = results(folder)
+    with Stages() as other:
+        first = []
+        thread = threading.Thread(
+            target=lambda: first.append(other.finish(folder, *stage, die_at=ended.changes // 3, signal=0, wait=3.0))
+        )
+        thread.start()
+        while not list((folder / "work").glob("*.partial/done.jsonl")):
+            time.sleep(0.01)
+        second = stages.run(folder, *stage)
+        thread.join()
+    assert second.status == 1
+    assert "is being written by process " in second.text and "wait for it, or end it and run again" in second.text
+    assert first and results(folder) == start | outputs
+
+
+# Same inputs, same bytes.
+
+
+def test_a_second_run_of_every_stage_from_nothing_gives_the_same_bytes(stages, undisturbed, tmp_path):
+    folder = make_project(tmp_path / "again")
+    for stage in ORDER:
+        stages.finish(folder, *stage)
+    assert results(folder) == results(undisturbed[0])
+
+
+def test_the_weights_that_a_project_starts_from_are_not_touched(undisturbed, tmp_path):
+    fresh = make_project(tmp_path / "fresh")
+    assert tree(fresh, "photos", "strange") == tree(undisturbed[0], "photos", "strange")
+    assert Path(fresh, "params.yaml").read_bytes() == Path(undisturbed[0], "params.yaml").read_bytes()
