@@ -24,7 +24,7 @@ The same source, seed and package versions give the same bytes.
 import csv
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -33,7 +33,7 @@ import numpy as np
 
 from . import archives, arrays, builtin, dense_sets, folders, hub_sets, nyu, relief, torchvision_sets
 from .class_choice import ClassChoice, Described
-from .manifest import Dataset, read_dataset, write_dataset
+from .manifest import Dataset, Row, read_dataset, write_dataset
 from .workbench import MAX_REJECTS, Rejected, Workbench, summed_up
 
 
@@ -128,7 +128,7 @@ def make_dataset(
         downloads_dir: cache of archives and of what was unpacked from them; None: `downloads` beside `packages_dir`.
     Raises:
         ValueError: the source is unknown (known ones and the nearest are named), a chosen class is not in it, not one
-            image is usable, or too many are not (TooManyRejects).
+            image is usable, or too many are not (TooManyRejects), or the set cannot play its role.
         FileNotFoundError: the path of a `folder:` source does not exist.
         PackageUnavailable, DownloadFailed: a package or an archive cannot be had.
     """
@@ -147,6 +147,7 @@ def make_dataset(
         bench.finish()
         if not bench.rows:
             raise ValueError(f"source {source!r} gave no usable image" + _first_rejected(bench))
+        _check_role(name, role, bench.rows)
         write_dataset(partial, name, bench.rows, bench.classes, bench.about, bench.root)
         _write_rejected(partial / "rejected.csv", bench.rejected)
         if bench.root != ".":
@@ -174,6 +175,33 @@ def find_source(source: str) -> tuple[Callable[[Workbench, str], None], str]:
     known = [one for kind in SOURCES.values() for one in kind.usage]
     near = get_close_matches(source, known, n=1, cutoff=0)[0]
     raise ValueError(f"source {source!r} is unknown; nearest is {near!r}, known are {', '.join(known)}")
+
+
+def _check_role(name: str, role: str | None, rows: Sequence[Row]) -> None:
+    """What would stop evaluation hours later is said here: a role needs certain splits, labels and classes."""
+    if role is None:
+        return
+    if not any(row.split == "test" for row in rows):
+        raise ValueError(f"data set {name!r} has no test images of {len(rows)}; give it a test/ folder, or more images")
+    if role == "anomaly":
+        return
+    if bare := [row.path for row in rows if not row.label]:
+        raise ValueError(
+            f"data set {name!r} has the role {role}, but {len(bare)} of its {len(rows)} images have no class, such as "
+            f"{bare[0]}; put them into class folders, or give the set the role anomaly"
+        )
+    if role == "id":
+        trained = sorted({row.label for row in rows if row.split == "train"})
+        if len(trained) < 2:
+            raise ValueError(
+                f"data set {name!r} has the role id, but its train split has {len(trained)} class(es) "
+                f"{trained}; a classifier needs at least 2"
+            )
+        if not any(row.split == "val" for row in rows):
+            raise ValueError(
+                f"data set {name!r} has the role id, but no val images to choose settings on; give more images a class, "
+                "or a val/ folder"
+            )
 
 
 def _first_rejected(bench: Workbench) -> str:

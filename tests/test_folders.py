@@ -141,16 +141,17 @@ def test_a_folder_that_is_missing_or_empty_or_all_broken_is_refused(make, tmp_pa
 
 
 def test_a_set_that_is_not_trained_on_is_all_test_where_it_has_no_splits(make, photos):
-    folder = photos(*(f"cat/{i}.png" for i in range(10)))
+    folder = photos(*(f"{kind}/{i}.png" for kind in ("cat", "dog") for i in range(10)))
     for role in ("ood", "anomaly"):
         assert {row.split for row in make(f"folder:{folder}", role, role=role).dataset.rows} == {"test"}
     assert {row.split for row in make(f"folder:{folder}", "id", role="id").dataset.rows} == {"train", "val", "test"}
 
 
 def test_val_is_the_test_split_where_there_is_no_other_as_in_imagenet(make, photos):
-    folder = photos(*(f"train/cat/{i}.png" for i in range(20)), *(f"val/cat/{i}.png" for i in range(5)))
+    pictures = [f"train/{kind}/{i}.png" for kind in ("cat", "dog") for i in range(20)]
+    folder = photos(*pictures, *(f"val/{kind}/{i}.png" for kind in ("cat", "dog") for i in range(5)))
     dataset = make(f"folder:{folder}", role="id").dataset
-    assert [len(dataset.subset(split)) for split in ("train", "val", "test")] == [17, 3, 5]
+    assert [len(dataset.subset(split)) for split in ("train", "val", "test")] == [34, 6, 10]
     assert {row.path.split("/")[0] for row in dataset.subset("test").rows} == {"val"}
 
 

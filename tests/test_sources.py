@@ -243,3 +243,26 @@ def test_reading_back_gives_what_was_made(make, tmp_path):
     made = make("emoji:twemoji")
     assert read_dataset(tmp_path / "data/twemoji") == made.dataset
     assert made.summary() == "twemoji: 40 images (train 20, val 6, test 14), 7 classes of 0 to 20, 0 rejected"
+
+
+@pytest.mark.parametrize(
+    ("names", "role", "message"),
+    [
+        (["train/cat/0", "val/cat/1", "test/cat/2"], "id", r"its train split has 1 class\(es\) \['cat'\].*at least 2"),
+        (["cat/0", "dog/1"], "id", "has no test images of 2|no val images to choose settings on"),
+        (
+            ["train/cat/0", "train/dog/1", "val/cat/2", "test/3"],
+            "id",
+            "1 of its 4 images have no class, such as test/3.png",
+        ),
+        (["0", "1"], "ood", "has the role ood, but 2 of its 2 images have no class"),
+    ],
+)
+def test_a_set_that_cannot_play_its_role_is_refused_before_anything_long_begins(tmp_path, names, role, message):
+    for i, name in enumerate(names):
+        path = tmp_path / f"images/{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(path)
+    with pytest.raises(ValueError, match=message):
+        make_dataset(f"folder:{tmp_path / 'images'}", "mine", tmp_path / "mine", tmp_path / "pk", 0, False, role=role)
+    assert not (tmp_path / "mine").exists()
