@@ -299,7 +299,8 @@ def test_imagenette_has_the_wnids_of_imagenet(make, place):
     base = place("Imagenette") / "imagenette2"
     for split in ("train", "val"):
         for wnid in torchvision.datasets.Imagenette._WNID_TO_CLASS:
-            jpeg(base / split / wnid / f"{split}.JPEG")
+            for i in range(4):
+                jpeg(base / split / wnid / f"{split}_{i}.JPEG")
     dataset = make("torchvision:Imagenette", role="id").dataset
     assert dataset.classes == tuple(sorted(torchvision.datasets.Imagenette._WNID_TO_CLASS))
     assert {row.path.split("/")[1] for row in dataset.subset("test").rows} == {"val"}
