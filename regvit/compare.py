@@ -230,18 +230,43 @@ def _side(difference: Mapping, metric: str) -> int:
 def outlier_table(runs: Sequence[Measured]) -> Table:
     """Outliers of each run and how near it is to its backbone before planting; `–` where there is nothing to compare."""
     header = (
-        "run", "outlier patches, %", "neurons found", "CLS cosine", "patch cosine", "outlier patch cosine",
+        "run", "outlier patches, %", "neurons found", "CLS cosine", "patch_mean cosine", "patch cosine", "outlier patch cosine",
         "CLS attention on outliers",
     )  # fmt: skip
-    keys = ("cls_cosine", "patch_cosine", "outlier_patch_cosine", "cls_attention_on_outliers")
+    keys = ("cls_cosine", "patch_mean_cosine", "patch_cosine", "outlier_patch_cosine", "cls_attention_on_outliers")
     rows = []
     for run in runs:
         fraction = outlier_fraction(run)
         row = [run.name, "none found" if fraction is None else f"{100 * fraction:.3f}"]
         row.append(str(run.identify["num_neurons"]))
-        row += ["–" if run.verify.get(key) is None else f"{run.verify[key]:.3f}" for key in keys]
+        row += ["–" if run.verify.get(key) is None else ranged(run.verify, key) for key in keys]
         rows.append(tuple(row))
     return Table("Outliers, and the cosine to the model before planting", header, tuple(rows))
+
+
+def control_table(identify: Mapping[str, Mapping]) -> Table:
+    """What becomes of the outliers on the images of the search, in percent of the patches: the cure and its controls.
+
+    Args:
+        identify: metrics of the search by backbone; those without outliers get no row.
+    """
+    header = ("backbone", "untreated", "one register", "neurons silenced", "empty register", "random neurons moved")
+    kinds = ("", "_after", "_ablated", "_empty", "_random")
+    rows = [
+        (name, *(ranged(found, f"outlier_fraction{kind}", 100, 2) for kind in kinds))
+        for name, found in identify.items()
+        if found["num_neurons"]
+    ]
+    note = (
+        "The cure moves the register neurons into one test-time register; the last two columns are what must not cure."
+    )
+    return Table("Outlier patches left, %", header, tuple(rows), note if rows else "")
+
+
+def ranged(values: Mapping, key: str, times: float = 1, digits: int = 3) -> str:
+    """`0.901 [0.892–0.909]` from `key`, `key_lo` and `key_hi`."""
+    value, low, high = (times * values[name] for name in (key, f"{key}_lo", f"{key}_hi"))
+    return f"{value:.{digits}f} [{low:.{digits}f}–{high:.{digits}f}]"
 
 
 def outlier_fraction(run: Measured) -> float | None:

@@ -87,6 +87,12 @@ def datasets_of(runs: Sequence[Measurements], stage: str) -> list[str]:
     return list(dict.fromkeys(name for run in runs for name in run.found.get(stage, {})))
 
 
+def column_mean(run: Measurements, stage: str, dataset: str, column: str, seed: int = 0) -> Value | None:
+    """Mean over images of a column of the table `images`; empty cells are left out, and None is returned where all are."""
+    values = numbers(run.tables.get((stage, dataset, "images"), {}).get(column, ()))
+    return value_of(mean_with_interval("mean", values, seed, RESAMPLES), "mean", int((~np.isnan(values)).sum()))
+
+
 def paired_difference(
     a: Measurements, b: Measurements, stage: str, dataset: str, column: str, weight: str | None = None, seed: int = 0
 ) -> Value | None:
@@ -104,9 +110,7 @@ def paired_difference(
     shared = [image for image in rows[0] if image in rows[1]]
 
     def values(name: str) -> list[Float[np.ndarray, " b"]]:
-        return [
-            numbers(table[name])[[row[image] for image in shared]] for table, row in zip(tables, rows, strict=True)
-        ]
+        return [numbers(table[name])[[row[image] for image in shared]] for table, row in zip(tables, rows, strict=True)]
 
     first, second = values(column) if shared else (np.empty(0), np.empty(0))
     if weight is None:

@@ -6,11 +6,11 @@ metrics/, from the measurement itself where it has looked at the run and at its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from .compare import MARKS, Table
-from .comparisons import Measurements, Value, datasets_of, paired_difference, value_of
+from .comparisons import Measurements, Value, column_mean, datasets_of, paired_difference, value_of
 
 TITLE = "What registers change"
 NONE = "–"
@@ -21,7 +21,8 @@ class Measure:
     """A row.
 
     Args:
-        label: with data set and unit.
+        label: with the unit.
+        dataset: whose images are measured.
         scale: what the metrics' value is multiplied by, 100 for percent.
         digits: after the point.
         better: 1 where more is better, −1 where less is, 0 where neither is.
@@ -30,6 +31,7 @@ class Measure:
     """
 
     label: str
+    dataset: str
     scale: float
     digits: int
     better: int
@@ -37,37 +39,45 @@ class Measure:
     change: Callable[[Measurements, Measurements], Value | None] = lambda run, reference: None
 
 
-def measurement_table(runs: Sequence[Measurements], seed: int = 0) -> Table:
+def measurement_table(runs: Sequence[Measurements], in_distribution: str, seed: int = 0) -> Table:
     """All measures that some run has.
 
     Args:
         runs: in the order of their columns.
+        in_distribution: name of the ID set.
         seed: of the bootstrap of paired differences.
     """
     by_name = {run.name: run for run in runs}
     pairs = [(run, by_name[run.run.reference]) for run in runs if run.run.reference in by_name]
-    header = ("measure", "images", *(run.name for run in runs), *(f"{run.name} − {other.name}" for run, other in pairs))
+    header = (
+        "measure",
+        "data set",
+        "n",
+        *(run.name for run in runs),
+        *(f"{run.name} − {other.name}" for run, other in pairs),
+    )
     rows = []
-    for measure in measures(runs, seed):
+    for measure in measures(runs, in_distribution, seed):
         values = [measure.of(run) for run in runs]
         if all(value is None for value in values):
             continue
         cells = [show(value, measure.scale, measure.digits) for value in values]
         changes = (measure.change(run, other) for run, other in pairs)
         cells += [show_change(change, measure.scale, measure.digits, measure.better) for change in changes]
-        rows.append((measure.label, _images(values), *cells))
+        rows.append((measure.label, measure.dataset, _images(values), *cells))
     note = (
-        "Brackets: 95 % intervals over images. Differences are of the same images in both runs; ▲ better, ▼ worse where the"
+        "Brackets: 95 % intervals over the n images. Differences are of the same images in both runs; ▲ better, ▼ worse where the"
         " interval leaves out zero, unmarked where neither direction is better; – where there is no outlier to measure at,"
         " or nothing to pair. Outliers are those of the backbone without registers, so that the same places are compared."
     )
     return Table(TITLE, header, tuple(rows), note if pairs and rows else "")
 
 
-def measures(runs: Sequence[Measurements], seed: int = 0) -> Iterator[Measure]:
+def measures(runs: Sequence[Measurements], in_distribution: str, seed: int = 0) -> Iterator[Measure]:
     """Every measure, in the order of the rows."""
-    yield Measure("outlier patches, %", 100, 2, -1, outliers)
-    yield Measure("CLS cosine to the model before planting", 1, 3, 1, lambda run: _verified(run, "cls_cosine"))
+    yield Measure("outlier patches, %", in_distribution, 100, 2, -1, outliers)
+    label = "CLS cosine to the unplanted model"
+    yield Measure(label, in_distribution, 1, 3, 1, lambda run: _verified(run, "cls_cosine"))
     for name in datasets_of(runs, "attention"):
         yield from _attention(name)
     for name in datasets_of(runs, "tokens"):
@@ -79,7 +89,7 @@ def measures(runs: Sequence[Measurements], seed: int = 0) -> Iterator[Measure]:
     for name in datasets_of(runs, "depth"):
         yield from _depth(name, seed)
     for readout in ("cls", "patch_mean"):
-        yield _accuracy(readout)
+        yield _accuracy(readout, in_distribution)
 
 
 def outliers(run: Measurements) -> Value | None:
@@ -149,33 +159,33 @@ def _attention(name: str) -> Iterator[Measure]:
         return paired
 
     for key, label, scale, digits, better in (
-        ("on_outliers", f"CLS attention on outliers, {name}, %", 100, 1, -1),
-        ("entropy", f"entropy of CLS attention, {name}, nats", 1, 2, 0),
-        ("morans_i", f"coherence of CLS attention (Moran's I), {name}", 1, 3, 1),
-        ("object_auroc", f"CLS attention finds objects (AUROC), {name}, %", 100, 1, 1),
+        ("on_outliers", "CLS attention on outliers, %", 100, 1, -1),
+        ("entropy", "entropy of CLS attention, nats", 1, 2, 0),
+        ("morans_i", "coherence of CLS attention", 1, 3, 1),
+        ("object_auroc", "object AUROC of CLS attention, %", 100, 1, 1),
     ):
-        yield Measure(label, scale, digits, better, of(key), change(key))
+        yield Measure(label, name, scale, digits, better, of(key), change(key))
 
 
 def _tokens(name: str) -> Iterator[Measure]:
     for what, key, label, scale, digits in (
-        ("position", "top1", "position read from {} patch, {}, top-1 %", 100, 1),
-        ("pixels", "l2", "pixels read from {} patch, {}, L2 error", 1, 2),
+        ("position", "top1", "position, {} patch, top-1 %", 100, 1),
+        ("pixels", "l2", "pixels, {} patch, L2 error", 1, 2),
     ):
-        for kind, article in (("normal", "a normal"), ("outlier", "an outlier")):
+        for kind in ("normal", "outlier"):
             yield Measure(
-                label.format(article, name), scale, digits, 0,
+                label.format(kind), name, scale, digits, 0,
                 lambda run, what=what, kind=kind, key=key: value_of(run.of("tokens", name, what, kind), key),
             )  # fmt: skip
 
 
 def _discovery(name: str, seed: int) -> Iterator[Measure]:
     for path, column, label in (
-        ((), "hit", f"CorLoc of the chosen setting, {name}, %"),
-        (("mean_over_features",), "mean_over_features", f"CorLoc, mean over all features, {name}, %"),
+        ((), "hit", "CorLoc of the chosen setting, %"),
+        (("mean_over_features",), "mean_over_features", "CorLoc, mean over all features, %"),
     ):
         yield Measure(
-            label, 100, 1, 1,
+            label, name, 100, 1, 1,
             lambda run, path=path: value_of(run.of("discover", name, *path), "corloc", run.of("discover", name).get("n")),
             lambda run, other, column=column: paired_difference(run, other, "discover", name, column, seed=seed),
         )  # fmt: skip
@@ -183,15 +193,22 @@ def _discovery(name: str, seed: int) -> Iterator[Measure]:
 
 def _segmentation(name: str, seed: int) -> Iterator[Measure]:
     def of(key: str) -> Callable[[Measurements], Value | None]:
-        return lambda run: value_of(run.of("segment", name), key)
+        return lambda run: _among(run.of("segment", name), key)
 
-    yield Measure(f"segmentation mIoU, {name}, %", 100, 1, 1, of("miou"))  # of all pixels: no value an image
+    def by_image(run: Measurements) -> Value | None:
+        return column_mean(run, "segment", name, "miou", seed)
+
+    yield Measure("segmentation mIoU, %", name, 100, 1, 1, of("miou"))  # not a mean over images: no pair
+    yield Measure(
+        "segmentation mIoU by image, %", name, 100, 1, 1, by_image,
+        lambda run, other: paired_difference(run, other, "segment", name, "miou", seed=seed),
+    )  # fmt: skip
     for key, right, pixels, where in (
         ("accuracy", "right", "pixels", ""),
         ("accuracy_at_outliers", "right_at_outliers", "at_outliers", " at outliers"),
     ):
         yield Measure(
-            f"segmentation pixel accuracy{where}, {name}, %", 100, 1, 1, of(key),
+            f"pixel accuracy{where}, %", name, 100, 1, 1, of(key),
             lambda run, other, right=right, pixels=pixels: paired_difference(
                 run, other, "segment", name, right, pixels, seed
             ),
@@ -201,13 +218,19 @@ def _segmentation(name: str, seed: int) -> Iterator[Measure]:
 def _depth(name: str, seed: int) -> Iterator[Measure]:
     for key, where in (("rmse", ""), ("rmse_at_outliers", " at outliers")):
         yield Measure(
-            f"depth RMSE{where}, {name}, m", 1, 3, -1,
-            lambda run, key=key: value_of(run.of("depth", name), key),
+            f"depth RMSE{where}, m", name, 1, 3, -1,
+            lambda run, key=key: _among(run.of("depth", name), key),
             lambda run, other, key=key: paired_difference(run, other, "depth", name, key, seed=seed),
         )  # fmt: skip
 
 
-def _accuracy(readout: str) -> Measure:
+def _among(values: Mapping, key: str) -> Value | None:
+    """A figure of dense prediction, with the number of images that it is from."""
+    found = value_of(values, key)
+    return replace(found, n=values["n_with_outliers"]) if found and key.endswith("at_outliers") else found
+
+
+def _accuracy(readout: str, in_distribution: str) -> Measure:
     def of(run: Measurements) -> Value | None:
         return value_of(run.run.evaluate.get(readout, {}).get("id", {}), "top1")
 
@@ -216,4 +239,4 @@ def _accuracy(readout: str) -> Measure:
             return None
         return value_of(run.run.against.get(f"{readout}-{readout}", {}).get("id", {}), "top1")
 
-    return Measure(f"ID top-1 from {readout}, %", 100, 1, 1, of, change)
+    return Measure(f"top-1 from {readout}, %", in_distribution, 100, 1, 1, of, change)

@@ -20,9 +20,11 @@ from PIL import Image
 from .compare import Check, Table
 
 MOST_PANES = 12
+LARGE = 700  # pixels of width
 SMALLEST_PICTURE = 6_000  # bytes: below, nothing is to be seen
 QUALITIES = (82, 70, 58, 46, 34, 22)
 CELL = re.compile(r"(\S+)\s+(\[[^\]]*\])(?:\s+([▲▼]))?")
+NUMBER = re.compile(r"[+−±]?\d[\d.–]*")
 
 CSS = """
 :root {color-scheme: light dark; --ink: #20242a; --soft: #646b76; --page: #ffffff; --line: #e2e5ea; --tint: #f4f6f8;
@@ -37,7 +39,7 @@ html {scroll-padding-top: 1rem; -webkit-text-size-adjust: 100%}
 body {margin: 0; color: var(--ink); background: var(--page); font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", sans-serif}
 a {color: var(--link)}
 code {font: .9em/1.4 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere}
-.page {max-width: 86rem; margin: 0 auto; padding: 1.5rem 1rem 5rem}
+.page {max-width: 90rem; margin: 0 auto; padding: 1.5rem 1rem 5rem}
 main {min-width: 0}
 header p {max-width: 46rem; color: var(--soft); margin: .3rem 0 1rem}
 h1 {font-size: 1.6rem; line-height: 1.25; margin: 0; letter-spacing: -.01em}
@@ -45,19 +47,19 @@ h2 {display: inline; font-size: 1.2rem; margin: 0; letter-spacing: -.005em}
 h3 {font-size: 1rem; margin: 1.8rem 0 .5rem}
 section {border-top: 1px solid var(--line); padding: .3rem 0}
 summary {cursor: pointer; padding: .7rem 0}
+summary + h3 {margin-top: .3rem}
 section[id], h3 {scroll-margin-top: 1rem}
 .lead {max-width: 46rem; margin: 0 0 1rem}
 .note {max-width: 60rem; margin: .5rem 0 0; font-size: .8125rem; color: var(--soft)}
 .wide {overflow-x: auto; margin: .4rem 0}
-table {border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums lining-nums}
-th, td {padding: .32rem .9rem .32rem 0; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap;
+table {border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums lining-nums}
+th, td {padding: .32rem .7rem .32rem 0; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap;
   vertical-align: baseline}
-thead th {font-weight: 600; vertical-align: bottom; border-bottom-color: var(--soft); padding-right: 1.4rem}
-tbody th {font-weight: 400; position: sticky; left: 0; background: var(--page); white-space: normal; min-width: 8rem;
-  max-width: 19rem}
+thead th {font-weight: 600; line-height: 1.3; vertical-align: bottom; white-space: normal; max-width: 10rem; border-bottom-color: var(--soft); padding-right: 1rem}
+tbody th {font-weight: 400; position: sticky; left: 0; background: var(--page); max-width: 22rem}
 td.n, td.v, thead th.n {text-align: right}
 td.v, th.v {padding-right: .45rem}
-td.i {padding-right: 1.4rem; color: var(--soft); font-size: .8125rem}
+td.i {padding-right: .9rem; color: var(--soft); font-size: .77rem}
 tr.again th {color: var(--soft)}
 tr.first:not(:first-child) > * {border-top: 1px solid var(--soft)}
 .up, .pass {color: var(--good)} .down, .fail {color: var(--bad)}
@@ -98,20 +100,20 @@ nav ol {list-style: none; margin: 0; padding: 0}
 nav a {display: block; padding: .22rem 0; color: var(--soft); text-decoration: none}
 nav a:hover {color: var(--link)}
 @media (min-width: 70rem) {
-  .page {display: grid; grid-template-columns: 11.5rem minmax(0, 1fr); gap: 0 3rem}
+  .page {display: grid; grid-template-columns: 10.5rem minmax(0, 1fr); gap: 0 2.2rem}
   header {grid-column: 2}
   nav {position: sticky; top: 1.5rem; align-self: start; max-height: calc(100vh - 3rem); overflow-y: auto; grid-row: 1 / 3}
 }
 @media (max-width: 40rem) {
+  .pane:has(.large) {overflow-x: auto}
+  .pane .large {width: 40rem; max-width: none}
   dl {grid-template-columns: 1fr} dd {margin-bottom: .5rem}
-  tbody th {max-width: 10rem}
+  tbody th {white-space: normal; min-width: 5.5rem; max-width: 9.5rem}
 }
 @media print {nav {display: none} .page {display: block}}
 """.replace(
     "PANES",
-    ",\n".join(
-        f".toggle > input:nth-of-type({i}):checked ~ .panes > :nth-child({i})" for i in range(1, MOST_PANES + 1)
-    )
+    ",\n".join(f".toggle > input:nth-of-type({i}):checked ~ .panes > :nth-child({i})" for i in range(1, MOST_PANES + 1))
     + ", .panes > :only-child {display: block}",
 )
 
@@ -253,7 +255,7 @@ def table(content: Table, titled: bool = True) -> str:
     if not content.rows:
         return ""
     split = [any(CELL.fullmatch(row[i].strip()) for row in content.rows) for i in range(len(content.header))]
-    number = [any(row[i][:1] in "0123456789+−±" for row in content.rows) for i in range(len(content.header))]
+    number = [any(NUMBER.fullmatch(row[i].strip()) for row in content.rows) for i in range(len(content.header))]
     head = "".join(
         f'<th scope="col" class="{"n" if number[i] and not split[i] else "t"}"{" colspan=2" if split[i] else ""}>'
         f"{html.escape(cell)}</th>"
@@ -356,7 +358,8 @@ def picture(path: Path, alternative: str, limit: int, attributes: str = "") -> s
     data = _encode(image, max(limit, SMALLEST_PICTURE))
     alternative = html.escape(alternative, quote=True)
     source = f"data:image/webp;base64,{base64.b64encode(data).decode()}"
-    return f'<img {attributes} src="{source}" width="{width}" height="{height}" alt="{alternative}">'
+    kind = ' class="large"' if width > LARGE else ""  # not shrunk on a phone, but scrolled
+    return f'<img{kind} {attributes} src="{source}" width="{width}" height="{height}" alt="{alternative}">'
 
 
 def _encode(image: Image.Image, limit: int) -> bytes:

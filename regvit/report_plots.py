@@ -26,7 +26,7 @@ WIDTH, HEIGHT = 4.6, 2.9  # inches
 STYLE = {
     "svg.hashsalt": "regvit",  # identifiers from the content instead of from chance
     "svg.fonttype": "none",  # text stays text
-    "font.family": "sans-serif",
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so that the layout is the same everywhere; drawn in the page's
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -84,12 +84,13 @@ def plot_scores(columns: Mapping[str, Sequence[float]], most: int = 30) -> str:
     return _svg(figure, axes, "neuron scores")
 
 
-def plot_layers(curves: Mapping[str, Curve], label: str) -> str:
+def plot_layers(curves: Mapping[str, Curve], label: str, log: bool = False) -> str:
     """One figure by block, a line a run with its interval as a band; runs keep their colour, and those without it its place.
 
     Args:
         curves: by the run's name, in the order of the colours.
         label: of the vertical axis.
+        log: whether that is logarithmic.
     """
     figure, axes = _axes("block", label)
     for i, (name, curve) in enumerate(curves.items()):
@@ -98,7 +99,10 @@ def plot_layers(curves: Mapping[str, Curve], label: str) -> str:
             continue
         colour = COLOURS[i % len(COLOURS)]
         axes.fill_between(curve.layers, curve.lo, curve.hi, color=colour, alpha=0.18, linewidth=0)
-        axes.plot(curve.layers, values, color=colour, marker=".", label=_plain(name))
+        width = max(1.2, 3.2 - i)  # the first ones broad, so that a later one on the same path does not hide them
+        axes.plot(curve.layers, values, color=colour, linewidth=width, marker=".", label=_plain(name))
+    if log:
+        axes.set_yscale("log")
     return _svg(figure, axes, f"{label} by block")
 
 
@@ -179,7 +183,8 @@ def _svg(figure: Figure, axes: Axes, alternative: str) -> str:
 
 def _small(svg: str) -> str:
     """Without comments and identifiers that nothing refers to, coordinates to a hundredth of a point."""
-    svg = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r" font-family: [^;\"]*;| transform=\"rotate\(-?0 [^\"]*\"", "", svg)
     referred = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', svg))
     own = hashlib.sha256(svg.encode()).hexdigest()[:6]
 
@@ -192,4 +197,9 @@ def _small(svg: str) -> str:
     svg = re.sub(r' id="([^"]*)"', identifier, svg)
     svg = re.sub(r"<[^>]+>", tag, svg)
     svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{own}", svg)
-    return re.sub(r"\s*\n\s*", "\n", svg)
+    svg = re.sub(r"(<defs>\s*</defs>)|(?<=[>\d\"z])\s*\n\s*", "", svg)
+    while (
+        shorter := re.sub(r"<g>((?:(?!</?g\b).)*)</g>", r"\1", svg, flags=re.DOTALL)
+    ) != svg:  # groups that say nothing
+        svg = shorter
+    return svg

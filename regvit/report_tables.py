@@ -20,12 +20,16 @@ def runs_table(runs: Sequence[Measurements], backbones: Mapping[str, Mapping]) -
     rows = []
     for run in runs:
         entry, of = backbones[run.backbone], run.run
-        kind = {"none": "none", "trained": f"{of.num_registers} trained", "test_time": f"{of.num_registers} at test time"}
+        kind = {
+            "none": "none",
+            "trained": f"{of.num_registers} trained",
+            "test_time": f"{of.num_registers} at test time",
+        }
         planted = "planted" if "plant" in entry else "as it came"
         size = f"{entry['img_size']} px" if entry.get("img_size") else "its own"
         model = (run.backbone, str(entry["source"]), size, planted)
         rows.append((run.name, *model, kind[of.registers], of.neurons, of.reference or "–"))
-    header = ("run", "backbone", "source", "image size", "outliers' neurons", "registers", "neurons moved", "held against")
+    header = ("run", "backbone", "source", "image size", "outliers", "registers", "neurons moved", "held against")
     return Table("Runs", header, tuple(rows))
 
 
@@ -40,7 +44,9 @@ def sets_table(params: Mapping, runs: Sequence[Measurements]) -> Table:
     for name, entry in params["datasets"].items():
         rows.append((name, str(entry["source"]), roles[entry["role"]], _count(runs, name, params["in_distribution"])))
     for name, entry in params["scenes"].items():
-        stages = [stage for stage in dict.fromkeys(s for run in runs for s in run.found) if _measured(runs, stage, name)]
+        stages = [
+            stage for stage in dict.fromkeys(s for run in runs for s in run.found) if _measured(runs, stage, name)
+        ]
         counts = [run.of(stage, name).get("n") for run in runs for stage in stages]
         counts += [run.of("tokens", name, "anatomy").get("n") for run in runs]
         known = [n for n in counts if n is not None]
@@ -78,7 +84,9 @@ def token_table(runs: Sequence[Measurements], name: str) -> Table:
             cells = []
             for what, key, scale, digits in (("position", "top1", 100, 1), ("pixels", "l2", 1, 2), ("class", "top1", 100, 1)):  # fmt: skip
                 value = value_of(run.of("tokens", name, what, kind), key)
-                cells.append(show_change(value, scale, digits, 0) if kind == "difference" else show(value, scale, digits))
+                cells.append(
+                    show_change(value, scale, digits, 0) if kind == "difference" else show(value, scale, digits)
+                )
             if any(cell.strip() != "–" for cell in cells):
                 rows.append((run.name, label, *cells))
     return Table(

@@ -50,6 +50,7 @@ class Recovery:
     Args:
         outlier_fraction: share of patches over the threshold in the run's model (defined for every image).
         cls_cosine: cosine of the last layer's CLS to the intact model's.
+        patch_mean_cosine: cosine of the mean of the patches, the readout `patch_mean`.
         patch_cosine: mean cosine of all patches.
         outlier_patch_cosine: mean cosine of the patches that are outliers in the untreated model.
         cls_attention_on_outliers: CLS attention on those patches, mean over heads and the blocks after the neurons.
@@ -59,6 +60,7 @@ class Recovery:
 
     outlier_fraction: Float[np.ndarray, " b"]
     cls_cosine: Float[np.ndarray, " b"]
+    patch_mean_cosine: Float[np.ndarray, " b"]
     patch_cosine: Float[np.ndarray, " b"]
     outlier_patch_cosine: Float[np.ndarray, " b"]
     cls_attention_on_outliers: Float[np.ndarray, " b"]
@@ -170,6 +172,7 @@ def compare_with_intact(
         patch_cosine = F.cosine_similarity(run.patches(ours), base.patches(theirs), dim=-1)  # (b, p)
         values = {
             "cls_cosine": F.cosine_similarity(run.cls_token(ours), base.cls_token(theirs), dim=-1),
+            "patch_mean_cosine": F.cosine_similarity(run.patches(ours).mean(1), base.patches(theirs).mean(1), dim=-1),
             "patch_cosine": patch_cosine.mean(1),
             "outlier_patch_cosine": (patch_cosine * mask).sum(1) / mask.sum(1).clamp_min(1),
         }

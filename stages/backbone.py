@@ -48,4 +48,8 @@ def plant_on_train(built: Built, recipe: dict, params: dict, runtime: Runtime) -
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except KeyboardInterrupt:
+        print(f"backbone: interrupted; data/backbones/{sys.argv[1]} is not finished: run the same again", file=sys.stderr)
+        sys.exit(130)  # 128 + SIGINT, as shells do

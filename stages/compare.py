@@ -15,6 +15,7 @@ from regvit.compare import (
     accuracy_table,
     anomaly_table,
     classifier_table,
+    control_table,
     detector_table,
     difference_table,
     outlier_table,
@@ -57,7 +58,8 @@ def compare(params: dict) -> tuple[list[Table], list[Check]]:
     tables = [accuracy_table(runs, home, ood), classifier_table(runs, home, ood)]
     if anomaly:
         tables += [anomaly_table(runs, anomaly, detectors[0]), detector_table(runs, detectors)]
-    tables += [difference_table(runs, home, detectors[0]), outlier_table(runs)]
+    searched = {name: read(f"metrics/identify/{name}.json") for name in params["backbones"]}
+    tables += [difference_table(runs, home, detectors[0]), outlier_table(runs), control_table(searched)]
     return [table for table in tables if table.rows], list(self_checks(runs))
 
 

@@ -47,3 +47,7 @@ if __name__ == "__main__":
         main(sys.argv[1])
     except (ValueError, FileNotFoundError, PackageUnavailable, DownloadFailed) as error:
         sys.exit(f"download: {error}")
+    except KeyboardInterrupt:
+        print(f"download: interrupted; data/{sys.argv[1]} is as it was, and what has arrived of downloads is kept in work/: "
+              "run the same again", file=sys.stderr)  # fmt: skip
+        sys.exit(130)  # 128 + SIGINT, as shells do

@@ -40,4 +40,8 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except KeyboardInterrupt:
+        print(f"identify: interrupted; features/neurons/{sys.argv[1]}.json is not finished: run the same again", file=sys.stderr)
+        sys.exit(130)  # 128 + SIGINT, as shells do

@@ -13,6 +13,7 @@ from regvit.compare import (
     accuracy_table,
     anomaly_table,
     classifier_table,
+    control_table,
     detector_table,
     difference_table,
     outlier_fraction,
@@ -65,10 +66,18 @@ DIFFERENCES = {
 }
 IDENTIFY = {"outliers_found": True, "outlier_fraction": 0.012, "outlier_fraction_after": 0.0, "num_neurons": 6,
             "precision": 1.0, "recall": 1.0}  # fmt: skip
-SPOILT = {"planted": True, "outlier_fraction": 0.0185, "cls_cosine": 0.9, "patch_cosine": 0.95,
-          "outlier_patch_cosine": 0.1, "cls_attention_on_outliers": 0.3}  # fmt: skip
-CURED = {"planted": True, "outlier_fraction": 0.0, "cls_cosine": 0.97, "patch_cosine": 0.99,
-         "outlier_patch_cosine": 0.985, "cls_attention_on_outliers": 0.007}  # fmt: skip
+
+
+def around(**values: float) -> dict:
+    """Each value with an interval of a hundredth to either side."""
+    ends = {f"{key}_lo": value - 0.01 for key, value in values.items()}
+    return values | ends | {f"{key}_hi": value + 0.01 for key, value in values.items()}
+
+
+SPOILT = {"planted": True, **around(outlier_fraction=0.0185, cls_cosine=0.9, patch_mean_cosine=0.98, patch_cosine=0.95,
+                                    outlier_patch_cosine=0.1, cls_attention_on_outliers=0.3)}  # fmt: skip
+CURED = {"planted": True, **around(outlier_fraction=0.0, cls_cosine=0.97, patch_mean_cosine=0.99, patch_cosine=0.99,
+                                   outlier_patch_cosine=0.985, cls_attention_on_outliers=0.007)}  # fmt: skip
 
 
 def original(**changed) -> Measured:
@@ -166,9 +175,20 @@ def test_a_run_without_outliers_says_so_and_has_nothing_to_compare():
     identify = {"outliers_found": False, "outlier_fraction": 0.0, "num_neurons": 0}
     plain = Measured("intact", "none", 0, {"cls": READOUT}, identify, {"planted": False})
     assert outlier_table([plain, original()]).rows == (
-        ("intact", "none found", "0", "–", "–", "–", "–"),
-        ("original", "1.850", "6", "0.900", "0.950", "0.100", "0.300"),
-    )
+        ("intact", "none found", "0", "–", "–", "–", "–", "–"),
+        ("original", "1.850", "6", "0.900 [0.890–0.910]", "0.980 [0.970–0.990]", "0.950 [0.940–0.960]",
+         "0.100 [0.090–0.110]", "0.300 [0.290–0.310]"),
+    )  # fmt: skip
+
+
+def test_the_controls_stand_beside_the_cure_and_backbones_without_outliers_get_no_row():
+    found = {"num_neurons": 6, **around(outlier_fraction=0.02, outlier_fraction_after=0.01, outlier_fraction_ablated=0.01,
+                                        outlier_fraction_empty=0.019, outlier_fraction_random=0.021)}  # fmt: skip
+    table = control_table({"planted": found, "plain": {"num_neurons": 0}})
+    (row,) = table.rows
+    assert row[0] == "planted" and row[1] == "2.00 [1.00–3.00]" and row[-1] == "2.10 [1.10–3.10]"
+    assert "must not cure" in table.note
+    assert control_table({"plain": {"num_neurons": 0}}).rows == ()
 
 
 def test_outliers_of_an_unplanted_backbone_are_those_of_the_search():

@@ -33,7 +33,7 @@ STAGES = ROOT / "stages"
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
-# In the order of the pipeline; every stage that writes features, models or metrics.
+# In the order of the pipeline: every stage that writes data, models, features or metrics (not the report, a page of them).
 ORDER = (
     ("download", "home"),
     ("download", "alien"),
@@ -59,7 +59,6 @@ ORDER = (
     ("extract_patches", "cured", "rooms"),
     ("segment", "cured", "rooms"),
     ("depth", "cured", "rooms"),
-    ("report",),
 )
 
 
