@@ -32,6 +32,7 @@ INTERPOLATIONS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+LONGEST = 100  # sides; of a longer image only the middle is resized: a line of 30,000 px would grow to gigabytes
 # What Pillow's decoders raise on broken files, each meaning the same here.
 BROKEN = (
     OSError,
@@ -113,6 +114,7 @@ class Transform:
 
     def crop(self, image: Image.Image) -> Image.Image:
         """Resize the shorter side to size / crop_pct and take the centre (size, size); timm's evaluation geometry."""
+        image = _middle(image)
         short = math.floor(self.size / self.crop_pct)
         width, height = image.size
         # The longer side is cut down to an integer, as torchvision.transforms.Resize does.
@@ -132,6 +134,16 @@ class Transform:
         mean = torch.tensor(self.mean, device=batch.device).view(1, 3, 1, 1)
         std = torch.tensor(self.std, device=batch.device).view(1, 3, 1, 1)
         return (batch.float() / 255 - mean) / std
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    """An image without its ends where it is longer than LONGEST times its shorter side; a centre crop never sees them."""
+    width, height = image.size
+    kept = LONGEST * min(width, height)
+    if max(width, height) <= kept:
+        return image
+    left, top = max(0, (width - kept) // 2), max(0, (height - kept) // 2)
+    return image.crop((left, top, width - left, height - top))
 
 
 def read_rgb(path: Path | str) -> Image.Image:

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .hooks import blocks, forward_until, output_projection, residual_scale, watch_inputs, watch_outputs
-from .outliers import Detection, patch_norms, read_detection, settle_detection
+from .outliers import Detection, check_layer, patch_norms, read_detection, settle_detection
 from .tokens import TokenLayout
 
 MIN_SHARE = 1e-3  # a neuron that writes less than a thousandth of the excess is one of the many that write noise
@@ -129,10 +129,13 @@ def score_neurons(
         attribution: False leaves that score out (for models in which it is not defined).
     Raises:
         NoOutliers: no patch is an outlier.
-        ValueError: the MLPs differ in width, or attribution is not defined for the blocks.
+        ValueError: every patch is an outlier, the MLPs differ in width, or attribution is not defined for the blocks.
     """
     if not outliers.any():
         raise NoOutliers(f"none of the {outliers.size} patches is an outlier, so no neuron can be scored")
+    if outliers.all():
+        raise ValueError(f"all of the {outliers.size} patches are outliers, so nothing is left to compare them with; "
+                         "give a larger threshold")  # fmt: skip
     used, layout = blocks(model)[: layer + 1], TokenLayout.of(model)
     projections = {index: output_projection(block) for index, block in enumerate(used)}
     widths = {projection.in_features for projection in projections.values()}
@@ -233,12 +236,9 @@ def find_register_neurons(
         raise ValueError(
             "the model has test-time registers, which take its outliers away; remove them before the search"
         )
+    _check_layers(len(blocks(model)), threshold, layer, max_layer)  # before the long work
     norms = patch_norms(model, batches)
     detection = settle_detection(norms, threshold, layer)
-    if max_layer is not None and not 0 <= max_layer < len(norms):
-        raise ValueError(
-            f"max_layer {max_layer} is out of range: the model has {len(norms)} blocks (0 to {len(norms) - 1})"
-        )
     if detection is None:
         return RegisterNeurons(None, norms)
     outliers = norms[detection.layer] > detection.threshold
@@ -314,6 +314,12 @@ def _check_options(top_k: int | None, explained: float, score: str) -> None:
         raise ValueError(f"top_k is {top_k}; expected 1 or more, or None to let the data decide")
     if not 0 < explained <= 1:
         raise ValueError(f"explained is {explained}; expected a share over 0 and up to 1")
+
+
+def _check_layers(depth: int, threshold: float | None, layer: int | None, max_layer: int | None) -> None:
+    check_layer(depth, threshold, layer)
+    if max_layer is not None and not 0 <= max_layer < depth:
+        raise ValueError(f"max_layer {max_layer} is out of range: the model has {depth} blocks (0 to {depth - 1})")
 
 
 def _again(images: Tensor | Batches) -> Batches:

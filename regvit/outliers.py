@@ -128,20 +128,29 @@ def settle_detection(
     Raises:
         ValueError: the layer is out of range, or a threshold is given without its layer.
     """
-    if layer is None and threshold is None:
-        return detect(norms)
-    if layer is None:
-        raise ValueError(f"threshold {threshold} needs its layer: norms differ by layer; set layer too (e.g. -2)")
     depth = len(norms)
-    if not -depth <= layer < depth:
-        raise ValueError(
-            f"layer {layer} is out of range: the model has {depth} blocks (0 to {depth - 1}, or -{depth} to -1)"
-        )
+    check_layer(depth, threshold, layer)
+    if layer is None:
+        return detect(norms)
     layer %= depth
     if threshold is None:
         split = otsu(np.log(norms[layer].clip(min=np.finfo(np.float32).tiny)))
         return Detection(layer, float(np.exp(split.threshold)), split.separation)
     return Detection(layer, float(threshold), float("nan")) if (norms[layer] > threshold).any() else None
+
+
+def check_layer(depth: int, threshold: float | None, layer: int | None) -> None:
+    """Holds a given layer and threshold to a model of `depth` blocks.
+
+    Raises:
+        ValueError: the layer is out of range, or a threshold is given without its layer.
+    """
+    if layer is None and threshold is not None:
+        raise ValueError(f"threshold {threshold} needs its layer: norms differ by layer; set layer too (e.g. -2)")
+    if layer is not None and not -depth <= layer < depth:
+        raise ValueError(
+            f"layer {layer} is out of range: the model has {depth} blocks (0 to {depth - 1}, or -{depth} to -1)"
+        )
 
 
 def write_detection(detection: Detection | None) -> str:

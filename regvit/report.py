@@ -20,9 +20,10 @@ from PIL import Image
 from .compare import Check, Table
 
 MOST_PANES = 12
+LONG = 24  # rows
 LARGE = 700  # pixels of width
 SMALLEST_PICTURE = 6_000  # bytes: below, nothing is to be seen
-QUALITIES = (82, 70, 58, 46, 34, 22)
+QUALITIES = (25, 40, 55, 70, 82)
 CELL = re.compile(r"(\S+)\s+(\[[^\]]*\])(?:\s+([▲▼]))?")
 NUMBER = re.compile(r"[+−±]?\d[\d.–]*")
 
@@ -61,7 +62,8 @@ td.n, td.v, thead th.n {text-align: right}
 td.v, th.v {padding-right: .45rem}
 td.i {padding-right: .9rem; color: var(--soft); font-size: .77rem}
 tr.again th {color: var(--soft)}
-tr.first:not(:first-child) > * {border-top: 1px solid var(--soft)}
+tr.first:not(:first-child) > * {padding-top: .8rem}
+.long summary {padding: .2rem 0; font-size: .875rem; color: var(--soft)}
 .up, .pass {color: var(--good)} .down, .fail {color: var(--bad)}
 .fail {font-weight: 600}
 .checks {columns: 24rem auto; padding: 0; margin: 0; list-style: none; font-size: .875rem; font-variant-numeric: tabular-nums}
@@ -107,6 +109,7 @@ nav a:hover {color: var(--link)}
 @media (max-width: 40rem) {
   .pane:has(.large) {overflow-x: auto}
   .pane .large {width: 40rem; max-width: none}
+  .wipe:has(.large) {max-width: none}
   dl {grid-template-columns: 1fr} dd {margin-bottom: .5rem}
   tbody th {white-space: normal; min-width: 5.5rem; max-width: 9.5rem}
 }
@@ -250,7 +253,7 @@ def definitions(words: Sequence[tuple[str, str]]) -> str:
 def table(content: Table, titled: bool = True) -> str:
     """A table with its title above and its note below; nothing where it has no rows.
 
-    Figures stand right, each interval in a column of its own beside them; the mark of a difference has its colour.
+    One with a title and many rows is folded. Figures stand right, each interval in a column of its own beside them; the mark of a difference has its colour.
     """
     if not content.rows:
         return ""
@@ -271,12 +274,15 @@ def table(content: Table, titled: bool = True) -> str:
         before = row[0]
     label = html.escape(content.title, quote=True)
     body = "\n".join(lines)
-    return (
-        (heading(content.title) if titled else "")
-        + f'<div class="wide" tabindex="0" role="region" aria-label="{label}"><table>\n<thead><tr>{head}</tr></thead>\n'
-        + f"<tbody>\n{body}\n</tbody>\n</table></div>"
-        + paragraph(content.note, "note")
+    inside = (
+        f'<div class="wide" tabindex="0" role="region" aria-label="{label}"><table>\n<thead><tr>{head}</tr></thead>\n'
+        f"<tbody>\n{body}\n</tbody>\n</table></div>{paragraph(content.note, 'note')}"
     )
+    if not titled:
+        return inside
+    if len(lines) > LONG:
+        inside = f'<details class="long"><summary>{len(lines)} rows</summary>{inside}</details>'
+    return heading(content.title) + inside
 
 
 def check_list(checks: Sequence[Check]) -> str:
@@ -363,13 +369,21 @@ def picture(path: Path, alternative: str, limit: int, attributes: str = "") -> s
 
 
 def _encode(image: Image.Image, limit: int) -> bytes:
-    while True:
-        for quality in QUALITIES:
-            file = io.BytesIO()
-            image.save(file, "WEBP", quality=quality, method=6)
-            if file.tell() <= limit:
-                return file.getvalue()
+    """The best quality that fits; a smaller picture where the worst does not."""
+
+    def webp(quality: int) -> bytes:
+        file = io.BytesIO()
+        image.save(file, "WEBP", quality=quality, method=4)
+        return file.getvalue()
+
+    while len(found := webp(QUALITIES[0])) > limit:
         image = image.resize([max(1, round(0.8 * side)) for side in image.size], Image.Resampling.LANCZOS)
+    for quality in QUALITIES[1:]:
+        better = webp(quality)
+        if len(better) > limit:
+            break
+        found = better
+    return found
 
 
 def _cells(cell: str, split: bool, number: bool) -> str:

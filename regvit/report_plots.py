@@ -1,6 +1,6 @@
 """The plots of the report as SVG that takes the colour of the text around it, so that it shows in light and dark alike.
 
-The same input gives the same bytes; identifiers are made from the content, so that two plots on a page never share one.
+The same input gives the same bytes; identifiers are made from the content, so that two different plots never share one.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ While it is written, a store lives in another folder, `<…>.partial`:
     done.jsonl   one line a finished unit, written after its chunks are on disk
     store/       the zarr group, renamed to its final name at the end
 
-A unit is done when its line is there; whatever a killed writer left of other units is deleted and done again.
+A unit is done when its line is there, and its chunks with it; whatever a killed writer left of other units is deleted and done again.
 The writer needs a POSIX system (flock).
 """
 
@@ -219,7 +219,7 @@ class FeatureStore:
                     f"{self.path}, array {name!r} has shape {array.shape}, chunks {array.chunks}, type {array.dtype}, "
                     f"expected {rows} rows in chunks of {unit} and {DTYPE}; extract again"
                 )
-            size = math.prod(array.chunks) * DTYPE.itemsize + CHECKSUM_BYTES
+            size = _chunk_bytes(array)
             files = [_chunk(self.path, array, u) for u in range(-(-rows // unit))]
             if missing := [file for file in files if not file.is_file()]:
                 names = ", ".join(str(file.relative_to(self.path)) for file in missing[:5])
@@ -390,12 +390,19 @@ class StoreWriter:
         file = self.partial / "resume.json"
         if not file.exists():
             return False
-        old = json.loads(file.read_text(encoding="utf-8"))
-        if not (self.partial / "store" / "zarr.json").exists():
-            self.note = f"started anew: {self.partial} has lost its store"
+        try:
+            old = json.loads(file.read_bytes())
+        except ValueError:  # of JSON or of UTF-8
+            old = None
+        if not isinstance(old, dict):
+            self.note = f"started anew: {file} is damaged"
             return False
         if differences := _differences(old, self._description):
             self.note = "started anew, as the unfinished store differs: " + "; ".join(differences)
+            return False
+        store = self.partial / "store"
+        if not all((store / name / "zarr.json").exists() for name in (".", *self.arrays)):
+            self.note = f"started anew: {self.partial} has lost its store"
             return False
         return True
 
@@ -433,13 +440,23 @@ class StoreWriter:
         with zarr.config.set(WRITE_CONFIG):
             self._group = zarr.open_group(LocalStore(store), mode="r+", zarr_format=3)
             self._zarrays = {name: self._group[name] for name in self.arrays}
-        done = {record["unit"] for record in read_records(self.partial / "done.jsonl")}
+        recorded = {record.get("unit") for record in read_records(self.partial / "done.jsonl")}
+        # A line is written after its chunks; only what came from outside (a cleaner, a copy) takes them away again.
+        done = {unit for unit in recorded & set(range(self.units)) if self._has_chunks(unit)}
         for array in self._zarrays.values():
             for unit in set(range(self.units)) - done:
                 _chunk(store, array, unit).unlink(missing_ok=True)
         self._group.attrs.pop("complete", None)
         self.note = f"resumed: {len(done)} of {self.units} units were done"
         return done
+
+    def _has_chunks(self, unit: int) -> bool:
+        """Whether the chunks of a unit are there with their full size, in every array."""
+        for array in self._zarrays.values():
+            file = _chunk(self.partial / "store", array, unit)
+            if not file.is_file() or file.stat().st_size != _chunk_bytes(array):
+                return False
+        return True
 
     def _require_lock(self) -> None:
         if self._lock is None:
@@ -470,6 +487,11 @@ def _chunk(store: Path, array: zarr.Array, unit: int) -> Path:
     """File of the chunk of one unit."""
     key = array.metadata.encode_chunk_key((unit,) + (0,) * (array.ndim - 1))
     return store / array.basename / key
+
+
+def _chunk_bytes(array: zarr.Array) -> int:
+    """Size of the file of a whole chunk, checksum included; those at the end are padded."""
+    return math.prod(array.chunks) * DTYPE.itemsize + CHECKSUM_BYTES
 
 
 def _differences(old: Mapping, new: Mapping, prefix: str = "") -> list[str]:

@@ -51,5 +51,7 @@ if __name__ == "__main__":
     try:
         main(*sys.argv[1:])
     except KeyboardInterrupt:
-        print(f"backbone: interrupted; data/backbones/{sys.argv[1]} is not finished: run the same again", file=sys.stderr)
+        print(
+            f"backbone: interrupted; data/backbones/{sys.argv[1]} is not finished: run the same again", file=sys.stderr
+        )
         sys.exit(130)  # 128 + SIGINT, as shells do

@@ -1,12 +1,13 @@
 """Prints the comparison table and the self-checks from metrics/; fails if a check does.
 
-`--readme` puts the tables into README.md instead, between its markers.
+`--readme` puts the three tables that say most into README.md instead, between its markers.
 """
 
 import json
 import sys
 from pathlib import Path
 
+from measurements import read_measurements
 from params import load_params
 from regvit.compare import (
     Check,
@@ -21,15 +22,17 @@ from regvit.compare import (
     outlier_table,
     self_checks,
 )
+from regvit.measurements import measurement_table
 from regvit.references import references
 
+IN_README = ("What registers change", "Accuracy", "Outlier patches left")
 BEGIN, END = "<!-- results: python stages/compare.py --readme -->", "<!-- end of results -->"
 
 
 def main(*arguments: str) -> int:
     tables, checks = compare(load_params())
     if arguments == ("--readme",):
-        write_readme(Path("README.md"), tables)
+        write_readme(Path("README.md"), [table for table in tables if table.title.startswith(IN_README)])
     elif arguments:
         sys.exit("usage: python stages/compare.py [--readme]")
     else:
@@ -55,7 +58,8 @@ def compare(params: dict) -> tuple[list[Table], list[Check]]:
     """Tables and checks over the runs of params.yaml, in its order; what lies in metrics/ besides is not looked at."""
     runs, home, detectors = read_runs(params), params["in_distribution"], params["evaluate"]["detectors"]
     ood, anomaly = ([n for n, d in params["datasets"].items() if d["role"] == role] for role in ("ood", "anomaly"))
-    tables = [accuracy_table(runs, home, ood), classifier_table(runs, home, ood)]
+    changed = measurement_table(read_measurements(params, runs), home, params["seed"])
+    tables = [changed, accuracy_table(runs, home, ood), classifier_table(runs, home, ood)]
     if anomaly:
         tables += [anomaly_table(runs, anomaly, detectors[0]), detector_table(runs, detectors)]
     searched = {name: read(f"metrics/identify/{name}.json") for name in params["backbones"]}

@@ -43,5 +43,8 @@ if __name__ == "__main__":
     try:
         main(*sys.argv[1:])
     except KeyboardInterrupt:
-        print(f"identify: interrupted; features/neurons/{sys.argv[1]}.json is not finished: run the same again", file=sys.stderr)
+        print(
+            f"identify: interrupted; features/neurons/{sys.argv[1]}.json is not finished: run the same again",
+            file=sys.stderr,
+        )
         sys.exit(130)  # 128 + SIGINT, as shells do

@@ -142,6 +142,9 @@ def built(tmp_path_factory, warm_python) -> Iterator[Pipeline]:
         shutil.copy(ROOT / name, folder / name)
     for name in ("stages", "regvit"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("attention", "depth", "discover", "segment", "tokens", "zeroshot"):
+        (folder / "metrics" / name).mkdir(parents=True)
+        (folder / "metrics" / name / ".gitkeep").touch()
     (folder / ".dvc").mkdir()
     shutil.copy(ROOT / ".dvc/config", folder / ".dvc/config")
     relief = folder / "regvit/relief.py"  # fewer and smaller rooms

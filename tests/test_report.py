@@ -12,6 +12,7 @@ from report_example import NAME
 
 from regvit.compare import Check, Table
 from regvit.report import (
+    LONG,
     MOST_PANES,
     SMALLEST_PICTURE,
     Section,
@@ -91,7 +92,9 @@ def test_the_page_loads_nothing_and_is_well_formed():
 
 
 def test_names_are_shown_and_never_obeyed():
-    assert check_page(whole_page()).text.count("alert(") == 3 + 2 + 4 + 1 + 3 + 2 + 1  # page, section, table, check, toggle, words, caption
+    assert (
+        check_page(whole_page()).text.count("alert(") == 3 + 2 + 4 + 1 + 3 + 2 + 1
+    )  # page, section, table, check, toggle, words, caption
     assert '<script>alert("a")' not in whole_page()
 
 
@@ -135,6 +138,13 @@ def test_rows_of_one_run_belong_together_and_a_table_without_rows_is_nothing():
     assert re.findall(r'<tr class="(\w+)"', html) == ["first", "again", "first"]
     assert 'class="first"' not in table(Table("t", ("run", "x"), (("a", "1"), ("b", "2"))))
     assert table(Table("t", ("run",), (), "note")) == ""
+
+
+def test_a_long_table_is_folded_unless_it_is_the_section_itself():
+    long = Table("t", ("run", "x"), tuple((str(i), "1") for i in range(LONG + 1)))
+    assert f"<summary>{LONG + 1} rows</summary>" in table(long)
+    assert "<summary>" not in table(long, titled=False)
+    assert "<summary>" not in table(Table("t", long.header, long.rows[1:]))
 
 
 def test_one_pane_needs_no_choice_and_more_than_there_is_room_for_are_named():

@@ -79,6 +79,8 @@ def test_a_point_stands_where_its_value_is_and_runs_keep_their_colours():
     assert "#e0783b" in svg and "#5b8fd0" not in svg  # the second colour, though the first run has no value
     ticks = {text: float(x) for x, text in re.findall(r'<text [^>]*? x="([\d.]+)" [^>]*>(\d+)</text>', svg)}
     low, high = min(ticks, key=float), max(ticks, key=float)
-    point = float(re.findall(r'<use xlink:href="[^"]*" x="([\d.]+)" [^>]*fill: #e0783b', svg)[-1])
+    point = float(
+        re.findall(r'<use xlink:href="[^"]*" x="([\d.]+)" [^>]*fill: #e0783b', svg)[0]
+    )  # the second is the legend's
     expected = ticks[low] + (25 - float(low)) / (float(high) - float(low)) * (ticks[high] - ticks[low])
     assert point == pytest.approx(expected, abs=0.1)

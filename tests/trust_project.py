@@ -93,6 +93,7 @@ class Stages:
             die_at, signal, wait: send itself that signal (SIGKILL by default, 0 is none) before the n-th change to the
                 disk, from 0, and wait so many seconds (0).
             die_after: be sent it so many seconds after the stage began.
+            go_on: do not wait for its end; the next run does.
             full_at: from the n-th change on the disk is full: nothing can be made or opened for writing.
             largest: bytes that a file may have at most; the kernel refuses more.
             user: number of the user to be.
@@ -247,6 +248,7 @@ def _serve() -> None:
     store.SMALLEST_UNIT = store.UNIT_OF_PATCHES = 4  # many units of few images
     probes.train_probes.__kwdefaults__["save_every"] = 0.0  # seconds: a checkpoint at every point of the curves
     answers = os.fdopen(os.dup(1), "w", buffering=1)
+    first = []
     for line in sys.stdin:
         command = json.loads(line)
         report, log = (os.memfd_create(name) for name in ("changes", "log"))
@@ -259,6 +261,12 @@ def _serve() -> None:
             finally:
                 sys.stdout.flush(), sys.stderr.flush()
                 os._exit(code)
+        if command.get(
+            "go_on"
+        ):  # a first run goes on while others come and go; the next command without it waits for it
+            first.append(child)
+            answers.write(json.dumps({"status": 0, "changes": 0, "seconds": 0.0, "text": ""}) + "\n")
+            continue
         if "die_after" in command:
             time.sleep(command["die_after"])
             os.kill(child, command.get("signal", signal.SIGKILL))
@@ -270,6 +278,9 @@ def _serve() -> None:
             "text": re.sub(r"\r[^\n]*\r", "\r", os.pread(log, 1 << 20, 0).decode(errors="replace")),
         }
         os.close(report), os.close(log)
+        for other in first:
+            assert os.waitpid(other, 0)[1] == 0, f"the run that went on beside it ended badly: {other}"
+        first.clear()
         answers.write(json.dumps(answer) + "\n")
 
 
