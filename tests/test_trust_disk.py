@@ -56,8 +56,8 @@ def test_a_disk_that_is_full_ends_a_stage_clearly_and_with_room_it_ends_in_the_s
     assert stopped.status == 1 and "No space left on device" in stopped.text
     for name, content in results(folder).items():
         assert ".partial" in name or content == (start | outputs)[name], f"{name} is half-written"
-    for path in (folder / "features").rglob("*.zarr"):
-        shutil.rmtree(path)
+    if stage[0] == "extract":  # a store that was finished before its record could be written
+        shutil.rmtree(folder / "features/cured/home.zarr", ignore_errors=True)
     stages.finish(folder, *stage)
     assert results(folder) == start | outputs
 
@@ -72,7 +72,7 @@ def test_a_file_that_the_kernel_cuts_short_is_never_taken_for_a_whole_one(stage,
     folder = before(stage, project, tmp_path / "project")
     start = results(folder)
     stopped = stages.run(folder, *stage, largest=600)
-    assert stopped.status == 1  # what it says is cut short too
+    assert stopped.status > 0  # what it prints is cut short too, which Python makes an error of its own
     later = CHAIN[CHAIN.index(stage) + 1 :]
     for follower in later[:1]:  # what the next stage would make of it
         assert stages.run(folder, *follower).status == 1

@@ -17,9 +17,7 @@ from trust_project import ORDER, Stages, make_project, results, tree
 MANY = bool(os.environ.get("REGVIT_KILLS"))
 KILLS_IN_EXTRACTION = 150 if MANY else 30
 POINTS = 10_000 if MANY else 3  # changes to the disk before which a stage is killed
-SLOW = (
-    0.5  # seconds: a stage that takes longer (it draws pictures) is killed once in each test unless many are asked for
-)
+SLOW = 0.5  # seconds: a stage that takes longer (it draws) is killed once in each test unless many kills are asked for
 DISTINCT = [
     stage for stage in ORDER if stage[1:2] != ("plain",) and stage[1:] != ("alien",) and stage[2:] != ("alien",)
 ]
@@ -130,9 +128,8 @@ def test_an_extraction_killed_again_and_again_at_random_goes_on_each_time_and_en
     outputs, _ = undisturbed[1][stage]
     folder = before(stage, undisturbed, tmp_path / "project")
     start, moments, kills, finished, resumed = results(folder), random.Random(0), 0, 0, 0
+    done = 0  # units recorded so far
     while kills < KILLS_IN_EXTRACTION or not finished:
-        logs = list((folder / "work").glob("*.partial/done.jsonl"))
-        done = len(logs[0].read_bytes().splitlines()) if logs else 0
         moment = {"die_after": moments.uniform(0.1, 0.5)} if kills % 2 else {"die_at": moments.randint(0, 60)}
         run = stages.run(folder, *stage, **moment)
         resumed += "resumed: " in run.text
@@ -141,17 +138,26 @@ def test_an_extraction_killed_again_and_again_at_random_goes_on_each_time_and_en
             assert results(folder) == start | outputs
         elif run.status == -signal.SIGKILL:
             kills += 1
-            logs = list((folder / "work").glob("*.partial/done.jsonl"))
-            assert not logs or len(logs[0].read_bytes().splitlines()) >= done  # what is recorded is never lost
+            before_it, done = done, recorded(folder)
+            finishing = (folder / "features/cured/home.zarr").exists()  # the working folder may be gone by then
+            assert finishing or done >= before_it, f"of {before_it} units recorded {done} are left: {run.text}"
             assert all(content == (start | outputs)[name] for name, content in under_final_names(folder).items())
         else:  # the kill before fell between the last rename and the record
             assert "exists; delete it to extract it again" in run.text
         if (folder / "features/cured/home.zarr").exists():
+            done = 0
             shutil.rmtree(folder / "features/cured/home.zarr")
             (folder / "metrics/extract/cured/home.json").unlink(missing_ok=True)
     assert resumed >= kills // 4
     go_on(stages, folder, stage)
     assert results(folder) == start | outputs
+
+
+def recorded(folder):
+    """Units of the unfinished store that are done: lines of the log, where the store is there that they are of."""
+    logs = list((folder / "work").glob("*.partial/done.jsonl"))
+    whole = logs and all((logs[0].parent / name).exists() for name in ("resume.json", "store/zarr.json"))
+    return len(logs[0].read_bytes().splitlines()) if whole else 0
 
 
 # Ctrl-C.

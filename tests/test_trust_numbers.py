@@ -156,7 +156,7 @@ def test_a_split_without_an_image_is_named(empty):
 
 def test_a_class_that_is_listed_twice_or_has_no_name_is_refused(tmp_path):
     for classes in (("a", "a"), ("a", "")):
-        with pytest.raises(InvalidManifest, match="twice|empty name"):
+        with pytest.raises(InvalidManifest, match=r"twice|empty name"):
             write_dataset(tmp_path / "x", "x", [Row("1", "1.png", "a", "test")], classes, {})
     assert not (tmp_path / "x").exists()
 
@@ -225,7 +225,7 @@ def test_a_layer_out_of_range_is_refused_before_the_images_are_gone_through():
 
     batches = Counting([torch.ones(1, 3, 32, 32)] * 3)
     for options in ({"layer": 6, "threshold": 1.0}, {"layer": -7}, {"max_layer": 6}, {"threshold": 3.0}):
-        with pytest.raises(ValueError, match="out of range|needs its layer"):
+        with pytest.raises(ValueError, match=r"out of range|needs its layer"):
             find_register_neurons(model_of(), batches, **options)
     assert len(seen) <= 4  # `iter` is called once by the check that they can be gone through twice
 

@@ -187,7 +187,7 @@ def _watch(command: dict, report: int) -> None:
     def hook(event: str, arguments: tuple) -> None:
         if event == "open":
             path, mode, flags = arguments
-            makes = isinstance(mode, str) and bool(set(mode) & set("wax+")) or bool((flags or 0) & WRITING)
+            makes = (isinstance(mode, str) and bool(set(mode) & set("wax+"))) or bool((flags or 0) & WRITING)
             if not makes:
                 return
         elif event in CHANGES:
@@ -211,7 +211,7 @@ def _watch(command: dict, report: int) -> None:
 
 def _child(command: dict, report: int, log: int) -> int:
     os.dup2(log, 1), os.dup2(log, 2)
-    sys.stdout, sys.stderr = (open(fd, "w", closefd=False, buffering=1) for fd in (1, 2))
+    sys.stdout, sys.stderr = (os.fdopen(fd, "w", closefd=False, buffering=1) for fd in (1, 2))
     os.chdir(command["folder"])
     os.environ.pop("DVC_ROOT", None)
     os.environ["REGVIT_DEVICE"], os.environ["REGVIT_THREADS"], os.environ["REGVIT_BATCH_SIZE"] = "cpu", "1", "4"
