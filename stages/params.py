@@ -342,8 +342,30 @@ def _broken_references(params: dict) -> Iterator[str]:
         wanted = {"ablated": "none", "selected": run["registers"]}.get(control, "test_time")
         if run["registers"] != wanted:
             yield f"{where}.neurons is {control}, which needs registers: {wanted}, not {run['registers']}"
+        if run["registers"] == "trained" and run["backbone"] in backbones:
+            yield from _broken_registers(where, count, backbones[run["backbone"]])
         if run["registers"] == "none" and count != 0:
             yield f"{where}.num_registers is {count}, expected 0 where registers is none"
+
+
+def _broken_registers(where: str, count: int, backbone: dict) -> Iterator[str]:
+    """A run with trained registers on an architecture that has none, or another number: said before anything is computed."""
+    architecture = backbone.get("architecture") or backbone["source"].partition(":")[2]
+    # timm takes seconds to import, and parameters without trained registers need none of it.
+    import torch
+
+    from regvit.backbones import create
+    from regvit.tokens import TokenLayout
+
+    try:
+        with torch.device("meta"):
+            trained = TokenLayout.of(create(architecture)).trained
+    except ValueError as error:
+        yield f"{where}.backbone: {error}"
+        return
+    if trained != count:
+        cure = f"set num_registers: {trained}" if trained else "take a backbone with registers (…_reg4_…)"
+        yield f"{where}.num_registers is {count}, but {architecture} was trained with {trained}: {cure}"
 
 
 MEASURED = ("tokens", "attention", "patches", "segment", "depth", "discover")

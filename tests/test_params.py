@@ -168,3 +168,25 @@ def test_a_hub_backbone_is_one_line_as_the_readme_shows(params):
     params["backbones"]["dinov2_large"] = {"source": "timm:vit_large_patch14_dinov2.lvd142m"}
     params["runs"]["dinov2_original"] = {"backbone": "dinov2_large", "registers": "none", "num_registers": 0}
     assert list(faults_of(params)) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "count", "said"),
+    [
+        ("timm:vit_small_patch14_dinov2.lvd142m", 4, "was trained with 0: take a backbone with registers"),
+        ("timm:vit_small_patch14_reg4_dinov2.lvd142m", 2, "was trained with 4: set num_registers: 4"),
+        ("timm:vit_smal_patch14_dinov2", 4, "has no model 'vit_smal_patch14_dinov2'; nearest are vit_small_patch14"),
+    ],
+)
+def test_trained_registers_that_a_backbone_does_not_have_are_refused_before_anything_is_computed(
+    params, source, count, said
+):
+    params["backbones"]["hub"] = {"source": source}
+    params["runs"]["hub_reg"] = {"backbone": "hub", "registers": "trained", "num_registers": count}
+    assert said in only_fault(params)
+
+
+def test_trained_registers_that_are_there_are_no_fault(params):
+    params["backbones"]["hub"] = {"source": "timm:vit_small_patch14_reg4_dinov2.lvd142m"}
+    params["runs"]["hub_reg"] = {"backbone": "hub", "registers": "trained", "num_registers": 4}
+    assert list(faults_of(params)) == []
