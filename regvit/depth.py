@@ -317,9 +317,13 @@ def _depth_of(
     """Depth on the grid, upsampled: the mean depth of the bins under the normalised outputs."""
     if upsample > 1:
         outputs = F.interpolate(outputs, scale_factor=upsample, mode="bilinear", align_corners=False)
-    weights = outputs.unflatten(1, (n_heads, -1)).relu() + EPSILON  # (b, h, k, u, u)
-    bins = torch.linspace(depths.min_depth, depths.max_depth, weights.shape[2], device=outputs.device)
-    return torch.einsum("bhkyx,k->bhyx", weights, bins) / weights.sum(2)
+    weights = outputs.unflatten(1, (n_heads, -1)).relu()  # (b, h, k, u, u)
+    count = weights.shape[2]
+    bins = torch.linspace(depths.min_depth, depths.max_depth, count, device=outputs.device, dtype=outputs.dtype)
+    # EPSILON is added to every bin after the sums: this is the largest tensor of a step, and one pass over it is enough.
+    both = torch.stack([bins, torch.ones_like(bins)]) @ weights.flatten(3)  # (b, h, 2, u u)
+    total, weight = both.unbind(2)
+    return ((total + EPSILON * bins.sum()) / (weight + EPSILON * count)).unflatten(-1, weights.shape[3:])
 
 
 def _nearest(truth: Float[np.ndarray, "h w"], depths: Range, size: int) -> Float[np.ndarray, "s s"]:

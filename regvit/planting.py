@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .hooks import blocks, forward_until, residual_scale, watch_inputs, watch_outputs
+from .neighbourhood import neighbour_cosine
 from .tokens import TokenLayout
 
 ACTIVATION = 8.0  # mean activation of a planted unit where it fires; below 3, GELU's negative lobe reaches all tokens
@@ -145,7 +146,7 @@ def plant(
         targets = attention_targets(model, survey.normed, TokenLayout.of(model), cls_share)
         direction = edited_sink(model, targets) if edit_keys else trained_sink(model, targets)
         info = low_information(model, images, batch_size)
-        nudge = _empty_register_shift(model, images, survey.hidden, seed_layer, batch_size)
+        nudge = _empty_register_shift(model, images, survey.hidden, _lowest(info, fraction), seed_layer, batch_size)
         hot = _write_seeds(model, recipe, neurons[seed_layer], survey, info, nudge, direction)
         _write_amplifiers(model, recipe, neurons[amplifier_layer], survey, images, hot, direction, batch_size)
     except ValueError:
@@ -179,18 +180,7 @@ def low_information(model: nn.Module, images: Float[Tensor, "b 3 s s"], batch_si
     with torch.no_grad():
         parts = [_embed(model, batch) for batch in images.split(batch_size)]
         e = torch.cat(parts)  # (b, rows, columns, d)
-        e = F.normalize(e - e.mean((0, 1, 2)), dim=-1)
-        total, count = e.new_zeros(e.shape[:3]), e.new_zeros(e.shape[1:3])
-        vertical, horizontal = (e[:, 1:] * e[:, :-1]).sum(-1), (e[:, :, 1:] * e[:, :, :-1]).sum(-1)
-        for near, similarity in (
-            (np.s_[1:, :], vertical),
-            (np.s_[:-1, :], vertical),
-            (np.s_[:, 1:], horizontal),
-            (np.s_[:, :-1], horizontal),
-        ):
-            total[(slice(None), *near)] += similarity
-            count[near] += 1
-        return (total / count).flatten(1)
+        return neighbour_cosine(e - e.mean((0, 1, 2)))
 
 
 @torch.no_grad()
@@ -332,9 +322,7 @@ def _write_seeds(
     """
     layout = TokenLayout.of(model)
     h, prefix = layout.patches(survey.hidden), survey.hidden[:, : layout.prefix]
-    wanted = max(1, round(3 * recipe.fraction * info.shape[1]))
-    lowest = torch.zeros_like(info, dtype=torch.bool).scatter_(1, info.topk(wanted, dim=1).indices, True)
-    base = within_image_direction(h, lowest, prefix, nudge)
+    base = within_image_direction(h, _lowest(info, 3 * recipe.fraction), prefix, nudge)
     size = SEED_RATIO * survey.median_norm[recipe.seed_layer] / len(units)
     generator = torch.Generator().manual_seed(recipe.seed)
     hot = None
@@ -400,13 +388,25 @@ def within_image_direction(
     return F.normalize(f, dim=0).float()
 
 
+def _lowest(info: Float[Tensor, "b p"], share: float) -> Bool[Tensor, "b p"]:
+    """The share of each image's patches, at least one, that carry the least information."""
+    wanted = max(1, round(share * info.shape[1]))
+    return torch.zeros_like(info, dtype=torch.bool).scatter_(1, info.topk(wanted, dim=1).indices, True)
+
+
 def _empty_register_shift(
-    model: nn.Module, images: Tensor, hidden: Float[Tensor, "b n d"], layer: int, batch_size: int
+    model: nn.Module,
+    images: Tensor,
+    hidden: Float[Tensor, "b n d"],
+    patches: Bool[Tensor, "b p"],
+    layer: int,
+    batch_size: int,
 ) -> Float[Tensor, "m d"]:
-    """How one more, empty token moves the patches' inputs of a block's MLP: the mean move, and its main variation.
+    """How one more, empty token moves some patches' inputs of a block's MLP: the mean move, and its main variation.
 
     A zero token takes its share of attention like any other. Seeds that noticed would fall silent when a register is
-    added in which nothing was put, and the cure would seem to work without moving a single neuron.
+    added in which nothing was put, and the cure would seem to work without moving a single neuron. What counts are the
+    patches on which seeds fire: flat ones give the empty token more of their attention than others do.
     """
     layout = TokenLayout.of(model)
 
@@ -416,7 +416,7 @@ def _empty_register_shift(
     fc1 = blocks(model)[layer].mlp.fc1
     with watch_inputs({0: blocks(model)[0]}, insert):
         nudged = _inputs(model, images, {"fc1": fc1}, fc1, batch_size)["fc1"]
-    moved = (nudged[:, layout.prefix + 1 :] - layout.patches(hidden)).flatten(0, 1).double()
+    moved = (nudged[:, layout.prefix + 1 :] - layout.patches(hidden))[patches].double()
     mean = moved.mean(0, keepdim=True)
     main = torch.linalg.eigh(torch.cov(moved.T))[1][:, -NUDGE_DIRECTIONS:].T
     return torch.cat([mean, main]).float()

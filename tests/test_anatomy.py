@@ -14,7 +14,6 @@ from regvit.anatomy import (
     grid_side,
     image_means,
     looks,
-    neighbour_cosine,
     norm_table,
     open_subject,
     position_table,
@@ -52,14 +51,6 @@ def made_anatomy() -> Anatomy:
     rank = np.full((2, 9), 0.5, dtype=np.float32)
     rank[0, 4] = 0.95
     return Anatomy(norms, outliers, cosine, rank)
-
-
-def test_resemblance_to_neighbours_is_the_mean_over_those_that_there_are():
-    e = torch.nn.functional.normalize(torch.randn(1, 3, 3, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
-    found = neighbour_cosine(5 * e).reshape(3, 3)
-    assert found[0, 0].item() == pytest.approx((e[0, 0, 0] @ (e[0, 0, 1] + e[0, 1, 0])).item() / 2, abs=1e-6)
-    around = e[0, 0, 1] + e[0, 2, 1] + e[0, 1, 0] + e[0, 1, 2]
-    assert found[1, 1].item() == pytest.approx((e[0, 1, 1] @ around).item() / 4, abs=1e-6)
 
 
 def test_ranks_are_scipys_shares_with_ties_in_the_middle():
