@@ -1,6 +1,10 @@
 # make repro   environment, pipeline, table           make test   environment, linter, tests
 # make check   are params.yaml and dvc.yaml sound?    make lock   requirements.in -> requirements.txt
 # make choose  a whole experiment: data sets, backbones, runs
+# make compare      the table of the runs; EXPS="a b c": experiments or commits against the first, paired intervals, picture
+# make experiments  the experiments with what was changed and the figures that differ
+# make audit, coverage, mutation   known vulnerabilities, share of the code that tests run, tests against a wrong module
+# make bench        ratios against the obvious ways; BENCH=--quick only tries whether all runs
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := repro
@@ -16,7 +20,7 @@ unexport PYTHONHOME PYTHONPATH
 # Every stage is a process of its own: with imports compiled once instead of each time it starts in half the time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: repro test check choose lock env
+.PHONY: repro test check choose compare experiments bench audit coverage mutation lock env
 repro: env
 	@python stages/reproduce.py
 
@@ -31,6 +35,27 @@ check: env
 
 choose: env  # make choose NAME=imagenet IMAGES=/data/images; without NAME: what there is
 	@python stages/choose.py $(if $(NAME),$(NAME) $(if $(IMAGES),--images "$(IMAGES)"),--list)
+
+compare: env
+	@python stages/$(if $(EXPS),experiments.py compare $(EXPS),compare.py)
+
+experiments: env
+	@python stages/experiments.py show
+
+audit: env  # known vulnerabilities of what is pinned; says so where no database can be reached
+	@python tests/audit.py
+
+coverage: env  # of lines and branches, by the tests and all that they start; fails under 90 %
+	@coverage erase
+	@coverage run -m pytest -q
+	@coverage combine --quiet
+	@coverage report
+
+mutation: env  # make mutation MODULE=metrics [MOST=100]: do the tests notice if the module is wrong?
+	@python tests/mutation.py $(MODULE) $(if $(MOST),--most $(MOST))
+
+bench: env
+	@python -m benchmarks $(BENCH)
 
 env: .venv/.complete
 

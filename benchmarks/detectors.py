@@ -1,9 +1,9 @@
-"""AUROC, its bootstrap and the detectors against the clock: `python benchmarks/detectors.py`.
+"""AUROC, its bootstrap and the detectors against the clock: `python -m benchmarks.detectors`.
 
 - AUROC of a million scores, ours and scikit-learn's `roc_auc_score`, in turn in one process, so that a loaded machine
   slows both alike; CPU seconds, and the ratio as median over the rounds. Both must give the same value.
-- A 1,000-fold bootstrap of all five anomaly metrics of 10⁵ and of AUROC of 10⁶ scores (of the latter 100 resamples are
-  timed: the time is proportional), against `roc_auc_score` on each resample, of which 3 are timed.
+- A 1,000-fold bootstrap of all five anomaly metrics of 10⁵ and of 10⁶ scores, against `roc_auc_score` alone on each
+  resample, of which 3 are timed.
 - Every detector: fit and score of features of the shape of a ViT-B data set.
 
 Prints a line a measurement and writes JSON.
@@ -12,13 +12,15 @@ Prints a line a measurement and writes JSON.
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from sklearn.covariance import LedoitWolf
 from sklearn.metrics import roc_auc_score
+from sklearn.neighbors import NearestNeighbors
 
+from benchmarks.machine import in_turn, seconds_of
 from regvit.bootstrap import resample
 from regvit.detectors import DETECTORS, fit
 from regvit.metrics import ANOMALY_METRICS, auroc
@@ -40,11 +42,63 @@ def main() -> None:
         "auroc": time_auroc(given.scores, given.rounds),
         "bootstrap": [
             time_bootstrap(given.scores // 10, tuple(ANOMALY_METRICS), 1000),
-            time_bootstrap(given.scores, ("auroc",), 100),
+            time_bootstrap(given.scores, tuple(ANOMALY_METRICS), 1000),
         ],
         "detectors": time_detectors(given.images, given.channels, given.classes),
     }
     given.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def measure(quick: bool = False) -> list[dict]:
+    """Rows of the table of all benchmarks: AUROC, its bootstrap, and kNN and Mahalanobis against scikit-learn's."""
+    count = 10_000 if quick else 1_000_000
+    rounds = 1 if quick else 5
+    home, strange = scores(count, None)
+    anomalous, both = np.repeat([0, 1], [len(home), len(strange)]), np.concatenate([home, strange])
+    rows = []
+
+    def add(name: str, ours: Callable[[], object], theirs: Callable[[], object], detail: str, share: float = 1) -> None:
+        """`share`: of the work that theirs does, where all of it would take hours."""
+        ratio = in_turn(ours, theirs, rounds).ratio / share
+        rows.append({"name": name, "ratio": ratio, "wanted": WANTED, "detail": detail})
+
+    add(
+        "AUROC / scikit-learn's",
+        lambda: auroc(home, strange),
+        lambda: roc_auc_score(anomalous, both),
+        f"{count:,} scores",
+    )
+    rng = np.random.default_rng(0)
+    add(
+        "bootstrap of five metrics / scikit-learn's AUROC alone",
+        lambda: resample(home[None], strange[None], 1000),
+        lambda: roc_auc_score(anomalous, np.concatenate([rng.choice(side, len(side)) for side in (home, strange)])),
+        f"{count:,} scores, 1,000 resamples (scikit-learn: 1 of them, times 1,000)",
+        1 / 1000,
+    )
+    images, channels = (500, 16) if quick else (10_000, 384)
+    train, test, labels, probe = material(images, channels, 10)
+    k = max(10, round(images / 1000))
+
+    def sklearn_knn() -> np.ndarray:
+        unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (train.astype(float), test.astype(float))]
+        return NearestNeighbors(n_neighbors=k, algorithm="brute").fit(unit[0]).kneighbors(unit[1])[0][:, -1]
+
+    def sklearn_mahalanobis() -> np.ndarray:
+        means = np.stack([train[labels == c].mean(0, dtype=float) for c in range(10)])
+        fitted = LedoitWolf(assume_centered=True).fit(train - means[labels])
+        return np.min([fitted.mahalanobis(test - mean) for mean in means], axis=0)
+
+    logits = probe.logits(test)
+    for name, theirs in (("knn", sklearn_knn), ("mahalanobis", sklearn_mahalanobis)):
+        np.testing.assert_allclose(fit(name, train, labels, probe)(test, logits), theirs(), rtol=1e-3)
+        add(
+            f"{name} / scikit-learn's",
+            lambda name=name: fit(name, train, labels, probe)(test, logits),
+            theirs,
+            f"{images:,} × {channels}, {len(test):,} scored",
+        )
+    return rows
 
 
 def time_auroc(count: int, rounds: int) -> dict:
@@ -55,8 +109,8 @@ def time_auroc(count: int, rounds: int) -> dict:
         anomalous, both = np.repeat([0, 1], [len(home), len(strange)]), np.concatenate([home, strange])
         ours, theirs = [], []
         for _ in range(rounds):
-            ours.append(seconds(lambda h=home, s=strange: auroc(h, s)))
-            theirs.append(seconds(lambda y=anomalous, x=both: roc_auc_score(y, x)))
+            ours.append(seconds_of(lambda h=home, s=strange: auroc(h, s)))
+            theirs.append(seconds_of(lambda y=anomalous, x=both: roc_auc_score(y, x)))
         error = abs(auroc(home, strange) - roc_auc_score(anomalous, both))
         assert error < 1e-12, f"AUROC differs from scikit-learn's by {error:.2g}"
         ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
@@ -71,14 +125,14 @@ def time_auroc(count: int, rounds: int) -> dict:
 def time_bootstrap(count: int, metrics: tuple[str, ...], timed: int) -> dict:
     """1,000 resamples of `count` scores, of which `timed` are made."""
     home, strange = scores(count, None)
-    took = seconds(lambda: resample(home[None], strange[None], timed, metrics=metrics)) * 1000 / timed
+    took = seconds_of(lambda: resample(home[None], strange[None], timed, metrics=metrics)) * 1000 / timed
     rng, anomalous = np.random.default_rng(0), np.repeat([0, 1], [len(home), len(strange)])
 
     def plain() -> None:
         for _ in range(3):
             roc_auc_score(anomalous, np.concatenate([rng.choice(side, len(side)) for side in (home, strange)]))
 
-    theirs = seconds(plain) * 1000 / 3
+    theirs = seconds_of(plain) * 1000 / 3
     print(
         f"1,000 resamples of {', '.join(metrics)} of {count:,} scores: {took:.1f} s; of AUROC alone with scikit-learn"
         f" {theirs:.0f} s"
@@ -88,19 +142,24 @@ def time_bootstrap(count: int, metrics: tuple[str, ...], timed: int) -> dict:
 
 def time_detectors(images: int, channels: int, classes: int) -> dict:
     """Fit on the images and score of a tenth as many."""
+    train, test, labels, probe = material(images, channels, classes)
+    logits, results = probe.logits(test), {}
+    for name in DETECTORS:
+        fitted = seconds_of(lambda name=name: fit(name, train, labels, probe))
+        score = fit(name, train, labels, probe)
+        scored = seconds_of(lambda score=score: score(test, logits))
+        results[name] = {"fit_seconds": fitted, "score_seconds": scored}
+        print(f"{name}: fit of {images:,} images {fitted:.2f} s, score of {len(test):,} {scored:.2f} s")
+    return results
+
+
+def material(images: int, channels: int, classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, Probe]:
+    """Training and test features, labels of the former, and a probe."""
     rng, labels = np.random.default_rng(0), np.arange(images) % classes
     train = rng.normal(size=(images, channels)).astype(np.float32) + rng.normal(size=(classes, channels))[labels]
     train, test = train.astype(np.float32), rng.normal(size=(images // 10, channels)).astype(np.float32)
     weight = rng.normal(size=(classes, channels)).astype(np.float32)
-    probe = Probe("cls", weight, np.zeros(classes, dtype=np.float32), 0.1, 0)
-    logits, results = probe.logits(test), {}
-    for name in DETECTORS:
-        fitted = seconds(lambda name=name: fit(name, train, labels, probe))
-        score = fit(name, train, labels, probe)
-        scored = seconds(lambda score=score: score(test, logits))
-        results[name] = {"fit_seconds": fitted, "score_seconds": scored}
-        print(f"{name}: fit of {images:,} images {fitted:.2f} s, score of {len(test):,} {scored:.2f} s")
-    return results
+    return train, test, labels, Probe("cls", weight, np.zeros(classes, dtype=np.float32), 0.1, 0)
 
 
 def scores(count: int, digits: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -108,13 +167,6 @@ def scores(count: int, digits: int | None) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
     sides = rng.normal(size=count // 2), rng.normal(1.0, size=count - count // 2)
     return sides if digits is None else tuple(side.round(digits) for side in sides)
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """CPU seconds of this process that it takes."""
-    start = time.process_time()
-    work()
-    return time.process_time() - start
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Heads trained together against heads trained one by one: `python benchmarks/probes.py`.
+"""Heads trained together against heads trained one by one: `python -m benchmarks.probes`.
 
 Forty heads, 4 readouts × 10 learning rates, on made-up features of the shape of a ViT-S data set. Both ways run in turn in
 one process, so that a loaded machine slows both alike, and CPU seconds are taken (on a GPU: seconds); the ratio is the
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.machine import in_turn
 from regvit.probes import Training, train_probes
 
 READOUTS = {"cls": 1, "patch_mean": 1, "cls_reg": 2, "cls_patch": 2}  # width in tokens
@@ -69,6 +70,23 @@ def main() -> None:
           f"their losses differ by at most {difference:.1e}")  # fmt: skip
     if difference > LOSS_TOLERANCE:
         raise SystemExit(f"the losses differ by {difference:.1e}, expected at most {LOSS_TOLERANCE:g}")
+
+
+def measure(quick: bool = False) -> list[dict]:
+    """Rows of the table of all benchmarks: 40 heads together against one by one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    given = argparse.Namespace(images=256 if quick else 4096, channels=32 if quick else 384, classes=10,
+                               steps=3 if quick else 100, device=device)  # fmt: skip
+    data = features(given.images, given.channels, given.classes)
+    found = in_turn(
+        lambda: train(data, given, list(READOUTS), RATES),
+        lambda: [train(data, given, [name], [rate]) for name in READOUTS for rate in RATES],
+        1 if quick else 5,
+        device,
+    )
+    heads = len(READOUTS) * len(RATES)
+    detail = f"{heads} heads, {given.images:,} images, {given.channels} channels, {given.classes} classes, {device}"
+    return [{"name": "probes together / one by one", "ratio": found.ratio, "wanted": WANTED, "detail": detail}]
 
 
 def features(n: int, channels: int, classes: int) -> tuple:

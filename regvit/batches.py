@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +35,11 @@ class Batches:
             for _, images in load_batches(self.dataset, self.transform, self.batch_size, self.workers):
                 yield self.transform.normalise(images.to(self.device))
                 bar.advance(len(images))
+
+    def select(self, rows: Sequence[int]) -> Batches:
+        """Batches of some of the images, by their row numbers, in that order."""
+        chosen = tuple(self.dataset.rows[row] for row in rows)
+        return dataclasses.replace(self, dataset=dataclasses.replace(self.dataset, rows=chosen))
 
 
 def sample(dataset: Dataset, split: str, count: int, seed: int) -> Dataset:

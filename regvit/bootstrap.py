@@ -12,6 +12,9 @@ one seed, the value is m̄(w). Intervals go from the 2.5 to the 97.5 percentile 
 ID images are drawn class by class (stratified, as the splits were made) where every class has at least 10 of them; with
 fewer, drawing within classes would miss a good part of the variance, and they are drawn from all.
 
+Where a side has more than 65,536 images, they are drawn in random groups and counted in cells of scores (`binned`): the
+same intervals, but for the randomness of a bootstrap, in a time that hardly grows with images or resamples.
+
 Which images a resample draws depends on the seed, the classes and the name of the data sets only: two detectors, readouts
 or runs see the same resamples, so that the difference of their values, resample by resample, is paired. The p-value of a
 difference is 2 (1 + the number of resamples on the rarer side of 0) / (1 + the number of resamples): it agrees with the
@@ -29,9 +32,11 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
+from . import binned
 from .metrics import ANOMALY_METRICS, Difference, Estimate, Separation
 
 CELLS_PER_CHUNK = 1 << 17  # resamples × images held at once: 1 MiB an array, which stays in the processor's cache
+MANY_IMAGES = 1 << 16  # of a side: beyond, `binned`
 SMALLEST_STRATUM = 10  # images of a class: the bootstrap within n images shows (n − 1) / n of their variance
 
 
@@ -87,10 +92,19 @@ def resample(
             f"id_scores {id_scores.shape} and anomaly_scores {anomaly_scores.shape} do not fit; expected as many rows "
             "of both, one column an image"
         )
-    rows = [Separation(*pair) for pair in zip(id_scores, anomaly_scores, strict=True)]
     b, a = id_scores.shape[1], anomaly_scores.shape[1]
-    images = _Draws(_strata(strata, b), [seed, 0])
-    anomalies = _Draws([np.arange(a)], [seed, 1, zlib.crc32(name.encode())])
+    of_id, of_anomalies = (_strata(strata, b), [seed, 0]), ([np.arange(a)], [seed, 1, zlib.crc32(name.encode())])
+    if max(a, b) > MANY_IMAGES:
+        sides = [binned.Side(rows, resamples, entropy) for rows, entropy in (of_id, of_anomalies)]
+        found = [binned.measure(Separation(*pair), *sides, metrics)
+                 for pair in zip(id_scores, anomaly_scores, strict=True)]  # fmt: skip
+        return Resampled(
+            {metric: np.array([point[metric] for point, _ in found]) for metric in metrics},
+            {metric: np.stack([drawn[metric] for _, drawn in found]) for metric in metrics},
+            a,
+        )
+    images, anomalies = _Draws(*of_id), _Draws(*of_anomalies)
+    rows = [Separation(*pair) for pair in zip(id_scores, anomaly_scores, strict=True)]
     points = [row.measure(metrics) for row in rows]
     values = {metric: np.empty((len(rows), resamples)) for metric in metrics}
     at_once = max(1, CELLS_PER_CHUNK // max(a, b, 1))
@@ -101,33 +115,6 @@ def resample(
             for metric, measured in row.measure(metrics, id_counts, anomaly_counts).items():
                 values[metric][m, start : start + count] = measured
     return Resampled({metric: np.array([point[metric][0] for point in points]) for metric in metrics}, values, a)
-
-
-def anomaly_metrics(
-    id_scores: Float[np.ndarray, "s b"] | Float[np.ndarray, " b"],
-    anomaly_scores: Float[np.ndarray, "s a"] | Float[np.ndarray, " a"],
-    bootstrap: int = 1000,
-    seed: int = 0,
-    strata: Int[np.ndarray, " b"] | None = None,
-) -> dict[str, Estimate]:
-    """All five anomaly metrics, the mean over the seeds, with intervals over images and seeds.
-
-    Repeated images push average precision up a little; where the detector is worse than chance by far, all resamples
-    can lie above the point, and the interval is widened to hold it.
-
-    Args:
-        id_scores, anomaly_scores: larger means more anomalous; one row a probe seed, or the single row.
-        bootstrap: number of resamples, at least 1.
-        seed: of the resampling.
-        strata: class of each ID image; None: drawn from all.
-    Returns:
-        `{auroc, fpr95, fpr95_ood_positive, aupr_in, aupr_out}`; `n` of each is the number of anomalies.
-    Raises:
-        ValueError: as `resample`.
-    """
-    sides = (scores[None] if np.ndim(scores) == 1 else scores for scores in (id_scores, anomaly_scores))
-    drawn = resample(*sides, bootstrap, seed, strata)
-    return {metric: estimate(drawn.points[metric], drawn.values[metric], drawn.n, seed) for metric in ANOMALY_METRICS}
 
 
 def estimate(points: Float[np.ndarray, " s"], values: Float[np.ndarray, "s w"], n: int, seed: int = 0) -> Estimate:

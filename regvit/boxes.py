@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from PIL import Image, ImageDraw
 
+from .files import replacing
 from .manifest import Dataset
 
 GREEN, RED, BLUE = (0, 160, 0), (230, 0, 0), (0, 90, 255)
@@ -110,7 +111,8 @@ def draw_boxes(
             edges = (left + x0, top + y0, left + max(x0, x1 - 1), top + max(y0, y1 - 1))
             pen.rectangle(edges, outline=colour, width=2)
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, optimize=True)
+    with replacing(path) as beside:
+        sheet.save(beside, optimize=True)
 
 
 def _boxes(boxes: np.ndarray, name: str) -> Float[np.ndarray, "m 4"]:

@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import argparse
 import csv
+import difflib
+import io
 import json
+import math
 import os
 import sys
 import traceback
@@ -68,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not _is_about_the_input(error):
             raise
-        print(f"regvit {arguments.command}: {error}", file=sys.stderr)
+        print(f"regvit {arguments.command}: {_in_words(error)}", file=sys.stderr)
         return 1
 
 
@@ -80,6 +83,13 @@ def _is_about_the_input(error: Exception) -> bool:
     at = traceback.extract_tb(error.__traceback__)[-1]
     ours = Path(at.filename).resolve().parent == Path(__file__).resolve().parent
     return ours and (at.line or "").startswith("raise ") and isinstance(error, ValueError | RuntimeError)
+
+
+def _in_words(error: Exception) -> str:
+    """What an error says; of one of the disk the file first, without its number."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -135,8 +145,9 @@ def _look(arguments: argparse.Namespace) -> None:
     from .look import draw_look, look  # here and below: why inside the function stands at the head of this file
     from .neurons import find_register_neurons
 
+    _check_out(arguments.out)
     root = _repository(Path.cwd())
-    source = arguments.backbone or _default_backbone(root)
+    source = _default_backbone(root) if arguments.backbone is None else arguments.backbone
     backbone = _open(source, arguments, root, IMG_SIZE)
     image = backbone.transform.load(arguments.image)
     normalised = backbone.transform.normalise(image[None].to(_device_of(backbone)))
@@ -179,9 +190,14 @@ examples:
     parser.add_argument(
         "--limit", type=_count, default=512, metavar="N", help="of more images, N are drawn; default: %(default)s"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of that draw; default: %(default)s")
     parser.add_argument(
-        "--threshold", type=float, metavar="NORM", help="norm over which a patch is an outlier; default: from the data"
+        "--seed", type=_count_or_none, default=0, metavar="N", help="of that draw; default: %(default)s"
+    )
+    parser.add_argument(
+        "--threshold",
+        type=_number,
+        metavar="NORM",
+        help="norm over which a patch is an outlier; default: from the data",
     )
     parser.add_argument(
         "--layer",
@@ -195,7 +211,7 @@ examples:
     parser.add_argument("--max-layer", type=int, metavar="BLOCK", help="last block searched; default: that of --layer")
     parser.add_argument(
         "--explained",
-        type=float,
+        type=_number,
         default=0.99,
         metavar="SHARE",
         help="of the outliers' excess that the neurons are to write; default: %(default)s",
@@ -208,6 +224,7 @@ def _neurons(arguments: argparse.Namespace) -> None:
     from .batches import Batches, sample
     from .neurons import find_register_neurons
 
+    _check_out(arguments.out)
     images = sample(_images(arguments.images), "train", arguments.limit, arguments.seed)
     backbone = _open(arguments.backbone, arguments, _repository(Path.cwd()), IMG_SIZE)
     images = _readable(images, backbone.transform)
@@ -227,8 +244,7 @@ def _neurons(arguments: argparse.Namespace) -> None:
         "images": len(images),
         "seed": arguments.seed,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(found.to_json(**about), encoding="utf-8")
+    _write(arguments.out, found.to_json(**about))
     for line in _report(found, len(images)):
         print(line)
     if found.num_selected:
@@ -346,7 +362,7 @@ then:
     parser.add_argument("--num-registers", type=_count, default=1, metavar="N", help="default: %(default)s")
     parser.add_argument("--statistic", default="per_neuron", help="per_neuron, per_neuron_patches or reference")
     parser.add_argument("--patches", default="zero", help="zero, mean, only_outliers or same")
-    parser.add_argument("--scale", type=float, default=1.0, help="factor on a register's value; default: %(default)s")
+    parser.add_argument("--scale", type=_number, default=1.0, help="factor on a register's value; default: %(default)s")
     parser.add_argument("--pt2", action="store_true", help="write model.pt2, for torch.export.load")
     parser.add_argument("--onnx", action="store_true", help="write model.onnx; needs the package onnx")
     _add_backbone_options(parser, "the backbone's own", device=False)
@@ -417,6 +433,8 @@ def _classify(arguments: argparse.Namespace) -> int:
     from .images import UnreadableImage
     from .runs import read_run
 
+    if arguments.out:
+        _check_out(arguments.out)
     root = _repository(Path.cwd())
     images = _images(arguments.images)
     path = _run_file(arguments.of, root)
@@ -442,12 +460,35 @@ def _classify(arguments: argparse.Namespace) -> int:
             logits = [f"{value:.6g}" for value in result.logits]
             rows.append([result.path, result.class_name, f"{result.probability:.6f}", f"{result.energy:.6f}", *logits])
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.out.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["path", "class", "probability", "energy", *classifier.classes])
-            writer.writerows(rows)
+        table = io.StringIO()
+        writer = csv.writer(table, lineterminator="\n")
+        writer.writerow(["path", "class", "probability", "energy", *classifier.classes])
+        writer.writerows(rows)
+        _write(arguments.out, table.getvalue())
     return 1 if broken else 0
+
+
+def _check_out(path: Path) -> None:
+    """Refuses a file that could not be written, before the work of minutes and not after it; makes its folder."""
+    if path.is_dir():
+        raise WrongInput(f"--out {path} is a folder; name a file in it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _write(path: Path, text: str) -> None:
+    """A text file, whole or not there; pipes and devices are written to as they are.
+
+    /dev/stdout is a link, and leads to a plain file wherever the shell sends the output to one: renaming would put a file
+    in the link's place, for everyone on the machine, and "w" would cut off what else was sent there.
+    """
+    from .files import write_text
+
+    special = path.exists() and not path.is_file()
+    if special or path.absolute().parts[1] in ("dev", "proc"):
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    else:
+        write_text(path, text)
 
 
 def _run_file(run: str, root: Path | None) -> Path:
@@ -456,7 +497,9 @@ def _run_file(run: str, root: Path | None) -> Path:
     for path in places:
         if path.is_file():
             return path
-    raise WrongInput(f"there is no run {run!r} ({places[-1]} is missing); give a name in features/ or a run.json")
+    known = sorted(file.parent.name for file in (root or Path()).glob("features/*/run.json"))
+    hint = f"there are {', '.join(known)}" if known else "give a name in features/ or a run.json"
+    raise WrongInput(f"there is no run {run!r} ({places[-1]} is missing); {hint}")
 
 
 # --- backbones, neurons, machine -------------------------------------------------------------------------------------
@@ -476,7 +519,7 @@ def _add_machine_options(parser: argparse.ArgumentParser, batches: bool, device:
     if batches:
         parser.add_argument("--batch-size", type=_count, default=32, metavar="N", help="default: %(default)s")
         parser.add_argument(
-            "--workers", type=int, default=2, metavar="N", help="decoding threads; default: %(default)s"
+            "--workers", type=_count_or_none, default=2, metavar="N", help="decoding threads; default: %(default)s"
         )
 
 
@@ -487,7 +530,22 @@ def _count(text: str) -> int:
     return value
 
 
-_count.__name__ = "whole number"  # argparse names the type in its message
+def _count_or_none(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is below 0")
+    return value
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{value} is not a finite number")
+    return value
+
+
+_count.__name__ = _count_or_none.__name__ = "whole number"  # argparse names the type in its message
+_number.__name__ = "number"
 
 
 def _png(text: str) -> Path:
@@ -517,12 +575,15 @@ def _open(source: str, arguments: argparse.Namespace, root: Path | None, img_siz
     """The backbone that BACKBONE means, on the device, at the wanted image size or at `img_size` where it can be."""
     from .backbones import Backbone, build, load_backbone, resized
 
+    if not source:
+        _check_name(source, root)
     folder = next((f for f in (Path(source), (root or Path()) / "data" / "backbones" / source) if f.is_dir()), None)
     if folder is None and ":" not in source and len(Path(source).parts) > 1:
         folder = Path(source)  # meant as a folder, which load_backbone says is missing
     if folder is not None:
         backbone = load_backbone(folder)
     else:
+        _check_name(source, root)
         source = source if ":" in source else f"timm:{source}"
         cache = (root or Path.home() / ".cache" / "regvit") / ("work/packages" if root else "packages")
         built = build(
@@ -536,6 +597,23 @@ def _open(source: str, arguments: argparse.Namespace, root: Path | None, img_siz
     backbone = resized(backbone, wanted)
     backbone.model.to(_device(arguments.device))
     return backbone
+
+
+def _check_name(source: str, root: Path | None) -> None:
+    """Refuses a name that was meant as one of data/backbones: near one of these, and no model of timm's.
+
+    Raises:
+        WrongInput: the message gives the nearest name.
+    """
+    import timm
+
+    if ":" in source or timm.is_model(source.partition(".")[0]):
+        return
+    known = sorted(folder.parent.name for folder in root.glob("data/backbones/*/backbone.json")) if root else []
+    near = difflib.get_close_matches(source, known, n=1)
+    if near or not source:
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known) or 'none'}"
+        raise WrongInput(f"there is no backbone {source!r}: {hint}")
 
 
 def _takes(backbone: Backbone, img_size: int) -> bool:
@@ -557,8 +635,11 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise WrongInput(f"--device {name} is unknown; use auto, cpu, cuda or cuda:<n>") from error
+    except RuntimeError:
+        device = None
+    known = ("cpu", "cuda", *(["mps"] if torch.backends.mps.is_available() else []))
+    if device is None or device.type not in known:
+        raise WrongInput(f"--device {name} is unknown; use auto, {', '.join(known)} or cuda:<n>")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise WrongInput(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA device(s); use auto or cpu")
     return device
@@ -578,13 +659,15 @@ def _read_neurons(path: Path, backbone: Backbone) -> tuple[Detection | None, dic
     """Detection and register neurons from a file, which must be of this backbone where both say so."""
     from .neurons import read_selected
 
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         about = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise WrongInput(f"{path} is no JSON ({error}); give a file from `regvit neurons`") from error
     if not isinstance(about, dict):
         raise WrongInput(f"{path} holds a {type(about).__name__}; give a file from `regvit neurons`")
+    if fault := _fault_of(about):
+        raise WrongInput(f"{path}: {fault}; give a file from `regvit neurons`")
     try:
         detection, neurons = read_selected(text)
     except ValueError as error:
@@ -596,3 +679,21 @@ def _read_neurons(path: Path, backbone: Backbone) -> tuple[Detection | None, dic
             "give the file of this backbone"
         )
     return detection, neurons
+
+
+def _fault_of(about: dict) -> str | None:
+    """What in the file of a search is not of the form that it should have; keys that are missing are told elsewhere."""
+    threshold, layer, selected = (about.get(key) for key in ("threshold", "detect_layer", "selected"))
+    if threshold is not None and not (isinstance(threshold, int | float) and 0 < threshold < math.inf):
+        return f"threshold is {threshold!r}, expected a norm above 0"
+    if layer is not None and not isinstance(layer, int):
+        return f"detect_layer is {layer!r}, expected the index of a block"
+    if (threshold is None) != (layer is None):
+        return f"threshold is {threshold!r} and detect_layer {layer!r}, expected both or neither"
+    if "selected" in about and not (
+        isinstance(selected, dict)
+        and all(key.isdecimal() and isinstance(units, list) for key, units in selected.items())
+        and all(isinstance(unit, int) for units in selected.values() for unit in units)
+    ):
+        return f"selected is {selected!r}, expected lists of neurons by layer, as {{'4': [10, 20]}}"
+    return None

@@ -37,6 +37,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
+from .files import replacing
 from .store import FeatureStore
 
 HELD = 256  # images: 50 MB (ViT-S/14 at 224 px) to 0.7 GB (ViT-L/14 at 518 px) of float16
@@ -331,7 +332,8 @@ def save_image_values(path: Path | str, kind: str, measured: ImageValues) -> Non
     if measured.outliers is not None:
         tensors["outliers"] = np.ascontiguousarray(measured.outliers, dtype=np.uint8)
     about = json.dumps({**measured.about, "format": FORMAT, "kind": kind}, sort_keys=True)
-    save_file(tensors, str(path), metadata={"about": about})
+    with replacing(path) as beside:
+        save_file(tensors, str(beside), metadata={"about": about})
 
 
 def load_image_values(path: Path | str, kind: str) -> ImageValues:

@@ -66,7 +66,9 @@ def fit(name: str, features: Float[np.ndarray, "n d"], labels: Int[np.ndarray, "
 
     Args:
         name: of `DETECTORS`.
-        features: what the probe's weight multiplies (`Probe.embed` of the readout), of the training images.
+        features: what the probe's weight multiplies (`Probe.embed` of the readout), of the training images: an array, or
+            anything with its `shape` that gives rows for a slice or an array of row numbers; it is read in blocks, as
+            often as the detector needs, and never held whole.
         labels: class index of each.
         probe: whose logits are scored.
     Returns: features (b, d) and logits (b, c) of images → scores (b,) float64.
@@ -373,10 +375,12 @@ class React:
     @classmethod
     def fit(cls, features: Float[np.ndarray, "n d"], labels: np.ndarray, probe: Linear) -> React:
         """The percentile of the training activations."""
-        if features.size > CLIP_VALUES:
-            rows = np.random.default_rng(0).choice(len(features), CLIP_VALUES // features.shape[1], replace=False)
-            features = features[np.sort(rows)]
-        clip = np.percentile(features.astype(np.float64), CLIP_PERCENTILE)
+        n, d = features.shape
+        if n * d > CLIP_VALUES:
+            some = features[np.sort(np.random.default_rng(0).choice(n, CLIP_VALUES // d, replace=False))]
+        else:
+            some = features[:]
+        clip = np.percentile(some.astype(np.float64), CLIP_PERCENTILE)
         return cls(float(clip), np.asarray(probe.weight, np.float64), np.asarray(probe.bias, np.float64))
 
     def __call__(self, features: Float[np.ndarray, "b d"], logits: np.ndarray) -> Float[np.ndarray, " b"]:
@@ -417,13 +421,12 @@ def _unit(features: np.ndarray) -> Float[np.ndarray, "b d"]:
 
 
 def _checked_features(features: np.ndarray, channels: int | None = None) -> Float[np.ndarray, "b d"]:
-    features = np.asarray(features)
     if features.ndim != 2 or not features.shape[1] or features.shape[1] != (channels or features.shape[1]):
         wanted = "at least one channel" if channels is None else f"the {channels} channels that it was fitted on"
         raise ValueError(f"features have shape {features.shape}; expected (images, channels) with {wanted}")
-    if not np.isfinite(features).all():
-        bad = int((~np.isfinite(features)).any(1).sum())
-        raise ValueError(f"{bad} of {len(features)} images have infinite or NaN features; extract them again")
+    n, d = features.shape
+    if bad := sum(int((~np.isfinite(features[rows])).any(1).sum()) for rows in _blocks(n, d)):
+        raise ValueError(f"{bad} of {n} images have infinite or NaN features; extract them again")
     return features
 
 

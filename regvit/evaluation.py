@@ -22,8 +22,10 @@ from .metrics import ANOMALY_METRICS, accuracy, class_indices, roc_curve
 from .neighbours import knn_logits
 from .predictions import Predictions, check_same_images, image_keys, paired_difference
 from .probes import Probe, ProbeSet
-from .readouts import Features, readout
+from .readouts import Features
+from .stored import blocks, stored_readouts
 
+TEST_ROWS = 1 << 14  # test images that are scored at once: 128 MiB of float32 at 2,048 channels
 COMPARED = ("auroc", "fpr95")  # the anomaly metrics of which differences are taken
 
 
@@ -74,7 +76,9 @@ def predict(
 ) -> Predictions:
     """Logits and anomaly scores of every readout on the test images of every data set.
 
-    One readout's features are in memory at a time. Everything is checked before the first of them is read.
+    Features that lie in stores are read in blocks, those of the training images as often as detectors and neighbours go
+    over them: what is in memory does not grow with the images, but for the predictions. Everything is checked before
+    the first feature is read.
 
     Args:
         probes: trained on the train split of the set whose role is `id`.
@@ -98,12 +102,12 @@ def predict(
             made.labels[name], made.allowed[name] = _in_known_classes(name, each.dataset, rows[name], probes.classes)
     train_rows = _rows(home, sets[home].dataset, "train")
     train_labels, _ = _in_known_classes(home, sets[home].dataset, train_rows, probes.classes)
+    train = stored_readouts(sets[home].features, probes.probes, train_rows)
+    test = {dataset: stored_readouts(each.features, probes.probes, rows[dataset]) for dataset, each in sets.items()}
     for name, seeds in probes.probes.items():
-        features = readout(sets[home].features, name)
-        fitted = _Fitted(name, seeds, features[train_rows], train_labels, probes, detectors)
+        fitted = _Fitted(name, seeds, train[name], train_labels, probes, detectors)
         for dataset, each in sets.items():
-            test = (features if dataset == home else readout(each.features, name))[rows[dataset]]
-            fitted.apply(made, dataset, test, scored=each.role != "ood")
+            fitted.apply(made, dataset, test[dataset][name], scored=each.role != "ood")
         if on_readout is not None:
             on_readout(1)
     return made
@@ -126,7 +130,7 @@ class _Fitted:
         self.classes = len(probes.classes)
         pooled = any(probe.pool is not None for probe in seeds)
         self.scorers: dict[str, list[Scorer]] = {}
-        embedded = [probe.embed(train) for probe in (seeds if pooled else seeds[:1])]
+        embedded = [Embedded(train, probe) for probe in (seeds if pooled else seeds[:1])]
         for detector in detectors:
             # Without pooling all seeds have the same features: what looks at nothing else says the same for each.
             needed = seeds if pooled or detector not in FEATURES_ONLY else seeds[:1]
@@ -136,18 +140,44 @@ class _Fitted:
 
     def apply(self, made: Predictions, dataset: str, features: Float[np.ndarray, "b d"], scored: bool) -> None:
         """Adds what is said of a data set's images to the predictions."""
-        embedded = [probe.embed(features) for probe in self.seeds]
-        logits = np.stack([x @ probe.weight.T + probe.bias for x, probe in zip(embedded, self.seeds, strict=True)])
+        n, scorers = len(features), self.scorers if scored else {}
+        logits = np.empty((len(self.seeds), n, self.classes), dtype=np.float32)
+        scores = {detector: np.empty((len(each), n)) for detector, each in scorers.items()}
+        logistic = np.empty((n, self.classes), dtype=np.float32)
+        for rows in blocks(n, TEST_ROWS):
+            some = features[rows]
+            embedded = [probe.embed(some) for probe in self.seeds]
+            for i, probe in enumerate(self.seeds):
+                logits[i, rows] = embedded[i] @ probe.weight.T + probe.bias
+            for detector, of_seeds in scorers.items():
+                for i, score in enumerate(of_seeds):
+                    scores[detector][i, rows] = score(embedded[i], logits[i, rows])
+            if self.logistic is not None:
+                logistic[rows] = self.logistic.logits(some)
         made.logits[self.name, dataset] = logits
+        made.scores.update({(detector, self.name, dataset): values for detector, values in scores.items()})
         if self.logistic is not None:
-            made.other["logistic", self.name, dataset] = self.logistic.logits(features)
+            made.other["logistic", self.name, dataset] = logistic
         if self.neighbours is not None:
             made.other["knn", self.name, dataset] = knn_logits(
                 self.train, self.labels, features, self.neighbours.k, self.neighbours.temperature, self.classes
             )
-        for detector, scorers in self.scorers.items() if scored else ():
-            scores = [score(embedded[i], logits[i]) for i, score in enumerate(scorers)]
-            made.scores[detector, self.name, dataset] = np.stack(scores)
+
+
+class Embedded:
+    """What a probe's weight multiplies, of features that are read when they are asked for: like an array (n, d')."""
+
+    ndim = 2
+
+    def __init__(self, features: Float[np.ndarray, "n d"], probe: Probe):
+        self._features, self._probe = features, probe
+        self.shape = (len(features), probe.weight.shape[1])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, which: slice | Int[np.ndarray, " b"]) -> Float[np.ndarray, "b d'"]:
+        return self._probe.embed(self._features[which])
 
 
 def _home(sets: Mapping[str, TestSet]) -> str:

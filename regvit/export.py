@@ -28,6 +28,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .backbones import DESCRIPTION, WEIGHTS, Backbone, load_backbone, save_backbone
+from .files import replacing, write_json
 from .registers import _Insert, _Shift, _Strip, add_test_time_registers, shift
 from .tokens import TokenLayout
 
@@ -204,7 +205,7 @@ def export(
         write_pt2(outputs, images, folder / PT2)
     if onnx:
         write_onnx(outputs, images, folder / ONNX)
-    (folder / REGISTERS).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")  # last: it says all is there
+    write_json(folder / REGISTERS, about)  # last: it says all is there
 
     differences = {name: _difference(run, images, expected) for name, run in _written(folder, pt2, onnx).items()}
     largest = max(float(value.abs().max()) for value in expected)
@@ -251,7 +252,8 @@ def write_pt2(outputs: TokenOutputs, images: Float[Tensor, "b 3 h w"], path: Pat
     """
     with torch.no_grad():
         program = torch.export.export(outputs, (images,), dynamic_shapes=(_free_batch(),))
-    torch.export.save(program, path)
+    with replacing(path) as beside, open(beside, "wb") as file:
+        torch.export.save(program, file)
 
 
 def write_onnx(outputs: TokenOutputs, images: Float[Tensor, "b 3 h w"], path: Path) -> None:

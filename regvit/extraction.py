@@ -2,6 +2,11 @@
 
     decode (threads) -> uint8 -> device -> normalise -> forward_features -> readouts -> float16 units (writer thread)
 
+All of these go on at the same time, so that the forward is what the whole takes: batches are decoded ahead into reused
+(on a GPU: pinned) memory, and a GPU is asked for nothing before a unit is whole. `extract` fills a store in this
+process, or has an engine do so on others; both compute with an `Extractor`, and a unit is the same bits wherever it is
+computed, given the same kind of device.
+
 Features are taken from the tokens that `forward_features` returns, that is after the model's last norm (models that
 normalise only what they pooled, timm's `fc_norm`, give their tokens before it):
 
@@ -16,33 +21,244 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial as with_arguments
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from jaxtyping import Float, UInt8
+from torch import Tensor
 
+from .arithmetic import arithmetic, check_precision
 from .backbones import Backbone
-from .images import load_batches
+from .bucket_writer import store_writer
+from .images import in_order
+from .lanes import Mark, Upload, best_batch_size, lane_of, seconds_of
 from .manifest import Dataset
 from .progress import progress as Progress
-from .store import StoreWriter, UnstorableFeature, image_ids_digest
+from .store import StoreWriter, UnstorableFeature, default_rows_per_unit, image_ids_digest, unfinished
 from .tokens import TokenLayout
 
-AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-PRECISIONS = ("float32", "float32_medium", *AUTOCAST)
 ARRAYS = ("cls", "registers", "patch_mean")  # what is stored where nothing else is asked for
 UNITS_IN_FLIGHT = 2  # computed and waiting for the disk; more would only cost memory
+BATCH_SIZE, LARGEST_BATCH = 32, 1024  # images; where none is given: on a CPU, and the largest that is tried on a GPU
+CLUSTER_BATCH_SIZE = 64  # on GPUs that the driver cannot try itself
+# torch.compile takes about a minute and saves some 0.1 ms of a ViT-L image on a fast GPU: about as many images must come
+# before it pays. On a CPU it gains nothing (measured: 2 %).
+COMPILED_FROM = 500_000
 
 
 class BadFeatures(ValueError):
     """The features of an image cannot be stored; the message names the image, the array and the cure."""
+
+
+class CannotCompile(RuntimeError):
+    """torch.compile does not work on this machine; the message gives its reason and the cure."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Features of the rows `start` to `stop` (exclusive) of a data set: float32, shape (stop - start, …), by array."""
+
+    start: int
+    stop: int
+    arrays: dict[str, Float[np.ndarray, "b ..."]]
+
+
+class Extractor:
+    """The features of any rows of a data set under one backbone, on one device; what a process of a cluster needs too.
+
+    The rows of a unit share their batches with the same images whichever units are asked for, and in whatever order.
+
+    Args:
+        backbone: with its test-time registers in place; its model is moved to `device`.
+        precision: see `regvit.arithmetic`; it is part of what makes the features.
+        device: where the forward runs.
+        batch_size: images a forward, lowered to a divisor of `rows_per_unit`.
+        workers: decoding threads, which run ahead of the forward; 0 decodes in between.
+        arrays: what to compute, see the module; what the model does not have is left out.
+        rows_per_unit: rows that a batch must not straddle; by default those of a store's unit.
+        compile: run the model under torch.compile (but for the last, smaller batch).
+        shapes: of one row, by array, where they are known (`row_shapes`).
+    Attributes:
+        shapes, batch_size, rows_per_unit: as above, with what was left open filled in.
+    Raises:
+        ValueError: the precision or an array is unknown, the model has none of the arrays or returns no token
+            sequence, or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        dataset: Dataset,
+        precision: str = "float32",
+        device: torch.device | str = "cpu",
+        batch_size: int = BATCH_SIZE,
+        workers: int = 0,
+        arrays: Sequence[str] = ARRAYS,
+        rows_per_unit: int | None = None,
+        compile: bool = False,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ):
+        check_precision(precision)
+        _check_numbers(batch_size, workers)
+        self.backbone, self.dataset, self.precision, self.workers = backbone, dataset, precision, workers
+        self.device, self.arrays = torch.device(device), tuple(arrays)
+        self.shapes = dict(shapes or row_shapes(backbone, precision, device, arrays))
+        self.rows_per_unit = rows_per_unit or default_rows_per_unit(len(dataset), self.shapes)
+        self.batch_size = _divisor(self.rows_per_unit, batch_size)
+        self._forward = backbone.model.to(self.device).forward_features
+        self._compiled = self._compile() if compile else None
+
+    def unit(self, start: int, stop: int) -> dict[str, Float[np.ndarray, "b ..."]]:
+        """The features of the rows `start` to `stop` (exclusive), by array; see `units`."""
+        [unit] = self.units([(start, stop)])
+        return unit.arrays
+
+    def units(
+        self, spans: Iterable[tuple[int, int]], advance: Callable[[int], None] = lambda images: None
+    ) -> Iterator[Unit]:
+        """The features of several units, in the order in which they are given; the next is under way meanwhile.
+
+        Args:
+            spans: first row of a unit, and the row after its last.
+            advance: is told how many images more are done.
+        Raises:
+            IndexError: rows that the data set does not have.
+            UnreadableImage: an image cannot be decoded.
+            CannotCompile: torch.compile was asked for and fails.
+        """
+        spans = list(spans)
+        for start, stop in spans:
+            if not 0 <= start < stop <= len(self.dataset):
+                raise IndexError(f"rows {start} to {stop} are out of range: {self.dataset.name} has rows 0 to "
+                                 f"{len(self.dataset)}")  # fmt: skip
+        lane = lane_of(self.device)
+        on_their_way: deque[tuple[Mark, int]] = deque()  # batches: their marks, and how many images they are
+        coming_down: deque = deque()  # units
+
+        def wait_for(batches_left: int) -> None:
+            while len(on_their_way) > batches_left:
+                mark, images = on_their_way.popleft()
+                mark.synchronize()
+                advance(images)
+
+        with closing(self._uploads([batch for span in spans for batch in self._batches(*span)], lane)) as uploads:
+            for start, stop in spans:
+                unit = {
+                    name: torch.empty((stop - start, *shape), device=self.device) for name, shape in self.shapes.items()
+                }
+                for first, last in self._batches(start, stop):
+                    step = with_arguments(
+                        self._compute, {name: rows[first - start : last - start] for name, rows in unit.items()}
+                    )
+                    on_their_way.append((lane.compute(step, next(uploads)), last - first))
+                    wait_for(lane.ahead)
+                coming_down.append((start, stop, lane.download(unit)))
+                if len(coming_down) > min(1, lane.ahead):
+                    start, stop, download = coming_down.popleft()
+                    yield Unit(start, stop, download.arrays())
+        wait_for(0)
+        for start, stop, download in coming_down:
+            yield Unit(start, stop, download.arrays())
+
+    def _batches(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """The batches of a unit: first row, and the row after the last."""
+        return [(first, min(first + self.batch_size, stop)) for first in range(start, stop, self.batch_size)]
+
+    def _uploads(self, batches: list[tuple[int, int]], lane) -> Iterator[Upload]:
+        """Decoded batches on their way to the device, in order; two batches are decoded ahead.
+
+        A batch is decoded into memory of the first free buffer of its size, which is free again once it was copied.
+        """
+        side = self.backbone.transform.size
+        free: dict[int, deque] = {last - first: deque() for first, last in batches}
+        taken: deque[UInt8[Tensor, "b 3 s s"]] = deque()
+
+        def images() -> Iterator[tuple[int, np.ndarray]]:
+            """Each row, and where to put its pixels."""
+            for first, last in batches:
+                if free[last - first]:
+                    buffer, copied = free[last - first].popleft()
+                    copied.synchronize()
+                else:
+                    buffer = lane.buffer((last - first, 3, side, side))
+                taken.append(buffer)
+                yield from zip(range(first, last), buffer.numpy(), strict=True)
+
+        with closing(in_order(self._decode, images(), self.workers, ahead=2 * self.batch_size)) as decoded:
+            for first, last in batches:
+                for _ in islice(decoded, last - first):
+                    pass
+                buffer = taken.popleft()
+                upload = lane.upload(buffer)
+                free[last - first].append((buffer, upload.done))
+                yield upload
+
+    def _decode(self, place: tuple[int, UInt8[np.ndarray, "3 s s"]]) -> None:
+        row, pixels = place
+        np.copyto(pixels, self.backbone.transform.pixels(self.dataset.image_path(row)))
+
+    def _compute(self, into: dict[str, Float[Tensor, "b ..."]], images: UInt8[Tensor, "b 3 s s"]) -> None:
+        """The readouts of a batch on the device, written where they belong in their unit."""
+        whole = self._compiled is not None and len(images) == self.batch_size  # another size would be compiled anew
+        forward = self._compiled if whole else self._forward
+        for name, values in _features(self.backbone, forward, images, self.precision, self.arrays).items():
+            into[name].copy_(values)
+
+    def _compile(self) -> Callable[[Tensor], Tensor]:
+        """The model's forward under torch.compile."""
+        compiled = torch.compile(self._forward, dynamic=False)
+
+        def forward(images: Tensor) -> Tensor:
+            try:
+                return compiled(images)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                name = type(self.backbone.model).__name__
+                raise CannotCompile(f"torch.compile fails on {name} here ({error}); extract without it") from error
+
+        return forward
+
+
+class Engine(Protocol):
+    """Who has the missing units of a store computed: this process, or others."""
+
+    def fill(self, make: Callable[..., Extractor], writer: StoreWriter, advance: Callable[[int], None]) -> None:
+        """Computes every missing unit and has it written; on return none is missing.
+
+        Args:
+            make: `make(device=…)` gives the extractor; it can be pickled.
+            writer: open; `writer.missing_units()` says what to do.
+            advance: is told how many images more are done.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class InProcess:
+    """The engine that computes here, on one device, and writes on a thread of its own."""
+
+    device: torch.device | str = "cpu"
+
+    def fill(self, make: Callable[..., Extractor], writer: StoreWriter, advance: Callable[[int], None]) -> None:
+        """See `Engine`; an interruption lets the units in flight get to the disk."""
+        missing = writer.missing_units()
+        units = make(device=self.device).units(map(writer.unit_rows, missing), advance)
+        in_flight: deque[Future] = deque()
+        with ThreadPoolExecutor(1, thread_name_prefix="store") as pool, closing(units):  # leaving waits for the disk
+            for number, unit in zip(missing, units, strict=True):
+                if len(in_flight) == UNITS_IN_FLIGHT:
+                    in_flight.popleft().result()
+                in_flight.append(pool.submit(writer.write, number, unit.arrays))
+            for write in in_flight:
+                write.result()
 
 
 def describe(backbone: Backbone, dataset: Dataset, precision: str) -> dict:
@@ -51,7 +267,7 @@ def describe(backbone: Backbone, dataset: Dataset, precision: str) -> dict:
     Raises:
         ValueError: the precision is unknown.
     """
-    _check_precision(precision)
+    check_precision(precision)
     return {
         "backbone": backbone.name,
         "weights_sha256": backbone.weights_sha256,
@@ -68,70 +284,89 @@ def extract(
     backbone: Backbone,
     dataset: Dataset,
     final: Path | str,
-    partial: Path | str,
+    partial: Path | str | None,
     attributes: Mapping,
     precision: str = "float32",
     device: torch.device | str = "cpu",
-    batch_size: int = 32,
+    batch_size: int | None = BATCH_SIZE,
     workers: int = 0,
     rows_per_unit: int | None = None,
     progress: Progress | None = None,
     arrays: Sequence[str] = ARRAYS,
+    compile: bool | None = False,
+    engine: Engine | None = None,
+    storage_options: Mapping | None = None,
 ) -> None:
     """Extracts the features of a data set, or what an interrupted extraction left to do, into a feature store.
 
     Batches end where units end, so that an image shares its batch with the same images whether or not there was an
-    interruption; the finished store is then the same, byte for byte. Another batch size, number of threads or device
-    may move a float32 in its last bits (measured: 1e-6 for a tiny model on two threads, nothing for a ViT-S).
+    interruption; the finished store is then the same, byte for byte. On a CPU another batch size or number of threads
+    may move a float32 in its last bits (measured: 1e-6 for a tiny model on two threads, nothing for a ViT-S). On a GPU
+    they choose other kernels, as do another GPU and `compile`, and features differ within the precision's rounding: so
+    what an interrupted extraction left is only gone on with by the same of them, and begun anew otherwise.
 
     Args:
         backbone: with its test-time registers in place; its model is moved to `device`.
-        final, partial, rows_per_unit: of the store, see `StoreWriter`.
+        final, partial, rows_per_unit, storage_options: of the store, in a folder or on object storage; see
+            `store_writer`.
         attributes: of the store: those of `describe` and what describes the run.
-        precision: `float32` is exact (no TF32); `float32_medium` lets matrix products run in TF32 or bfloat16
-            (`torch.set_float32_matmul_precision("medium")`; what the machine makes of it differs);
-            `bfloat16` and `float16` are autocast. It is part of what makes the features.
+        precision: see `regvit.arithmetic`; it is part of what makes the features.
         device, batch_size, workers: where and how fast; images per forward (lowered to a divisor of the rows of a
-            unit), and decoding threads, which run ahead of the forward (0 decodes in between).
+            unit), and decoding threads, which run ahead of the forward (0 decodes in between). `batch_size` None is 32
+            on a CPU; on a GPU the smallest is looked for that keeps it busy, and kept with the unfinished work.
         progress: is told of every image, and of what was resumed; None is silent.
         arrays: what to store, see `readouts`; what the model does not have is left out.
+        compile: whether to run the model under torch.compile; None does so on a GPU from 500,000 images on.
+        engine: has the units computed elsewhere; `device` is then the kind that it computes on, `batch_size` None is
+            64 on GPUs. None computes here.
     Raises:
         ValueError: the precision or an array is unknown, the model has none of the arrays, the data set is empty, or the model returns no token sequence.
         BadFeatures: an image gives NaN, infinity, or a value beyond float16.
-        UnreadableImage, FileExistsError, FolderLocked: see `load_batches` and `StoreWriter`.
+        CannotCompile: torch.compile was asked for and fails.
+        UnreadableImage, FileExistsError, FolderLocked: see `Transform.load` and `store_writer`.
         KeyboardInterrupt: passed on; finished units stay in `partial`, and calling again goes on from there.
     """
-    _check_precision(precision)
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
-    arrays = tuple(arrays)
-    model, device = backbone.model.to(device), torch.device(device)
-    blank = torch.zeros(1, 3, backbone.transform.size, backbone.transform.size, dtype=torch.uint8)
-    with _arithmetic(precision, device):
-        shapes = {name: values.shape[1:] for name, values in _features(backbone, model, blank, device, arrays).items()}
-        if not shapes:
-            raise ValueError(f"backbone {backbone.name} has none of the arrays asked for ({', '.join(arrays)})")
-        with (
-            StoreWriter(final, partial, len(dataset), shapes, attributes, rows_per_unit, _resume_key()) as writer,
-            ThreadPoolExecutor(1, thread_name_prefix="store") as pool,  # leaving waits for the units in flight
-        ):
-            _tell(progress, writer)
-            try:
-                _fill(writer, pool, backbone, model, dataset, device, batch_size, workers, progress, arrays)
-            except UnstorableFeature as error:
-                row = dataset.rows[error.row]
-                raise BadFeatures(
-                    f"image {row.image_id!r} ({row.path}): {error}; take the image out of the manifest, "
-                    f"or extract with another precision than {precision}"
-                ) from error
-            except KeyboardInterrupt:
-                pool.shutdown()
-                if progress is not None:
-                    units = writer.units - len(writer.missing_units())
-                    done = f"{units} of {writer.units} units are safe in {writer.partial}"
-                    progress.line(f"interrupted: {done}; run the same again to go on from there")
-                raise
-            writer.finish()
+    check_precision(precision)
+    _check_numbers(BATCH_SIZE if batch_size is None else batch_size, workers)
+    device = torch.device(device)
+    here = device if engine is None else torch.device("cpu")
+    shapes = row_shapes(backbone, precision, here, arrays)
+    if compile is None:
+        compile = device.type == "cuda" and len(dataset) >= COMPILED_FROM
+    if batch_size is None:
+        begun_with = unfinished(partial or f"{final}.partial", storage_options).get("batch_size")
+        batch_size = begun_with or _batch_size_for(backbone, precision, device, arrays, engine)
+    key = _resume_key(device, batch_size, compile, engine)
+    with store_writer(final, partial, len(dataset), shapes, attributes, rows_per_unit, key, storage_options) as writer:
+        make = with_arguments(
+            Extractor,
+            backbone,
+            dataset,
+            precision,
+            batch_size=batch_size,
+            workers=workers,
+            arrays=tuple(arrays),
+            rows_per_unit=writer.rows_per_unit,
+            compile=compile,
+            shapes=shapes,
+        )
+        _tell(progress, writer)
+        advance = progress.advance if progress is not None else lambda images: None
+        try:
+            (engine or InProcess(device)).fill(make, writer, advance)
+        except UnstorableFeature as error:
+            row = dataset.rows[error.row]
+            raise BadFeatures(
+                f"image {row.image_id!r} ({row.path}): {error}; take the image out of the manifest, "
+                f"or extract with another precision than {precision}"
+            ) from error
+        except KeyboardInterrupt:
+            if progress is not None:
+                units = writer.units - len(writer.missing_units())
+                done = f"{units} of {writer.units} units are safe in {writer.partial}"
+                progress.line(f"interrupted: {done}; run the same again to go on from there")
+            raise
+        writer.finish()
 
 
 def readouts(
@@ -157,81 +392,78 @@ def readouts(
     return {name: make[name](tokens) for name in arrays if make[name] is not None}
 
 
-def _fill(
-    writer: StoreWriter,
-    pool: ThreadPoolExecutor,
-    backbone: Backbone,
-    model: nn.Module,
-    dataset: Dataset,
-    device: torch.device,
-    batch_size: int,
-    workers: int,
-    progress: Progress | None,
-    wanted: Sequence[str],
-) -> None:
-    """Computes the missing units in order and hands them to the writer thread."""
-    missing = writer.missing_units()
-    rows = [dataset.rows[i] for unit in missing for i in range(*writer.unit_rows(unit))]
-    batches = load_batches(
-        replace(dataset, rows=tuple(rows)), backbone.transform, _divisor(writer.rows_per_unit, batch_size), workers
-    )
-    in_flight: deque[Future] = deque()
-    for unit in missing:
-        start, stop = writer.unit_rows(unit)
-        parts, gathered = [], 0
-        while gathered < stop - start:
-            _, batch = next(batches)
-            features = _features(backbone, model, batch, device, wanted)
-            parts.append({name: values.cpu().numpy() for name, values in features.items()})
-            gathered += len(batch)
-            if progress is not None:
-                progress.advance(len(batch))
-        arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        if len(in_flight) == UNITS_IN_FLIGHT:
-            in_flight.popleft().result()
-        in_flight.append(pool.submit(writer.write, unit, arrays))
-    for write in in_flight:
-        write.result()
+def row_shapes(
+    backbone: Backbone, precision: str, device: torch.device | str = "cpu", arrays: Sequence[str] = ARRAYS
+) -> dict[str, tuple[int, ...]]:
+    """Shape of one row of each array, from a forward of one blank image; the model is moved to `device`.
+
+    Raises:
+        ValueError: see `Extractor`.
+    """
+    forward = backbone.model.to(device).forward_features
+    found = _features(backbone, forward, _blank(backbone, 1, device), precision, arrays)
+    if not found:
+        raise ValueError(f"backbone {backbone.name} has none of the arrays asked for ({', '.join(arrays)})")
+    return {name: tuple(values.shape[1:]) for name, values in found.items()}
 
 
 @torch.inference_mode()
 def _features(
-    backbone: Backbone, model: nn.Module, batch: Tensor, device: torch.device, arrays: Sequence[str]
+    backbone: Backbone,
+    forward: Callable[[Tensor], Tensor],
+    batch: UInt8[Tensor, "b 3 s s"],
+    precision: str,
+    arrays: Sequence[str],
 ) -> dict[str, Float[Tensor, "b ..."]]:
-    """The readouts of one batch of uint8 images, on the device."""
-    images = backbone.transform.normalise(batch.to(device))
-    tokens = model.forward_features(images)
-    if not isinstance(tokens, Tensor) or tokens.ndim != 3:
-        found = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise ValueError(
-            f"{type(model).__name__}.forward_features returns {found}, expected a token sequence "
-            "(image, token, channel); use a timm vision transformer"
-        )
-    return readouts(TokenLayout.of(model), tokens, arrays)
+    """The readouts of one batch of uint8 images, on its device."""
+    with arithmetic(precision, batch.device):
+        tokens = forward(backbone.transform.normalise(batch))
+        if not isinstance(tokens, Tensor) or tokens.ndim != 3:
+            found = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise ValueError(
+                f"{type(backbone.model).__name__}.forward_features returns {found}, expected a token sequence "
+                "(image, token, channel); use a timm vision transformer"
+            )
+        return readouts(TokenLayout.of(backbone.model), tokens, arrays)
 
 
-@contextmanager
-def _arithmetic(precision: str, device: torch.device) -> Iterator[None]:
-    """Puts torch's arithmetic into the state that the precision names, whatever it was, and back."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    medium = precision == "float32_medium"
-    try:
-        torch.set_float32_matmul_precision("medium" if medium else "highest")
-        torch.backends.cudnn.allow_tf32 = medium  # the patch embedding is a convolution
-        with torch.autocast(device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+def _blank(backbone: Backbone, images: int, device: torch.device | str) -> UInt8[Tensor, "b 3 s s"]:
+    return torch.zeros(images, 3, backbone.transform.size, backbone.transform.size, dtype=torch.uint8, device=device)
 
 
-def _resume_key() -> dict:
-    """What decides features and is not in the attributes: digest of our own code that is loaded, library versions."""
+def _batch_size_for(
+    backbone: Backbone, precision: str, device: torch.device, arrays: Sequence[str], engine: Engine | None
+) -> int:
+    """The batch size where none is given."""
+    if device.type != "cuda":
+        return BATCH_SIZE
+    if engine is not None:
+        return CLUSTER_BATCH_SIZE
+    forward = backbone.model.to(device).forward_features
+
+    def seconds(images: int) -> float:
+        batch = _blank(backbone, images, device)
+        return seconds_of(lambda: _features(backbone, forward, batch, precision, arrays), device)
+
+    size = best_batch_size(seconds, LARGEST_BATCH)
+    torch.cuda.empty_cache()
+    return size
+
+
+def _resume_key(device: torch.device, batch_size: int, compile: bool, engine: Engine | None) -> dict:
+    """What decides features, or their last bits, and is not in the attributes: digest of our own code that is loaded,
+    library versions, kind of device, and what else chooses a GPU's kernels."""
     code = hashlib.sha256()
     for name, module in sorted(sys.modules.items()):
         if name.partition(".")[0] == __package__:
             code.update(name.encode() + b"\0" + Path(module.__file__).read_bytes())
-    return {"code_sha256": code.hexdigest(), **{name: version(name) for name in ("torch", "timm", "pillow")}}
+    key = {"code_sha256": code.hexdigest(), **{name: version(name) for name in ("torch", "timm", "pillow")}}
+    key |= {"device": device.type, "compile": compile}
+    if device.type == "cuda":
+        key["batch_size"] = batch_size
+        if engine is None:  # of others the engine keeps account
+            key["gpu"] = torch.cuda.get_device_name(device)
+    return key
 
 
 def _divisor(rows: int, batch_size: int) -> int:
@@ -249,6 +481,7 @@ def _tell(progress: Progress | None, writer: StoreWriter) -> None:
     progress.skip(writer.rows - missing)
 
 
-def _check_precision(precision: str) -> None:
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
+def _check_numbers(batch_size: int, workers: int) -> None:
+    for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0)):
+        if value < least:
+            raise ValueError(f"{name} is {value}; expected {least} or more")

@@ -1,18 +1,25 @@
-"""Pictures of what outliers do: patch norms and attention maps of the same images in several models."""
+"""Pictures of what outliers do: patch norms, attention maps and features of the same images in several models.
+
+Shape letters: b image, i row and j column of the patch grid, p patch, q prefix token, d channel.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor, nn
 
-from .attention import cls_attention, query_names, watch_prefix_attention
+from .attention import query_names, watch_cls_attention, watch_prefix_attention
+from .feature_colours import Palette
 from .hooks import blocks, watch_outputs
 from .images import Transform
 from .manifest import Dataset
@@ -21,10 +28,17 @@ from .tokens import TokenLayout
 
 @dataclass(frozen=True)
 class Maps:
-    """One value a patch: L2 norm in one block's output, and CLS attention (mean over heads and blocks)."""
+    """Of each patch: L2 norm in one block's output, CLS attention (mean over heads and blocks; None where there is no CLS
+    token), and the last layer's token."""
 
     norms: Float[np.ndarray, "b i j"]
-    attention: Float[np.ndarray, "b i j"]
+    attention: Float[np.ndarray, "b i j"] | None
+    features: Float[np.ndarray, "b i j d"]
+
+    def first(self, count: int) -> Maps:
+        """Those of the first images."""
+        attention = None if self.attention is None else self.attention[:count]
+        return Maps(self.norms[:count], attention, self.features[:count])
 
 
 def first_images(dataset: Dataset, transform: Transform, count: int) -> UInt8[Tensor, "b 3 s s"]:
@@ -48,14 +62,20 @@ def token_maps(model: nn.Module, images: Float[Tensor, "b 3 h w"], layer: int, a
     """
     layout = TokenLayout.of(model)
     norms: list[Tensor] = []
-    with watch_outputs({layer: blocks(model)[layer]}, lambda _, x: norms.append(layout.patches(x).norm(dim=-1))):
-        attention = cls_attention(model, images, attention_layers).mean(0)[..., None]  # (b, n, 1)
+    attended = watch_cls_attention(model, attention_layers) if layout.cls else nullcontext({})
+    at = {layer: blocks(model)[layer]}
+    with watch_outputs(at, lambda _, x: norms.append(layout.patches(x).norm(dim=-1))), attended as seen:
+        tokens = model.forward_features(images)
     side = round(norms[0].shape[1] ** 0.5)
 
-    def grid(values: Float[Tensor, "b p"]) -> np.ndarray:
-        return values.reshape(-1, side, side).float().cpu().numpy()
+    def grid(values: Float[Tensor, "b p ..."]) -> np.ndarray:
+        return values.unflatten(1, (side, side)).float().cpu().numpy()
 
-    return Maps(grid(norms[0]), grid(layout.patches(attention)[..., 0]))
+    attention = None
+    if layout.cls:
+        row = torch.stack([seen[at] for at in attention_layers]).mean(0)[..., None]  # (b, n, 1)
+        attention = grid(layout.patches(row)[..., 0])
+    return Maps(grid(norms[0]), attention, grid(layout.patches(tokens)))
 
 
 def draw_maps(path: Path, images: Float[np.ndarray, "b h w 3"], maps: Mapping[str, Maps], threshold: float) -> None:
@@ -66,14 +86,20 @@ def draw_maps(path: Path, images: Float[np.ndarray, "b h w 3"], maps: Mapping[st
         maps: by the title of the model, in the order of the columns; the attention scale ends at the first one's maximum.
         threshold: norm over which a patch is an outlier; the norm scale ends there.
     """
-    columns = ["image", *(f"patch norms\n{title}" for title in maps), *(f"CLS attention\n{title}" for title in maps)]
+    attended = {title: each.attention for title, each in maps.items() if each.attention is not None}
+    columns = [
+        "image",
+        *(f"patch norms\n{title}" for title in maps),
+        *(f"CLS attention\n{title}" for title in attended),
+    ]
     figure = Figure(figsize=(1.4 * len(columns), 1.4 * len(images) + 0.4), layout="constrained")
     axes = figure.subplots(len(images), len(columns), squeeze=False)
     for row, image in enumerate(images):
-        ceiling = next(iter(maps.values())).attention[row].max()
         panels = [{"X": image}]
         panels += [{"X": m.norms[row], "cmap": "magma", "vmin": 0, "vmax": threshold} for m in maps.values()]
-        panels += [{"X": m.attention[row], "cmap": "viridis", "vmin": 0, "vmax": ceiling} for m in maps.values()]
+        for attention in attended.values():
+            ceiling = next(iter(attended.values()))[row].max()
+            panels.append({"X": attention[row], "cmap": "viridis", "vmin": 0, "vmax": ceiling})
         for column, (axis, panel) in enumerate(zip(axes[row], panels, strict=True)):
             axis.imshow(**panel, interpolation="nearest")
             axis.set_axis_off()
@@ -127,3 +153,60 @@ def draw_attention(
         axis.set_title(title, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80, metadata={"Software": None})
+
+
+def norm_colours(norms: Float[np.ndarray, "b i j"], least: float, threshold: float) -> Float[np.ndarray, "b i j 3"]:
+    """Norms as colours on a logarithmic scale that ends at the threshold: outliers are all at its bright end, and the
+    other patches still show some relief.
+
+    Args:
+        least: norm at the dark end.
+        threshold: at the bright end; above `least`.
+    """
+    least = max(least, float(np.finfo(np.float32).tiny))
+    ratio = max(threshold / least, 1.001)
+    scaled = np.log(np.maximum(norms, least) / least) / np.log(ratio)
+    return matplotlib.colormaps["magma"](np.clip(scaled, 0, 1))[..., :3]
+
+
+def attention_colours(
+    attention: Float[np.ndarray, "b i j"], most: Float[np.ndarray, " b"]
+) -> Float[np.ndarray, "b i j 3"]:
+    """Attention as colours on a scale from 0 to `most`, one a image; what is above is at the bright end."""
+    ends = np.where(most > 0, most, 1.0)[:, None, None]
+    return matplotlib.colormaps["viridis"](np.clip(attention / ends, 0, 1))[..., :3]
+
+
+def tile_colours(
+    maps: Mapping[str, Maps], palette: Palette, outliers: Bool[np.ndarray, "b i j"], threshold: float
+) -> dict[tuple[str, str], Float[np.ndarray, "b i j 3"]]:
+    """What is shown of each model, by (`norms`, `attention` or `features`, model): one scale for all models.
+
+    The scale of attention ends, for each image, where the patches that are no outliers end: they are what one wants to see.
+
+    Args:
+        maps: by the model's title.
+        outliers: patches of the untreated model.
+        threshold: bright end of the norms.
+    """
+    least = min(float(each.norms.min()) for each in maps.values())
+    attended = [np.where(outliers, 0, each.attention) for each in maps.values() if each.attention is not None]
+    drawn = {}
+    for title, each in maps.items():
+        drawn["norms", title] = norm_colours(each.norms, least, threshold)
+        if each.attention is not None:
+            drawn["attention", title] = attention_colours(each.attention, np.max(attended, axis=(0, 2, 3)))
+        drawn["features", title] = palette.paint(each.features)
+    return drawn
+
+
+def save_strip(path: Path, tiles: Float[np.ndarray, "b h w 3"], enlarged: int = 1) -> None:
+    """Writes tiles side by side: PNG, or JPEG where the name says so.
+
+    Args:
+        tiles: values from 0 to 1.
+        enlarged: pixels a side that each value becomes.
+    """
+    row = np.concatenate(list(tiles), axis=1).repeat(enlarged, 0).repeat(enlarged, 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.rint(255 * row).astype(np.uint8)).save(path, quality=88, optimize=True)

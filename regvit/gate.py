@@ -97,35 +97,59 @@ def judge(all_changes: Iterable[Change], rules: Iterable[Rule]) -> list[Failure]
     return failures
 
 
-def markdown(all_changes: Iterable[Change], failures: Iterable[Failure], params: Iterable[tuple[str, str, str]]) -> str:
+def markdown(
+    all_changes: Iterable[Change],
+    failures: Iterable[Failure],
+    params: Iterable[tuple[str, str, str]],
+    limit: int | None = None,
+) -> str:
     """What a pull request is told: the verdict, changed parameters, changed metrics with their intervals.
 
     Args:
         params: (name, old, new) of each changed parameter.
+        limit: characters that the text may have (a comment on GitHub: 65,536); rows that do not fit are left out of the
+            end of each list and counted. None: all of them.
     """
     failures, params = list(failures), list(params)
     changed = [change for change in all_changes if change.old != change.new]
-    lines = ["## Metrics against the base", ""]
+    room = None if limit is None else limit - 500  # what stands around the three lists
+    blocks = []
     if failures:
-        lines += [f"**{len(failures)} guarded metric(s) fell:**", ""]
-        lines += [f"- `{failure.name}`: {failure.reason}" for failure in failures]
+        rows, left_out = _fitting([f"- `{failure.name}`: {failure.reason}" for failure in failures], room and room // 3)
+        blocks.append([f"**{len(failures)} guarded metric(s) fell:**", "", *rows, *left_out])
     else:
-        lines.append("No guarded metric fell.")
+        blocks.append(["No guarded metric fell."])
     if params:
-        lines += ["", "| parameter | base | here |", "|---|---|---|"]
-        lines += [f"| `{name}` | {old} | {new} |" for name, old, new in params]
-    lines.append("")
-    if not changed:
-        return "\n".join([*lines, "No metric changed.", ""])
-    lines += ["| metric | base | here | difference |", "|---|--:|--:|--:|"]
-    for change in changed:
-        both = change.old is not None and change.new is not None
-        difference = f"{change.new - change.old:+.4g}" if both else ""
-        lines.append(
-            f"| `{change.name}` | {_shown(change.old, change.old_interval)} | {_shown(change.new, change.new_interval)} "
-            f"| {difference} |"
-        )
-    return "\n".join([*lines, ""])
+        shown = [f"| `{name}` | {old} | {new} |" for name, old, new in params]
+        rows, left_out = _fitting(shown, room and room // 3)
+        blocks.append(["| parameter | base | here |", "|---|---|---|", *rows, *left_out])
+    if changed:
+        used = sum(len(line) + 1 for block in blocks for line in block)
+        rows, left_out = _fitting([_row(change) for change in changed], room and room - used)
+        blocks.append(["| metric | base | here | difference |", "|---|--:|--:|--:|", *rows, *left_out])
+    else:
+        blocks.append(["No metric changed."])
+    return "\n\n".join(["## Metrics against the base", *("\n".join(block) for block in blocks)]) + "\n"
+
+
+def _row(change: Change) -> str:
+    both = change.old is not None and change.new is not None
+    difference = f"{change.new - change.old:+.4g}" if both else ""
+    old, new = _shown(change.old, change.old_interval), _shown(change.new, change.new_interval)
+    return f"| `{change.name}` | {old} | {new} | {difference} |"
+
+
+def _fitting(rows: list[str], room: int | None) -> tuple[list[str], list[str]]:
+    """The first rows that fit into so many characters, and lines that count the others."""
+    if room is None:
+        return rows, []
+    kept = 0
+    while kept < len(rows) and (room := room - len(rows[kept]) - 1) >= 0:
+        kept += 1
+    return rows[:kept], [] if kept == len(rows) else [
+        "",
+        f"… and {len(rows) - kept} more, which `stages/gate.py` prints.",
+    ]
 
 
 def _judge(change: Change, rule: Rule) -> Failure | None:

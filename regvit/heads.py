@@ -15,6 +15,10 @@ CLS W_cls + Σ_r w_r U_r + b, and ∂/∂w_r = Σ_c δ_c U_rc, whatever w is. Ev
 μ is the mean per channel (of the registers: over all of them, as a softmax does not see what they have in common) and σ
 one number for all channels, the root of their mean variance after pooling by the mean.
 
+Features are standardised once and held on the device where they fit there, else standardised batch by batch as they are
+read (`stored`). Both ways see the same rows in the same order and do the same arithmetic with them: where the features
+are changes no bit of a head.
+
 Shape letters: b image, d channel, c class, g readout (of one width), s seed, n readout × seed (g · s), h learning rate,
 r register. Column h · c + k of a weight belongs to class k of head h.
 """
@@ -22,7 +26,7 @@ r register. Column h · c + k of a weight belongs to class k of head h.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,9 +34,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .readouts import POOLED
+from .readouts import POOLED, sum_of_rows
+from .stored import blocks
 
-LOGITS_AT_ONCE = 1 << 24  # validation logits held at once: 64 MiB of float32
+AT_ONCE = 1 << 23  # validation logits, and features, held at once: 32 MiB of float32 each
 
 
 @dataclass(frozen=True)
@@ -65,24 +70,39 @@ class Exported:
     n_registers: int
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Training images of one update: their rows (s, b), and their features (s · b, d) by readout where none are held."""
+
+    rows: Int[Tensor, "s b"]
+    features: Mapping[str, Float[np.ndarray, "sb d"]] | None = None
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What standardises a readout: z = (x − mean) / scale. The mean is (d,) of the features that a head multiplies."""
+
+    mean: Float[np.ndarray, " d"]
+    scale: float
+
+
 class Heads:
     """All heads of the readouts of one width.
 
     Args:
-        train, val: features of these readouts by name; they are copied to the device, standardised.
         names: of the readouts.
+        moments: of the training features, by readout.
+        settings, device: of the training.
     """
 
     def __init__(
-        self,
-        train: Mapping[str, Float[np.ndarray, "b d"]],
-        val: Mapping[str, Float[np.ndarray, "v d"]],
-        names: Sequence[str],
-        settings: Settings,
-        device: str | torch.device,
+        self, names: Sequence[str], moments: Mapping[str, Moments], settings: Settings, device: str | torch.device
     ):
         self.names, self.settings, self.device = tuple(names), settings, device
-        self._load(train, val)
+        self.mean = np.stack([moments[name].mean for name in self.names])  # (g, d)
+        self.scale = np.array([moments[name].scale for name in self.names])  # (g,)
+        self._train: Tensor | None = None  # standardised, where they are held
+        self._val: Tensor | Mapping[str, np.ndarray] | None = None
         columns = len(settings.learning_rates) * settings.n_classes
         n = len(self.names) * len(settings.seeds)
         self.values = {
@@ -96,21 +116,29 @@ class Heads:
                        for name in self.values}  # fmt: skip
         self.loss = torch.zeros(n, len(rates), device=device)  # summed since the last point
 
-    def step(self, rows: Int[Tensor, "s b"], labels: Int[Tensor, "s b"], decay: float) -> None:
+    def hold(self, train: Tensor) -> None:
+        """Trains on features that are held on the device (`hold`), and not on those of each batch."""
+        self._train = train
+
+    def validate_on(self, val: Tensor | Mapping[str, Float[np.ndarray, "v d"]]) -> None:
+        """Sets the validation features: held on the device (`hold`), or by readout, to be read each time."""
+        self._val = val
+
+    def step(self, batch: Batch, labels: Int[Tensor, "s b"], decay: float) -> None:
         """One update of every head; the heads of a seed share a batch.
 
         Args:
-            rows: of the training images.
-            labels: of these images.
+            batch: with features, unless the training features are held.
+            labels: of its images.
             decay: factor on all learning rates.
         """
-        x = self._gather(rows)
+        x = self._gather(batch)
         logits, kept = self._forward(x)
         log_p = logits.log_softmax(-1)  # (n, b, h, c)
         truth = labels.repeat(len(self.names), 1)[:, :, None, None].expand(*log_p.shape[:3], 1)
         self.loss -= log_p.gather(-1, truth).squeeze(-1).mean(1)  # (n, h)
         delta = log_p.exp_()
-        delta.scatter_add_(-1, truth, delta.new_full((), -1.0).expand(truth.shape)).div_(rows.shape[1])
+        delta.scatter_add_(-1, truth, delta.new_full((), -1.0).expand(truth.shape)).div_(labels.shape[1])
         self._accumulate(x, kept, delta)
         if self.settings.weight_decay:
             self.velocity["weight"].add_(self.values["weight"], alpha=self.settings.weight_decay)
@@ -125,7 +153,8 @@ class Heads:
 
     def correct(self, val_labels: Int[Tensor, " v"]) -> Int[np.ndarray, "g s h"]:
         """Validation images that each head gets right."""
-        rows = max(1, LOGITS_AT_ONCE // (len(self.loss) * self.values["weight"].shape[2]))
+        n, width, columns = self.values["weight"].shape
+        rows = max(1, AT_ONCE // (n * max(columns, width * (1 + self.n_registers))))
         total = torch.zeros_like(self.loss, dtype=torch.int64)
         for start in range(0, len(val_labels), rows):
             predicted = self._forward(self._validation(start, start + rows))[0].argmax(-1)  # (n, v, h)
@@ -168,15 +197,10 @@ class Heads:
         """Registers that these heads pool."""
         return 0
 
-    def _load(self, train: Mapping, val: Mapping) -> None:
-        found = [_mean_and_scale(train[name], self.settings.standardise) for name in self.names]
-        means, scales = zip(*found, strict=True)
-        self.mean, self.scale = np.stack(means), np.array(scales)  # (g, d), (g,)
-        self._train, self._val = (
-            torch.stack([_standardised(part[name], mean, scale, self.device)
-                         for name, mean, scale in zip(self.names, means, scales, strict=True)])
-            for part in (train, val)
-        )  # fmt: skip  # (g, b, d)
+    @property
+    def held(self) -> bool:
+        """Whether the training features are held on the device, so that a batch is its rows alone."""
+        return self._train is not None
 
     def _pooling(self, n: int) -> dict[str, Tensor]:
         return {}
@@ -184,12 +208,32 @@ class Heads:
     def _fold_pool(self, pool: np.ndarray, scale: float) -> np.ndarray:
         raise NotImplementedError(f"heads of {', '.join(self.names)} do not pool")
 
-    def _gather(self, rows: Int[Tensor, "s b"]) -> Float[Tensor, "n b d"]:
-        picked = self._train.index_select(1, rows.flatten())  # (g, s · b, d)
-        return picked.view(-1, rows.shape[1], picked.shape[-1])
+    def empty(self, n: int) -> tuple[Tensor, int]:
+        """Room for the standardised features of n images, and the axis of the images."""
+        return torch.empty(*self.mean.shape[:1], n, self.mean.shape[1], device=self.device), 1
+
+    def standardised(self, features: Mapping[str, np.ndarray]) -> Float[Tensor, "g b d"]:
+        """Features of some images on the device, one readout after another."""
+        return torch.stack([_standardised(features[name], mean, scale, self.device)
+                            for name, mean, scale in zip(self.names, self.mean, self.scale, strict=True)])  # fmt: skip
+
+    def _gather(self, batch: Batch) -> Float[Tensor, "n b d"]:
+        if self._train is None:
+            picked = self.standardised(batch.features)
+        else:
+            picked = self._train.index_select(1, batch.rows.flatten())  # (g, s · b, d)
+        return picked.view(-1, batch.rows.shape[1], picked.shape[-1])
 
     def _validation(self, start: int, stop: int) -> Float[Tensor, "n v d"]:
-        return self._val[:, start:stop].repeat_interleave(len(self.settings.seeds), 0)
+        return self._some_val(start, stop, 1).repeat_interleave(len(self.settings.seeds), 0)
+
+    def _some_val(self, start: int, stop: int, axis: int) -> Tensor:
+        """Validation images start to stop (fewer at the end) along an axis of what is held."""
+        if isinstance(self._val, Tensor):
+            return self._val.narrow(axis, start, min(stop, self._val.shape[axis]) - start)
+        first = self._val[self.names[0]]
+        rows = np.arange(start, min(stop, len(first)))
+        return self.standardised({name: self._val[name][rows] for name in self.names})
 
     def _forward(self, x: Float[Tensor, "n b d"]) -> tuple[Float[Tensor, "n b h c"], None]:
         return self._by_head(torch.baddbmm(self.values["bias"], x, self.values["weight"])), None
@@ -211,28 +255,20 @@ class PoolingHeads(Heads):
     """Heads of one readout whose registers each head weighs itself.
 
     Args:
-        channels: of one token, d; features are [CLS; register 0; …], (1 + r) · d wide.
-        train, val, name, settings, device: as of `Heads`.
+        name: of the readout; its features are [CLS; register 0; …], (1 + r) · d wide.
+        width: of these features.
+        moments: of [CLS; mean of the registers].
+        settings, device: as of `Heads`.
     """
 
-    def __init__(self, train: Mapping, val: Mapping, name: str, channels: int, settings: Settings, device):
-        self.channels, self.attention = channels, name == "cls_reg_attn"
-        super().__init__(train, val, [name], settings, device)
-
-    def _load(self, train: Mapping, val: Mapping) -> None:
-        d, (name,) = self.channels, self.names
-        tokens = train[name].reshape(len(train[name]), -1, d)  # (b, 1 + r, d)
-        pooled = np.concatenate([tokens[:, 0], tokens[:, 1:].mean(1)], axis=1)
-        mean, scale = _mean_and_scale(pooled, self.settings.standardise)
-        self.mean, self.scale = mean[None], np.array([scale])
-        every = np.concatenate([mean[:d], *[mean[d:]] * (tokens.shape[1] - 1)])
-        self._train, self._val = (
-            _standardised(part[name], every, scale, self.device).view(len(part[name]), -1, d) for part in (train, val)
-        )  # (b, 1 + r, d)
+    def __init__(self, name: str, width: int, moments: Moments, settings: Settings, device: str | torch.device):
+        self.channels, self.attention = len(moments.mean) // 2, name == "cls_reg_attn"
+        self._n_registers = width // self.channels - 1
+        super().__init__([name], {name: moments}, settings, device)
 
     @property
     def n_registers(self) -> int:
-        return self._train.shape[1] - 1
+        return self._n_registers
 
     def _pooling(self, n: int) -> dict[str, Tensor]:
         width = self.channels if self.attention else self.n_registers
@@ -241,11 +277,22 @@ class PoolingHeads(Heads):
     def _fold_pool(self, pool: np.ndarray, scale: float) -> np.ndarray:
         return pool / scale if self.attention else pool  # q · (reg − μ) / σ: the softmax does not see q · μ
 
-    def _gather(self, rows: Int[Tensor, "s b"]) -> Float[Tensor, "n b t d"]:
-        return self._train[rows]
+    def empty(self, n: int) -> tuple[Tensor, int]:
+        return torch.empty(n, 1 + self.n_registers, self.channels, device=self.device), 0
+
+    def standardised(self, features: Mapping[str, np.ndarray]) -> Float[Tensor, "b t d"]:
+        values, d, (mean,) = features[self.names[0]], self.channels, self.mean
+        every = np.concatenate([mean[:d], *[mean[d:]] * self.n_registers])
+        return _standardised(values, every, self.scale[0], self.device).view(len(values), -1, d)
+
+    def _gather(self, batch: Batch) -> Float[Tensor, "n b t d"]:
+        if self._train is not None:
+            return self._train[batch.rows]
+        tokens = self.standardised(batch.features)  # (s · b, t, d)
+        return tokens.view(*batch.rows.shape, *tokens.shape[1:])
 
     def _validation(self, start: int, stop: int) -> Float[Tensor, "n v t d"]:
-        return self._val[start:stop].expand(len(self.settings.seeds), -1, -1, -1)
+        return self._some_val(start, stop, 0).expand(len(self.settings.seeds), -1, -1, -1)
 
     def _forward(self, x: Float[Tensor, "n b t d"]) -> tuple[Float[Tensor, "n b h c"], tuple[Tensor, Tensor]]:
         n, b, d = len(x), x.shape[1], self.channels
@@ -309,32 +356,77 @@ def make_heads(
     settings: Settings,
     channels: int | None,
     device: str | torch.device,
+    memory: int | None = None,
 ) -> list[Heads]:
     """Heads for all readouts: those of one width together, each that pools on its own.
 
     Args:
         channels: of one token; needed where a readout is pooled.
+        memory: bytes of the device that features may take; None: all that they need. Validation features are held
+            first, and what is not held is read batch by batch.
     """
+    means = moments(train, channels) if settings.standardise else {
+        name: Moments(np.zeros(2 * channels if name in POOLED else values.shape[1]), 1.0)
+        for name, values in train.items()}  # fmt: skip
     groups: dict[int, list[str]] = {}
     for name, values in train.items():
         if name not in POOLED:
             groups.setdefault(values.shape[1], []).append(name)
-    plain = [Heads(train, val, names, settings, device) for names in groups.values()]
-    return plain + [PoolingHeads(train, val, name, channels, settings, device) for name in train if name in POOLED]
+    made = [Heads(names, means, settings, device) for names in groups.values()]
+    made += [PoolingHeads(name, values.shape[1], means[name], settings, device)
+             for name, values in train.items() if name in POOLED]  # fmt: skip
+    needed = [sum(4 * len(values) * values.shape[1] for values in part.values()) for part in (val, train)]
+    held_val = hold(made, val) if memory is None or needed[0] <= memory else [val] * len(made)
+    for group, features in zip(made, held_val, strict=True):
+        group.validate_on(features)
+    if memory is None or sum(needed) <= memory:
+        for group, features in zip(made, hold(made, train), strict=True):
+            group.hold(features)
+    return made
 
 
-def mean_and_scale(features: Float[np.ndarray, "b d"]) -> tuple[Float[np.ndarray, " d"], float]:
-    """μ per channel and the one σ of all channels, float64. Constant features get σ = 1: they are 0 then, and harmless.
+def hold(groups: Sequence[Heads], features: Mapping[str, Float[np.ndarray, "b d"]]) -> list[Tensor]:
+    """Features on the device, standardised as each group of heads wants them, in one pass over blocks of the images."""
+    n = len(next(iter(features.values())))
+    held = [group.empty(n) for group in groups]
+    for rows in blocks(n):
+        for group, (room, axis) in zip(groups, held, strict=True):
+            some = group.standardised({name: features[name][rows] for name in group.names})
+            room.narrow(axis, rows.start, rows.stop - rows.start).copy_(some)
+    return [room for room, _ in held]
+
+
+def moments(train: Mapping[str, Float[np.ndarray, "b d"]], channels: int | None = None) -> dict[str, Moments]:
+    """μ per channel and the one σ of all channels, of each readout, in two passes over blocks of the rows.
+
+    Constant features get σ = 1: they are 0 then, and harmless. Sums go row after row in float64, so that their bits do
+    not depend on the blocks. Readouts whose registers the probe pools are taken as [CLS; mean of the registers].
 
     One scale per channel conditions no better (ViT-S features of 746 images: largest over mean eigenvalue 104 against
     137, validated accuracy equal within noise) and would magnify channels that hardly vary.
     """
-    scale = math.sqrt(features.var(0, dtype=np.float64).mean())
-    return features.mean(0, dtype=np.float64), scale if scale > 0 else 1.0
+    n = len(next(iter(train.values())))
+
+    def summed(of: Callable[[str, Float[np.ndarray, "b d"]], np.ndarray]) -> dict[str, Float[np.ndarray, " d"]]:
+        """Σ over all images, of all readouts in one pass, as they share what is read."""
+        totals = {}
+        for rows in blocks(n):
+            for name, values in train.items():
+                some = of(name, _pooled_by_mean(name, values[rows], channels).astype(np.float64))
+                totals[name] = sum_of_rows([totals[name][None], some] if name in totals else [some])
+        return totals
+
+    means = {name: total / n for name, total in summed(lambda _, x: x).items()}
+    squares = summed(lambda name, x: (x - means[name]) ** 2)
+    scales = {name: math.sqrt((total / n).mean()) for name, total in squares.items()}
+    return {name: Moments(means[name], scale if scale > 0 else 1.0) for name, scale in scales.items()}
 
 
-def _mean_and_scale(features: np.ndarray, standardise: bool) -> tuple[np.ndarray, float]:
-    return mean_and_scale(features) if standardise else (np.zeros(features.shape[1]), 1.0)
+def _pooled_by_mean(name: str, values: Float[np.ndarray, "b d"], channels: int | None) -> Float[np.ndarray, "b d'"]:
+    if name not in POOLED:
+        return values
+    tokens = values.reshape(len(values), -1, channels)  # (b, 1 + r, d)
+    return np.concatenate([tokens[:, 0], tokens[:, 1:].mean(1)], axis=1)
 
 
 def _standardised(

@@ -6,6 +6,8 @@ The cure says little until its controls fail, so the search is told at once what
     after     they are moved into one test-time register
     empty     the register is there and nothing is moved into it
     random    as many other neurons of the same layers are moved into it
+
+Each of these is a forward up to the detection layer, on `CONTROL_IMAGES` images at most.
 """
 
 from __future__ import annotations
@@ -17,14 +19,17 @@ import numpy as np
 from jaxtyping import Float
 from torch import nn
 
-from .batches import Batches
+from .arithmetic import arithmetic
 from .controls import control_neurons, mlp_widths
 from .intervals import mean_with_interval
 from .neurons import RegisterNeurons, ablated
+from .norms import LayerNorms
 from .outliers import patch_norms
 from .registers import add_test_time_registers
+from .search import SETTLE_ON, Batches, picked
 
 BINS = 60
+CONTROL_IMAGES = 512  # the first ones of the search; a fraction of 1 % is then known to about 0.1 %
 
 
 @dataclass(frozen=True)
@@ -42,14 +47,17 @@ def norms_under_treatments(
     """Patch norms in the detection layer under each treatment of the table above; empty where nothing was found.
 
     Args:
-        batches: the images of the search.
+        batches: the images of the search, of which the first `CONTROL_IMAGES` are used.
         seed: of the random neurons.
     """
     if not found.num_selected:
         return {}
+    first = np.arange(min(len(found.outlier_fraction), CONTROL_IMAGES))
 
     def seen() -> Float[np.ndarray, "b p"]:
-        return patch_norms(model, batches, [found.detection.layer])[0]
+        images = (batch for _, batch in picked(batches, first))
+        with arithmetic(found.precision, next(model.parameters()).device):
+            return patch_norms(model, images, [found.detection.layer])[0]
 
     with ablated(model, found.selected):
         norms = {"ablated": seen()}
@@ -83,8 +91,8 @@ def summary(
     for name, norms in treated.items():
         metrics |= mean_with_interval(f"outlier_fraction_{name}", (norms > found.detection.threshold).mean(1), seed)
     metrics |= {
-        "largest_norm": round(float(found.norms[layer].max()), 4),
-        "median_norm": round(float(np.median(found.norms[layer])), 4),
+        "largest_norm": round(found.norms[layer].max(), 4),
+        "median_norm": round(found.norms[layer].median(), 4),
         "num_neurons": found.num_selected,
         "explained": round(found.explained, 6),
     }
@@ -100,14 +108,20 @@ def tables(
     treated: Mapping[str, Float[np.ndarray, "b p"]],
     planted: Mapping[int, Iterable[int]] | None,
 ) -> Tables:
-    """Norms by layer, histogram of the norms in the detection layer before and after, scores by rank."""
+    """Norms by layer, histogram of the norms in the detection layer before and after, scores by rank.
+
+    The histogram counts as many patches before as after: where fewer images were treated, counts before are scaled down.
+    """
     norms = [["layer", "median", "p99", "max"]]
     for layer, values in enumerate(found.norms):
-        norms.append([layer, *(f"{v:.4f}" for v in (np.median(values), np.quantile(values, 0.99), values.max()))])
+        norms.append([layer, *(f"{v:.4f}" for v in (values.median(), values.quantile(0.99), values.max()))])
     before = found.norms[-2 if found.detection is None else found.detection.layer]
-    logs = [np.log10(values.ravel()) for values in (before, treated.get("after", before))]
+    after = LayerNorms.of(treated["after"]) if "after" in treated else before
+    logs = [np.log10(cells.middles) for cells in (before, after)]
     edges = np.linspace(min(v.min() for v in logs), max(v.max() for v in logs) + 1e-6, BINS + 1)
-    counts = [np.histogram(values, edges)[0] for values in logs]
+    counts = [np.histogram(v, edges, weights=c.counts)[0] for v, c in zip(logs, (before, after), strict=True)]
+    if before.size != after.size:
+        counts[0] = np.rint(counts[0] * (after.size / before.size)).astype(int)
     histogram = [["log10_norm", "before", "after"]]
     histogram += [[f"{c:.4f}", *n] for c, *n in zip((edges[:-1] + edges[1:]) / 2, *counts, strict=True)]
     truth, chosen = _pairs(planted or {}), _pairs(found.selected)
@@ -130,6 +144,8 @@ def sentence(name: str, found: RegisterNeurons, metrics: Mapping) -> str:
         f"block {metrics['detect_layer']}); {found.num_selected} register neurons write {found.explained:.1%} of their "
         "excess"
     )
+    if SETTLE_ON < found.again == len(found.outlier_fraction):
+        text += f"; all images were gone through twice, as they contradict the first {SETTLE_ON}"
     if "recall" in metrics:
         text += f"; planted: precision {metrics['precision']:g}, recall {metrics['recall']:g}"
     if found.num_selected:

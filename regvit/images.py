@@ -1,7 +1,14 @@
 """Decoding images: from a file to the uint8 tensor that a backbone expects, and from there to its float32 input.
 
-The geometry is that of timm's evaluation transform (shorter side to size / crop_pct, then a centre crop), done by
-Pillow; images stay uint8 until they are on the device, where `normalise` makes them float32.
+The geometry is that of timm's evaluation transform (shorter side to size / crop_pct, then a centre crop); images stay
+uint8 until they are on the device, where `normalise` makes them float32. Files are always read by Pillow, so that which
+images are refused, and why, depends on nothing else. They are resized by
+
+    pillow  what timm's transform does, to the last bit
+    torch   torch's uint8 kernel, which torchvision's transforms use on tensors: it takes 4 to 6 tenths of the time for
+            reading and resizing a photograph, and moves some pixels in a thousand by 1 or 2 levels of 255. Its levels
+            depend on the processor too (AVX2 or not), so that features made on two machines may differ in their last
+            digits where Pillow's do not.
 """
 
 import io
@@ -17,6 +24,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
@@ -32,6 +40,8 @@ INTERPOLATIONS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+RESIZINGS = ("pillow", "torch")
+TORCH_INTERPOLATIONS = ("bilinear", "bicubic")  # those that torch does with antialiasing
 LONGEST = 100  # sides; of a longer image only the middle is resized: a line of 30,000 px would grow to gigabytes
 # What Pillow's decoders raise on broken files, each meaning the same here.
 BROKEN = (
@@ -55,6 +65,11 @@ class UnreadableImage(ValueError):
         )
         self.path, self.reason = Path(path), reason
 
+    def __reduce__(
+        self,
+    ):  # the default calls the class with the message alone; raised in another process it must come back
+        return type(self), (self.path, self.reason)
+
 
 @dataclass(frozen=True)
 class Transform:
@@ -66,6 +81,7 @@ class Transform:
         std: standard deviation of each channel, on the same scale.
         interpolation: "nearest", "bilinear", "bicubic" or "lanczos".
         crop_pct: share of the resized shorter side that the crop keeps, in (0, 1].
+        resizing: "pillow" or "torch", see the module.
     """
 
     size: int
@@ -73,6 +89,7 @@ class Transform:
     std: tuple[float, float, float]
     interpolation: str = "bicubic"
     crop_pct: float = 1.0
+    resizing: str = "pillow"
 
     def __post_init__(self):
         object.__setattr__(self, "mean", tuple(float(v) for v in self.mean))
@@ -85,10 +102,20 @@ class Transform:
             raise ValueError(f"interpolation {self.interpolation!r} is unknown; use one of {', '.join(INTERPOLATIONS)}")
         if not 0 < self.crop_pct <= 1:
             raise ValueError(f"crop_pct {self.crop_pct} must lie in (0, 1]")
+        if self.resizing not in RESIZINGS:
+            raise ValueError(f"resizing {self.resizing!r} is unknown; use one of {', '.join(RESIZINGS)}")
+        if self.resizing == "torch" and self.interpolation not in TORCH_INTERPOLATIONS:
+            raise ValueError(
+                f"torch has no antialiased {self.interpolation} interpolation (only {', '.join(TORCH_INTERPOLATIONS)}); "
+                "use resizing 'pillow'"
+            )
 
     def to_dict(self) -> dict:
-        """Plain values for JSON; `from_dict` is the inverse."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        """Plain values for JSON; `from_dict` is the inverse. `resizing` is left out where it is Pillow's."""
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        if self.resizing == "pillow":  # so that what was written before there was a choice stays as it is
+            del values["resizing"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping) -> "Transform":
@@ -109,8 +136,12 @@ class Transform:
         Raises:
             UnreadableImage: the file is missing, broken, or of a kind that has no RGB meaning.
         """
+        return torch.from_numpy(self.pixels(path))
+
+    def pixels(self, path: Path | str) -> UInt8[np.ndarray, "3 s s"]:
+        """As `load`, for NumPy: its copies run on the calling thread alone, those of torch on a pool of each thread's own."""
         image = self.crop(read_rgb(path))
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (s, s, 3) -> (3, s, s)
+        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))  # (s, s, 3) -> (3, s, s)
 
     def crop(self, image: Image.Image) -> Image.Image:
         """Resize the shorter side to size / crop_pct and take the centre (size, size); timm's evaluation geometry."""
@@ -119,9 +150,19 @@ class Transform:
         width, height = image.size
         # The longer side is cut down to an integer, as torchvision.transforms.Resize does.
         new = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
-        image = image if new == image.size else image.resize(new, INTERPOLATIONS[self.interpolation])
+        image = self.resize(image, new)
         left, top = round((new[0] - self.size) / 2.0), round((new[1] - self.size) / 2.0)
         return image.crop((left, top, left + self.size, top + self.size))
+
+    def resize(self, image: Image.Image, size: tuple[int, int]) -> Image.Image:
+        """An RGB image resized to (width, height), by Pillow or by torch as `resizing` says."""
+        if size == image.size:
+            return image
+        if self.resizing == "pillow":
+            return image.resize(size, INTERPOLATIONS[self.interpolation])
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # (1, 3, h, w), channels last in memory
+        pixels = F.interpolate(pixels, size[::-1], mode=self.interpolation, antialias=True)
+        return Image.fromarray(pixels[0].permute(1, 2, 0).contiguous().numpy())
 
     def normalise(self, batch: UInt8[Tensor, "b 3 s s"]) -> Float[Tensor, "b 3 s s"]:
         """(value / 255 - mean) / std per channel in float32, on the device of the batch.
@@ -133,7 +174,7 @@ class Transform:
             raise ValueError(f"batch is {batch.dtype} {tuple(batch.shape)}; expected torch.uint8 (b, 3, s, s)")
         mean = torch.tensor(self.mean, device=batch.device).view(1, 3, 1, 1)
         std = torch.tensor(self.std, device=batch.device).view(1, 3, 1, 1)
-        return (batch.float() / 255 - mean) / std
+        return batch.float().div_(255).sub_(mean).div_(std)  # in place: a third of the memory
 
 
 def _middle(image: Image.Image) -> Image.Image:
@@ -171,7 +212,8 @@ def decode_rgb(content: bytes, path: Path | str) -> Image.Image:
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)  # decodes; in place it does not copy what is upright
+            return to_rgb(image)
     except UnidentifiedImageError as error:
         raise UnreadableImage(path, "empty file" if not content else "not an image of a known format") from error
     except BROKEN as error:
@@ -195,7 +237,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def load_batches(

@@ -1,12 +1,7 @@
 """One image seen through a backbone, before and after test-time registers: norms, CLS attention, features as colours.
 
-The features are coloured by the first three principal components of the patch tokens after the final norm,
-
-    rgb = (x - mean) @ V,   V (d, 3): the leading right singular vectors of x - mean
-
-with one basis and one scale for both columns. Both are fitted on the patches of both columns that are no outliers in
-the untreated model: outliers would take the first component for themselves. Source of the picture: Oquab et al. 2023,
-arXiv:2304.07193, figure 1.
+One palette (`feature_colours`) paints both columns. It is fitted on the patches of both that are no outliers in the
+untreated model.
 """
 
 from __future__ import annotations
@@ -24,12 +19,12 @@ from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
 from .attention import watch_prefix_attention
+from .feature_colours import fit_palette
 from .hooks import blocks, watch_outputs
 from .outliers import Detection
 from .registers import add_test_time_registers
 from .tokens import TokenLayout
 
-COLOUR_RANGE = (0.02, 0.98)  # quantiles of the normal patches that span each colour; what lies beyond is clipped
 INK, PALE, MARK = "#1b1f24", "#6a737d", "#00c8e0"  # text, lesser text, frames around outliers
 DPI = 160
 MARGIN, GAP, SIDE = 0.2, 0.14, 2.93  # inches: border, between columns, of a map; 1,024 pixels wide, as a phone is
@@ -165,21 +160,11 @@ def _view(model: nn.Module, images: Float[Tensor, "1 3 s s"], layer: int, later:
 
 
 def feature_colours(look: Look) -> list[Float[np.ndarray, "p 3"]]:
-    """Red, green and blue (0 to 1) of each patch, of `before` and, if there is one, `after`.
-
-    Signs are fixed by making the largest weight of each component positive; the same image gives the same colours.
-    """
+    """Red, green and blue (0 to 1) of each patch, of `before` and, if there is one, `after`; one palette for both."""
     views = [look.before] if look.after is None else [look.before, look.after]
     normal = ~look.outliers if (~look.outliers).any() else np.ones_like(look.outliers)
-    fitted = np.concatenate([view.features[normal] for view in views]).astype(np.float64)
-    mean = fitted.mean(0)
-    _, _, v = np.linalg.svd(fitted - mean, full_matrices=False)
-    basis = np.zeros((fitted.shape[1], 3))  # an image of one or two patches has fewer components
-    basis[:, : len(v[:3])] = v[:3].T
-    basis *= np.where(basis[np.abs(basis).argmax(0), range(3)] < 0, -1, 1)
-    low, high = np.quantile((fitted - mean) @ basis, COLOUR_RANGE, axis=0)
-    spread = np.where(high > low, high - low, 1.0)
-    return [np.clip(((view.features - mean) @ basis - low) / spread, 0, 1) for view in views]
+    palette = fit_palette(np.concatenate([view.features[normal] for view in views]))
+    return [palette.paint(view.features) for view in views]
 
 
 def draw_look(path: Path, look: Look, title: str) -> None:

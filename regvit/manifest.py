@@ -22,6 +22,8 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from .files import write_bytes, write_text
+
 SPLITS = ("train", "val", "test")
 
 
@@ -136,8 +138,8 @@ def write_dataset(
     writer.writerows([getattr(row, column) for column in columns] for row in rows)
     description = {"name": name, "root": Path(root).as_posix(), "classes": list(classes), "about": about}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "manifest.csv").write_bytes(text.getvalue().encode())
-    (folder / "dataset.json").write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_bytes(folder / "manifest.csv", text.getvalue().encode())
+    write_text(folder / "dataset.json", json.dumps(description, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_dataset(folder: Path | str) -> Dataset:

@@ -28,6 +28,7 @@ class Measure:
         better: 1 where more is better, −1 where less is, 0 where neither is.
         of: the run's value; None where it has none.
         change: paired difference of a run to another; None where there is none.
+        across: the same where the two may be of different experiments, so that the stage itself has not seen both.
     """
 
     label: str
@@ -37,6 +38,7 @@ class Measure:
     better: int
     of: Callable[[Measurements], Value | None]
     change: Callable[[Measurements, Measurements], Value | None] = lambda run, reference: None
+    across: Callable[[Measurements, Measurements], Value | None] = lambda run, reference: None
 
 
 def measurement_table(runs: Sequence[Measurements], in_distribution: str, seed: int = 0) -> Table:
@@ -75,6 +77,13 @@ def measurement_table(runs: Sequence[Measurements], in_distribution: str, seed: 
 
 def measures(runs: Sequence[Measurements], in_distribution: str, seed: int = 0) -> Iterator[Measure]:
     """Every measure, in the order of the rows."""
+    yield from patch_measures(runs, in_distribution, seed)
+    for readout in ("cls", "patch_mean"):
+        yield _accuracy(readout, in_distribution)
+
+
+def patch_measures(runs: Sequence[Measurements], in_distribution: str, seed: int = 0) -> Iterator[Measure]:
+    """Every measure but the accuracies of probes."""
     yield Measure("outlier patches, %", in_distribution, 100, 2, -1, outliers)
     label = "CLS cosine to the unplanted model"
     yield Measure(label, in_distribution, 1, 3, 1, lambda run: _verified(run, "cls_cosine"))
@@ -88,8 +97,6 @@ def measures(runs: Sequence[Measurements], in_distribution: str, seed: int = 0) 
         yield from _segmentation(name, seed)
     for name in datasets_of(runs, "depth"):
         yield from _depth(name, seed)
-    for readout in ("cls", "patch_mean"):
-        yield _accuracy(readout, in_distribution)
 
 
 def outliers(run: Measurements) -> Value | None:
@@ -184,7 +191,7 @@ def _discovery(name: str, seed: int) -> Iterator[Measure]:
         ((), "hit", "CorLoc of the chosen setting, %"),
         (("mean_over_features",), "mean_over_features", "CorLoc, mean over all features, %"),
     ):
-        yield Measure(
+        yield _by_images(
             label, name, 100, 1, 1,
             lambda run, path=path: value_of(run.of("discover", name, *path), "corloc", run.of("discover", name).get("n")),
             lambda run, other, column=column: paired_difference(run, other, "discover", name, column, seed=seed),
@@ -199,7 +206,7 @@ def _segmentation(name: str, seed: int) -> Iterator[Measure]:
         return column_mean(run, "segment", name, "miou", seed)
 
     yield Measure("segmentation mIoU, %", name, 100, 1, 1, of("miou"))  # not a mean over images: no pair
-    yield Measure(
+    yield _by_images(
         "segmentation mIoU by image, %", name, 100, 1, 1, by_image,
         lambda run, other: paired_difference(run, other, "segment", name, "miou", seed=seed),
     )  # fmt: skip
@@ -207,7 +214,7 @@ def _segmentation(name: str, seed: int) -> Iterator[Measure]:
         ("accuracy", "right", "pixels", ""),
         ("accuracy_at_outliers", "right_at_outliers", "at_outliers", " at outliers"),
     ):
-        yield Measure(
+        yield _by_images(
             f"pixel accuracy{where}, %", name, 100, 1, 1, of(key),
             lambda run, other, right=right, pixels=pixels: paired_difference(
                 run, other, "segment", name, right, pixels, seed
@@ -217,11 +224,24 @@ def _segmentation(name: str, seed: int) -> Iterator[Measure]:
 
 def _depth(name: str, seed: int) -> Iterator[Measure]:
     for key, where in (("rmse", ""), ("rmse_at_outliers", " at outliers")):
-        yield Measure(
+        yield _by_images(
             f"depth RMSE{where}, m", name, 1, 3, -1,
             lambda run, key=key: _among(run.of("depth", name), key),
             lambda run, other, key=key: paired_difference(run, other, "depth", name, key, seed=seed),
         )  # fmt: skip
+
+
+def _by_images(
+    label: str,
+    dataset: str,
+    scale: float,
+    digits: int,
+    better: int,
+    of: Callable[[Measurements], Value | None],
+    change: Callable[[Measurements, Measurements], Value | None],
+) -> Measure:
+    """A measure whose tables have a value an image, so that any two runs pair."""
+    return Measure(label, dataset, scale, digits, better, of, change, change)
 
 
 def _among(values: Mapping, key: str) -> Value | None:

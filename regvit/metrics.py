@@ -256,6 +256,16 @@ class Separation:
     def __init__(self, id_scores: Float[np.ndarray, " b"], anomaly_scores: Float[np.ndarray, " a"]):
         self._id, self._anomalies = _side(id_scores, "id_scores"), _side(anomaly_scores, "anomaly_scores")
 
+    @property
+    def id_scores(self) -> Float[np.ndarray, " b"]:
+        """As they were given."""
+        return self._id
+
+    @property
+    def anomaly_scores(self) -> Float[np.ndarray, " a"]:
+        """As they were given."""
+        return self._anomalies
+
     @cached_property
     def _id_order(self) -> np.ndarray:
         return np.argsort(self._id, kind="stable")

@@ -6,7 +6,9 @@ For an image with unit feature x and its k most similar training images, of unit
 
 The softmax of the logits is p (up to the floor), so that detectors which take logits work on neighbours as well.
 
-Similarities are computed block by block and only the k best are kept, so that memory grows with neither set.
+Similarities are computed block by block and only the k best are kept: of some thousand images at a time, over all the
+training images in blocks, which are read as often as that where they lie in a store (`stored`). Memory grows with
+neither set.
 
 Shape letters: b image, n training image, d channel, c class, k neighbour.
 """
@@ -21,10 +23,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .stored import blocks
+
 K = (10, 20, 100, 200)  # and the temperature: DINOv2's protocol
 TEMPERATURE = 0.07
 FLOOR = 1e-30  # of a vote share: a class without a neighbour gets the logit −69, and not −∞
-TEST_ROWS, TRAIN_ROWS = 256, 1 << 16  # similarities held at once: 64 MiB of float32
+TEST_ROWS, TRAIN_ROWS = 256, 1 << 14  # similarities held at once: 16 MiB of float32
+TEST_ROWS_A_PASS = 1 << 14  # images whose neighbours are looked for in one pass over the training images
 
 
 @dataclass(frozen=True)
@@ -54,10 +59,10 @@ def knn_logits(
     """Logarithm of the weighted share of votes of each class, float32, finite.
 
     Args:
-        train: features of the training images; they are normalised here.
+        train: features of the training images, an array or `stored.StoredReadout`; they are normalised here.
         labels: class index of each training image.
         test: features of the images to classify.
-        device: where to compute; the training features are copied there.
+        device: where to compute; the training features are copied there block by block.
     Raises:
         ValueError: shapes, labels, k or temperature do not fit; the message gives value and cure.
     """
@@ -111,31 +116,35 @@ def _votes(
     device: str | torch.device,
 ) -> Iterator[Float[Tensor, "ks b c"]]:
     """Vote shares for each k (ascending), block by block of the test images."""
-    train, labels = _unit(train, device), torch.from_numpy(np.asarray(labels, dtype=np.int64)).to(device)
-    for start in range(0, len(test), TEST_ROWS):
-        similarity, nearest = _nearest(_unit(test[start : start + TEST_ROWS], device), train, ks[-1])  # (b, k)
-        classes = labels[nearest]
-        shares = torch.zeros(len(ks), len(similarity), n_classes, device=device)
-        for i, k in enumerate(ks):
-            weights = (similarity[:, :k] / temperature).softmax(1)
-            one_hot = torch.nn.functional.one_hot(classes[:, :k], n_classes).to(weights.dtype)  # (b, k, c)
-            shares[i] = torch.einsum("bk,bkc->bc", weights, one_hot)  # no scatter: its sum has no fixed order on a GPU
-        yield shares
+    labels = torch.from_numpy(np.asarray(labels, dtype=np.int64)).to(device)
+    for part in blocks(len(test), TEST_ROWS_A_PASS):
+        queries = [_unit(test[start : min(start + TEST_ROWS, part.stop)], device)
+                   for start in range(part.start, part.stop, TEST_ROWS)]  # fmt: skip
+        for similarity, nearest in _nearest(queries, train, ks[-1], device):  # (b, k)
+            classes = labels[nearest]
+            shares = torch.zeros(len(ks), len(similarity), n_classes, device=device)
+            for i, k in enumerate(ks):
+                weights = (similarity[:, :k] / temperature).softmax(1)
+                one_hot = torch.nn.functional.one_hot(classes[:, :k], n_classes).to(weights.dtype)  # (b, k, c)
+                shares[i] = torch.einsum("bk,bkc->bc", weights, one_hot)  # no scatter: its sum has no order on a GPU
+            yield shares
 
 
 def _nearest(
-    test: Float[Tensor, "b d"], train: Float[Tensor, "n d"], k: int
-) -> tuple[Float[Tensor, "b k"], Int[Tensor, "b k"]]:
-    """Similarity and row of the k most similar training images, best first."""
-    similarity = torch.empty(len(test), 0, device=test.device)
-    rows = torch.empty(len(test), 0, dtype=torch.int64, device=test.device)
-    for start in range(0, len(train), TRAIN_ROWS):
-        found = test @ train[start : start + TRAIN_ROWS].T
-        best, columns = found.topk(min(k, found.shape[1]), dim=1)
-        similarity, rows = torch.cat([similarity, best], 1), torch.cat([rows, columns + start], 1)
-        similarity, kept = similarity.topk(min(k, similarity.shape[1]), dim=1)
-        rows = rows.gather(1, kept)
-    return similarity, rows
+    queries: list[Float[Tensor, "b d"]], train: np.ndarray, k: int, device: str | torch.device
+) -> list[tuple[Float[Tensor, "b k"], Int[Tensor, "b k"]]]:
+    """Similarity and row of the k most similar training images, best first, for each block of images."""
+    best = [(torch.empty(len(each), 0, device=device), torch.empty(len(each), 0, dtype=torch.int64, device=device))
+            for each in queries]  # fmt: skip
+    for block in blocks(len(train), TRAIN_ROWS):
+        some = _unit(train[block], device)
+        for i, query in enumerate(queries):
+            found = query @ some.T
+            new, columns = found.topk(min(k, found.shape[1]), dim=1)
+            similarity, rows = (torch.cat(pair, 1) for pair in zip(best[i], (new, columns + block.start), strict=True))
+            similarity, kept = similarity.topk(min(k, similarity.shape[1]), dim=1)
+            best[i] = similarity, rows.gather(1, kept)
+    return best
 
 
 def _unit(values: np.ndarray, device: str | torch.device) -> Float[Tensor, "b d"]:
@@ -159,6 +168,5 @@ def _check(train: np.ndarray, labels: np.ndarray, test: np.ndarray, k: int, temp
     if not (np.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature is {temperature}; expected a number above 0")
     for name, values in (("train", train), ("test", test)):
-        if not np.isfinite(values).all():
-            bad = int((~np.isfinite(values)).any(1).sum())
+        if bad := sum(int((~np.isfinite(values[rows])).any(1).sum()) for rows in blocks(len(values))):
             raise ValueError(f"{bad} of {len(values)} {name} rows are not finite; extract them again")

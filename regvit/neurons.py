@@ -7,32 +7,30 @@ Two scores, both over outlier patches found by norm (CLS and registers never cou
 
 a is the input of the MLP's output projection W, s its LayerScale, x the residual stream at the detection layer.
 Attribution is the share of the outliers' excess residual that the neuron writes; a block's neurons after the
-detection layer cannot be causes and are left out.
+detection layer cannot be causes and are left out. One pass over the images gives both (`regvit.search`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from .hooks import blocks, forward_until, output_projection, residual_scale, watch_inputs, watch_outputs
-from .outliers import Detection, check_layer, patch_norms, read_detection, settle_detection
+from .arithmetic import arithmetic, check_precision
+from .hooks import blocks, output_projection, watch_inputs
+from .norms import LayerNorms
+from .outliers import Detection, check_layer, read_detection
+from .scores import Scores
+from .search import Batches, search
 from .tokens import TokenLayout
 
 MIN_SHARE = 1e-3  # a neuron that writes less than a thousandth of the excess is one of the many that write noise
-
-Batches = Iterable[Float[Tensor, "b 3 h w"]]
-
-
-class NoOutliers(ValueError):
-    """No patch is an outlier, so there is nothing to score."""
 
 
 @dataclass(frozen=True)
@@ -51,26 +49,26 @@ class RegisterNeurons:
 
     Args:
         detection: layer and norm above which patches are outliers; None where the model has none.
-        norms: of every patch at each block's output, as the search saw them.
+        norms: of the patches at each block's output; after the detection layer, of the first images only
+            (`regvit.search`).
         neurons: the best scored ones, best first.
         active: those of largest activation, whatever they write: what a control may move instead.
         selected: `{layer: (neuron, …)}`, empty where the model has no outliers.
         explained: share of the outliers' excess residual that the selected neurons write.
+        outlier_fraction: share of outlier patches, of each image; zero where the model has none.
+        again: images that were gone through twice.
+        precision: of the forward passes, see `regvit.arithmetic`.
     """
 
     detection: Detection | None
-    norms: Float[np.ndarray, "l b p"] = field(repr=False)
+    norms: tuple[LayerNorms, ...] = field(repr=False)
     neurons: tuple[Neuron, ...] = ()
     active: tuple[Neuron, ...] = ()
     selected: dict[int, tuple[int, ...]] = field(default_factory=dict)
     explained: float = 0.0
-
-    @property
-    def outlier_fraction(self) -> Float[np.ndarray, " b"]:
-        """Share of outlier patches, of each image; zero where the model has none."""
-        if self.detection is None:
-            return np.zeros(self.norms.shape[1])
-        return (self.norms[self.detection.layer] > self.detection.threshold).mean(1)
+    outlier_fraction: Float[np.ndarray, " b"] = field(default_factory=lambda: np.zeros(0), repr=False)
+    again: int = 0
+    precision: str = "float32"
 
     @property
     def num_selected(self) -> int:
@@ -81,6 +79,7 @@ class RegisterNeurons:
         """Readable, diffable text; `about` stands first (backbone, weights digest, seed, …)."""
         document = {
             **about,
+            **({} if self.precision == "float32" else {"precision": self.precision}),
             "threshold": self.detection and self.detection.threshold,
             "detect_layer": self.detection and self.detection.layer,
             "explained": self.explained,
@@ -104,102 +103,7 @@ def read_selected(text: str) -> tuple[Detection | None, dict[int, tuple[int, ...
     return read_detection(text), {int(layer): tuple(units) for layer, units in document["selected"].items()}
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Scores of all neurons up to the detection layer, (l, k) each; attribution is None where it is not defined."""
-
-    activation: Float[Tensor, "l k"]
-    attribution: Float[Tensor, "l k"] | None
-
-
 @torch.inference_mode()
-def score_neurons(
-    model: nn.Module,
-    batches: Batches,
-    outliers: Bool[np.ndarray, "b p"],
-    layer: int,
-    attribution: bool = True,
-) -> Scores:
-    """Scores every MLP neuron up to the detection layer in one streaming pass; memory does not grow with images.
-
-    Args:
-        batches: the images, normalised, in the row order of `outliers`.
-        outliers: True where the patch is an outlier in the detection layer.
-        layer: detection layer; the forward stops there.
-        attribution: False leaves that score out (for models in which it is not defined).
-    Raises:
-        NoOutliers: no patch is an outlier.
-        ValueError: every patch is an outlier, the MLPs differ in width, or attribution is not defined for the blocks.
-    """
-    if not outliers.any():
-        raise NoOutliers(f"none of the {outliers.size} patches is an outlier, so no neuron can be scored")
-    if outliers.all():
-        raise ValueError(f"all of the {outliers.size} patches are outliers, so nothing is left to compare them with; "
-                         "give a larger threshold")  # fmt: skip
-    used, layout = blocks(model)[: layer + 1], TokenLayout.of(model)
-    projections = {index: output_projection(block) for index, block in enumerate(used)}
-    widths = {projection.in_features for projection in projections.values()}
-    if len(widths) > 1:
-        raise ValueError(f"the MLPs differ in width ({sorted(widths)}); neurons are compared across equal ones only")
-    parameter = next(model.parameters())
-    sums = _Sums(len(used), widths.pop(), parameter.device)
-    start = 0
-    with (
-        watch_inputs(projections, lambda index, a: sums.see_activation(index, layout.patches(a))),
-        watch_outputs({layer: used[-1]}, lambda _, x: sums.see_residual(layout.patches(x))),
-    ):
-        for images in batches:
-            sums.mask = torch.from_numpy(outliers[start : start + len(images)]).to(parameter.device)
-            start += len(images)
-            forward_until(model, images.to(parameter.device, parameter.dtype), used[-1])
-    if start != len(outliers):
-        raise ValueError(f"{start} images came, but outliers are known of {len(outliers)}; give the same images again")
-    return Scores(sums.activation().cpu(), sums.attribution(used).cpu() if attribution else None)
-
-
-class _Sums:
-    """Running sums over outlier and other patches, float64."""
-
-    def __init__(self, depth: int, width: int, device: torch.device):
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(*shape, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
-
-        self.mask: Bool[Tensor, "b p"] = torch.zeros(0, 0, dtype=torch.bool)
-        self.absolute, self.images = zeros(depth, width), 0
-        self.out, self.rest = zeros(depth, width), zeros(depth, width)
-        self.residual_out: Tensor | float = 0.0
-        self.residual_rest: Tensor | float = 0.0
-        self.n_out = self.n_rest = 0
-
-    def see_activation(self, index: int, a: Float[Tensor, "b p k"]) -> None:
-        image, patch = self.mask.nonzero(as_tuple=True)
-        hot = a[image, patch].to(self.out.dtype)  # (outliers, k)
-        total = a.sum((0, 1), dtype=self.out.dtype)
-        weight = 1.0 / self.mask.sum(1).clamp_min(1)[image].to(self.out.dtype)
-        self.absolute[index] += weight @ hot.abs()
-        self.out[index] += hot.sum(0)
-        self.rest[index] += total - hot.sum(0)
-
-    def see_residual(self, x: Float[Tensor, "b p d"]) -> None:
-        hot = x[self.mask].sum(0, dtype=self.out.dtype)
-        self.residual_out = self.residual_out + hot
-        self.residual_rest = self.residual_rest + x.sum((0, 1), dtype=self.out.dtype) - hot
-        self.n_out += int(self.mask.sum())
-        self.n_rest += int((~self.mask).sum())
-        self.images += int(self.mask.any(1).sum())
-
-    def activation(self) -> Float[Tensor, "l k"]:
-        return self.absolute / self.images
-
-    def attribution(self, used: list[nn.Module]) -> Float[Tensor, "l k"]:
-        excess = self.residual_out / self.n_out - self.residual_rest / self.n_rest  # (d,)
-        gap = self.out / self.n_out - self.rest / self.n_rest  # (l, k)
-        writes = torch.stack(
-            [(excess * residual_scale(b)) @ output_projection(b).weight.detach().to(excess) for b in used]
-        )  # (l, k)
-        return gap * writes / excess.square().sum()
-
-
 def find_register_neurons(
     model: nn.Module,
     images: Float[Tensor, "b 3 h w"] | Batches,
@@ -211,12 +115,14 @@ def find_register_neurons(
     explained: float = 0.99,
     score: str = "attribution",
     keep: int = 200,
+    precision: str = "float32",
 ) -> RegisterNeurons:
     """Finds the register neurons of a timm vision transformer.
 
     Args:
         model: a timm ViT without test-time registers, in evaluation mode.
-        images: normalised; one tensor, or batches that can be iterated more than once. A hundred varied images do.
+        images: normalised; one tensor, or batches that can be iterated more than once. A hundred varied images do; they
+            should come in random order (`regvit.batches.sample`), as the first ones settle the layer.
         threshold, layer: norm and block that make a patch an outlier; found from the data when None. Published:
             30 at the last layer (CLIP B/16), 150 at -2 (DINOv2-L).
         top_k: number of neurons to select; when None, the smallest set that writes `explained` of what all neurons
@@ -225,37 +131,35 @@ def find_register_neurons(
         explained: share, over 0 and up to 1.
         score: `attribution`, or `activation` (the published one, which needs `top_k`).
         keep: how many of the best scored neurons to report.
+        precision: of the forward passes: `float32`, `float32_medium`, `bfloat16` or `float16`, see `regvit.arithmetic`.
     Returns: with nothing selected where the model has no outliers.
     Raises:
         ValueError: an option is out of range, or the images can be iterated only once.
     Source: Jiang et al. 2025, arXiv:2506.08010, section 3; attribution is ours.
     """
     _check_options(top_k, explained, score)
+    check_precision(precision)
     batches = _again(images)
     if getattr(model, "test_time_registers", None) is not None:
         raise ValueError(
             "the model has test-time registers, which take its outliers away; remove them before the search"
         )
     _check_layers(len(blocks(model)), threshold, layer, max_layer)  # before the long work
-    norms = patch_norms(model, batches)
-    detection = settle_detection(norms, threshold, layer)
-    if detection is None:
-        return RegisterNeurons(None, norms)
-    outliers = norms[detection.layer] > detection.threshold
-    scores = score_neurons(model, batches, outliers, detection.layer, attribution=score == "attribution")
-    return _select(scores, detection, norms, top_k, max_layer, explained, keep)
+    with arithmetic(precision, next(model.parameters()).device):
+        found = search(model, batches, threshold, layer, attribution=score == "attribution")
+    seen = {"outlier_fraction": found.outlier_fraction, "again": found.again, "precision": precision}
+    if found.scores is None:
+        return RegisterNeurons(None, found.norms, **seen)
+    return RegisterNeurons(
+        found.detection, found.norms, **_select(found.scores, top_k, max_layer, explained, keep), **seen
+    )
 
 
-def _select(
-    scores: Scores,
-    detection: Detection,
-    norms: Float[np.ndarray, "l b p"],
-    top_k: int | None,
-    max_layer: int | None,
-    explained: float,
-    keep: int,
-) -> RegisterNeurons:
-    """Ranks the neurons up to `max_layer` and takes the smallest set that explains the excess, or the first `top_k`."""
+def _select(scores: Scores, top_k: int | None, max_layer: int | None, explained: float, keep: int) -> dict[str, object]:
+    """Ranks the neurons up to `max_layer` and takes the smallest set that explains the excess, or the first `top_k`.
+
+    Returns: `neurons`, `active`, `selected` and `explained` of `RegisterNeurons`.
+    """
     ranked = scores.activation if scores.attribution is None else scores.attribution
     allowed = ranked[: None if max_layer is None else max_layer + 1].flatten()
     order = torch.argsort(allowed, descending=True, stable=True)
@@ -281,14 +185,12 @@ def _select(
             attribution=None if scores.attribution is None else round(float(scores.attribution.flatten()[flat]), 8),
         )
 
-    return RegisterNeurons(
-        detection=detection,
-        norms=norms,
-        neurons=tuple(described(flat) for flat in order[: max(keep, count)].tolist()),
-        active=tuple(described(flat) for flat in busiest[:keep].tolist()),
-        selected={layer: tuple(sorted(chosen[layer])) for layer in sorted(chosen)},
-        explained=0.0 if shares is None or count == 0 else float(shares[count - 1]),
-    )
+    return {
+        "neurons": tuple(described(flat) for flat in order[: max(keep, count)].tolist()),
+        "active": tuple(described(flat) for flat in busiest[:keep].tolist()),
+        "selected": {layer: tuple(sorted(chosen[layer])) for layer in sorted(chosen)},
+        "explained": 0.0 if shares is None or count == 0 else round(float(shares[count - 1]), 8),
+    }
 
 
 @contextmanager
@@ -330,6 +232,6 @@ def _again(images: Tensor | Batches) -> Batches:
         return images.split(32)
     if iter(images) is images:
         raise ValueError(
-            "the images can be gone through only once, and the search needs two passes; give a list or a DataLoader"
+            "the images can be gone through only once, and the search goes back to some; give a list or a DataLoader"
         )
     return images

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .hooks import blocks, forward_until, watch_outputs
+from .norms import LayerNorms
 from .tokens import TokenLayout
 
 MAX_FRACTION = 0.10  # more than a tenth of the patches is a population, not outliers
@@ -49,18 +50,36 @@ def otsu(values: np.ndarray) -> Split:
         values: one-dimensional, at least two of them.
     Source: Otsu 1979, IEEE Trans. SMC 9(1).
     """
-    s = np.sort(np.asarray(values, dtype=np.float64).ravel())
-    n = len(s)
+    return _split(LayerNorms.of(np.asarray(values, dtype=np.float64)))
+
+
+def _split(cells: LayerNorms) -> Split:
+    """Otsu's split, where only a boundary between two cells can split them; each stands for its middle."""
+    n, middles = cells.size, cells.middles
     if n < 2:
         raise ValueError(f"otsu needs at least 2 values, got {n}")
-    below = np.arange(1, n)
-    sums = np.cumsum(s)
+    if len(middles) == 1:
+        return Split(float(cells.highs[0]), 0.0, 0.0)
+    below = np.cumsum(cells.counts)[:-1]
+    sums = np.cumsum(cells.counts * middles)
     mean_below, mean_above = sums[:-1] / below, (sums[-1] - sums[:-1]) / (n - below)
     between = below * (n - below) * (mean_below - mean_above) ** 2
     best = int(between.argmax())
-    variance = s.var()
+    variance = np.average((middles - sums[-1] / n) ** 2, weights=cells.counts)
     separation = float(between[best] / n**2 / variance) if variance > 0 else 0.0
-    return Split(float((s[best] + s[best + 1]) / 2), float(1 - (best + 1) / n), separation)
+    return Split(float((cells.highs[best] + cells.lows[best + 1]) / 2), float(1 - below[best] / n), separation)
+
+
+def _split_logs(norms: LayerNorms | np.ndarray) -> Split:
+    """Otsu's split of the log norms."""
+    cells = _cells(norms)
+    tiny = np.finfo(np.float32).tiny
+    lows, highs = (np.log(v.clip(min=tiny)).astype(np.float64) for v in (cells.lows, cells.highs))
+    return _split(LayerNorms(lows, highs, cells.counts))
+
+
+def _cells(norms: LayerNorms | np.ndarray) -> LayerNorms:
+    return norms if isinstance(norms, LayerNorms) else LayerNorms.of(norms)
 
 
 @torch.inference_mode()
@@ -97,31 +116,33 @@ def patch_norms(
     return norms
 
 
-def detect(norms: Float[np.ndarray, "l b p"]) -> Detection | None:
+def detect(norms: Sequence[LayerNorms] | Float[np.ndarray, "l b p"]) -> Detection | None:
     """Finds the layer and threshold at which a second, small mode of large patch norms stands apart.
 
     Each layer but the last (whose norms grow for all tokens) is split by Otsu on log norms; a split counts if the
     upper class holds at most a tenth of the patches and starts at twice the median or more. The layer that
     separates best wins.
 
+    Args:
+        norms: of all patches, or their cells; of binned norms, a threshold lies between two bins.
     Returns: None where no layer has outliers.
     """
     best = None
     for layer, values in enumerate(norms[:-1]):
-        logs = np.log(values.ravel().clip(min=np.finfo(np.float32).tiny))
-        split = otsu(logs)
-        apart = split.threshold - np.median(logs) >= np.log(MIN_RATIO)
+        split, median = _split_logs(values), _cells(values).median()
+        apart = split.threshold - np.log(max(median, np.finfo(np.float32).tiny)) >= np.log(MIN_RATIO)
         if apart and 0 < split.fraction <= MAX_FRACTION and (best is None or split.separation > best.separation):
             best = Detection(layer, float(np.exp(split.threshold)), split.separation)
     return best
 
 
 def settle_detection(
-    norms: Float[np.ndarray, "l b p"], threshold: float | None = None, layer: int | None = None
+    norms: Sequence[LayerNorms] | Float[np.ndarray, "l b p"], threshold: float | None = None, layer: int | None = None
 ) -> Detection | None:
     """The detection to use: found from the data, or as given.
 
     Args:
+        norms: of all patches, or their cells.
         threshold: norm above which a patch is an outlier; found from the data when None.
         layer: block index, negative ones count from the end; found from the data when None.
     Returns: None where no patch is above the threshold.
@@ -134,9 +155,9 @@ def settle_detection(
         return detect(norms)
     layer %= depth
     if threshold is None:
-        split = otsu(np.log(norms[layer].clip(min=np.finfo(np.float32).tiny)))
+        split = _split_logs(norms[layer])
         return Detection(layer, float(np.exp(split.threshold)), split.separation)
-    return Detection(layer, float(threshold), float("nan")) if (norms[layer] > threshold).any() else None
+    return Detection(layer, float(threshold), float("nan")) if _cells(norms[layer]).max() > threshold else None
 
 
 def check_layer(depth: int, threshold: float | None, layer: int | None) -> None:

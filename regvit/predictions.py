@@ -24,8 +24,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from safetensors.numpy import save_file
 
+from .files import replacing
 from .metrics import PairedDifference, paired_accuracy_difference, top1_correct
-from .probes import InvalidProbes, read_described
+from .probes import read_described
 
 METADATA_KEY = "regvit_predictions"
 FORMAT_VERSION = 2  # 2: several seeds, other classifiers, anomaly scores
@@ -137,11 +138,9 @@ def save_predictions(path: Path | str, predictions: Predictions) -> None:
         "classes": predictions.classes,
         "digests": predictions.digests,
     }
-    save_file(
-        {name: np.ascontiguousarray(values) for name, values in tensors.items()},
-        str(path),
-        metadata={METADATA_KEY: json.dumps(metadata, ensure_ascii=False)},
-    )
+    tensors = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
+    with replacing(path) as beside:
+        save_file(tensors, str(beside), metadata={METADATA_KEY: json.dumps(metadata, ensure_ascii=False)})
 
 
 def load_predictions(path: Path | str) -> Predictions:
@@ -151,12 +150,7 @@ def load_predictions(path: Path | str) -> Predictions:
         FileNotFoundError: there is no such file.
         InvalidProbes: the file is no safetensors file of predictions, or of another format version.
     """
-    tensors, metadata = read_described(path, METADATA_KEY, "predictions; run the evaluate stage")
-    if metadata.get("format_version") != FORMAT_VERSION:
-        raise InvalidProbes(
-            f"{path} has predictions format {metadata.get('format_version')}, this version reads {FORMAT_VERSION}; "
-            "run the evaluate stage again"
-        )
+    tensors, metadata = read_described(path, METADATA_KEY, FORMAT_VERSION, "predictions", "evaluate")
     by_key = {
         kind: {tuple(key): tensors["/".join((kind, *key))] for key in keys} for kind, keys in metadata["keys"].items()
     }

@@ -21,12 +21,10 @@ Shape letters: b image, d channel, c class, g readout, s seed, h head (learning 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
-import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -35,23 +33,23 @@ import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from safetensors.torch import save_file as save_tensors
 from torch import Tensor
 
 from . import heads as heads_module
-from .durable import lock_folder, sync, sync_folder
-from .heads import Heads, RowOrder, Settings, make_heads
+from .checkpoints import Checkpoint
+from .files import replacing
+from .heads import Batch, Heads, RowOrder, Settings, make_heads
+from .memory import available
 from .neighbours import Neighbours
 from .progress import progress as Progress
 from .readouts import POOLED
+from .stored import blocks
 
 MOMENTUM = 0.9
 SCHEDULES = ("cosine", "constant")
 DINOV2_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)  # at batch size 256
 CURVE_POINTS = 20  # rows a head has in the training curves
 SAVE_EVERY = 30.0  # seconds between two checkpoints: training that takes less pays nothing
-CHECKPOINT = "checkpoint.safetensors"
-CHECKPOINT_KEY = "regvit_training"
 METADATA_KEY = "regvit_probes"  # one key: safetensors does not fix the order of several, which would change the bytes
 FORMAT_VERSION = 2  # 2: several seeds a readout, logistic regression and neighbours, pooling
 PLAIN = ("learning_rates", "steps", "batch_size", "weight_decay", "momentum", "schedule", "standardise", "seeds",
@@ -191,6 +189,7 @@ def train_probes(
     standardise: bool = True,
     channels: int | None = None,
     device: str | torch.device = "cpu",
+    memory: int | None = None,
     work: Path | str | None = None,
     save_every: float = SAVE_EVERY,
     progress: Progress | None = None,
@@ -201,7 +200,8 @@ def train_probes(
     arguments give byte-identical probes on the same machine with the same number of threads, interrupted or not.
 
     Args:
-        train: features of the training images by readout.
+        train: features of the training images by readout: arrays, or `stored.stored_readouts`, which are read when they
+            are needed and need not fit in memory.
         train_labels: class index of each training image.
         val: features of the validation images, the same readouts.
         val_labels: class index of each validation image.
@@ -215,7 +215,9 @@ def train_probes(
         schedule: `cosine` (to 0 at the end) or `constant`.
         standardise: whether the heads see (x − μ) / σ, or x itself as in the published protocols.
         channels: of one token; needed by readouts that the probe pools, whose features hold several.
-        device: where to train; features are copied there once.
+        device: where to train.
+        memory: bytes of the device that features may take; None: half of what is left there. Features that fit are
+            copied there once, standardised; others are read batch by batch, from where they are. The probes are the same.
         work: folder for the checkpoint of training that takes long; made when it is needed, left to the caller to
             remove; None keeps none. A checkpoint of other data, settings or code is not gone on from.
         save_every: seconds between two checkpoints, which are written where the curves have a row.
@@ -237,22 +239,26 @@ def train_probes(
     _check_settings(settings, steps, batch_size, schedule)
     check_splits(train, train_labels, val, val_labels, classes)
     _check_pooled(train, channels)
+    memory = available(device) // 2 if memory is None else memory
     state = _State(
-        make_heads(train, val, settings, channels, device),
+        make_heads(train, val, settings, channels, device, memory),
         [RowOrder(len(train_labels), batch_size, seed) for seed in settings.seeds],
     )
     described = {**asdict(settings), "steps": steps, "batch_size": batch_size, "schedule": schedule,
                  "channels": channels}  # fmt: skip
-    checkpoint = _Checkpoint(work, save_every, described, (train, train_labels, val, val_labels), device, progress)
+    data, code = (train, train_labels, val, val_labels), (__file__, heads_module.__file__)
     labels, truth = _to(train_labels, device), _to(val_labels, device)
     milestones = {math.ceil(steps * (i + 1) / CURVE_POINTS) for i in range(CURVE_POINTS)}
-    with checkpoint:
+    with (
+        Checkpoint(work, save_every, described, data, code, device, progress) as checkpoint,
+        _Batches(state, train, milestones, device) as batches,
+    ):
         checkpoint.resume(state)
         for step in range(state.step + 1, steps + 1):
-            rows = torch.stack([order.next() for order in state.orders]).to(device)  # (s, b)
+            batch = batches.next(step)
             decay = 0.5 * (1 + math.cos(math.pi * (step - 1) / steps)) if schedule == "cosine" else 1.0
             for group in state.heads:
-                group.step(rows, labels[rows], decay)
+                group.step(batch, labels[batch.rows], decay)
             state.step = step
             if step in milestones:
                 state.add_point(truth)
@@ -303,7 +309,8 @@ def save_probes(path: Path | str, probes: ProbeSet) -> None:
         "origin": probes.origin,
         **{key: getattr(probes, key) for key in PLAIN},
     }  # fmt: skip
-    save_file(tensors, str(path), metadata={METADATA_KEY: json.dumps(metadata, ensure_ascii=False)})
+    with replacing(path) as beside:
+        save_file(tensors, str(beside), metadata={METADATA_KEY: json.dumps(metadata, ensure_ascii=False)})
 
 
 def load_probes(path: Path | str) -> ProbeSet:
@@ -313,12 +320,7 @@ def load_probes(path: Path | str) -> ProbeSet:
         FileNotFoundError: there is no such file.
         InvalidProbes: the file is no safetensors file of probes, or of another format version.
     """
-    tensors, metadata = read_described(path, METADATA_KEY, "probes; run the probe stage")
-    if metadata.get("format_version") != FORMAT_VERSION:
-        raise InvalidProbes(
-            f"{path} has probe format {metadata.get('format_version')}, this version reads {FORMAT_VERSION}; "
-            "run the probe stage again"
-        )
+    tensors, metadata = read_described(path, METADATA_KEY, FORMAT_VERSION, "probes", "probe")
 
     def probe(name: str, where: str, about: dict) -> Probe:
         return Probe(name, tensors[f"{where}/weight"], tensors[f"{where}/bias"],
@@ -336,26 +338,36 @@ def load_probes(path: Path | str) -> ProbeSet:
     )  # fmt: skip
 
 
-def read_described(path: Path | str, key: str, what: str) -> tuple[dict[str, np.ndarray], dict]:
+def read_described(
+    path: Path | str, key: str, version: int, what: str, stage: str
+) -> tuple[dict[str, np.ndarray], dict]:
     """Tensors of a safetensors file, and the JSON that stands under `key` in its metadata.
 
     Args:
-        what: the file should hold, and how to get it; for messages.
+        version: of the format, which this code reads.
+        what: the file should hold, and the stage that makes it; for messages.
     Raises:
         FileNotFoundError: there is no such file.
-        InvalidProbes: the file is no safetensors file, or lacks the key.
+        InvalidProbes: the file is no safetensors file, lacks the key, or is of another version.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist; expected a file of {what}")
+        raise FileNotFoundError(f"{path} does not exist; expected a file of {what}; run the {stage} stage")
+    cure = f"expected a file of {what}; run the {stage} stage again"
     try:
         with safe_open(str(path), framework="numpy") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
-        raise InvalidProbes(f"{path} is no safetensors file ({error}); expected a file of {what} again") from error
+        raise InvalidProbes(f"{path} is no safetensors file ({error}); {cure}") from error
     if key not in metadata:
-        raise InvalidProbes(f"{path} has no {key!r} in its metadata; expected a file of {what} again")
-    return tensors, json.loads(metadata[key])
+        raise InvalidProbes(f"{path} has no {key!r} in its metadata; {cure}")
+    described = json.loads(metadata[key])
+    if described.get("format_version") != version:
+        raise InvalidProbes(
+            f"{path} has {what} format {described.get('format_version')}, this version reads {version}; "
+            f"run the {stage} stage again"
+        )
+    return tensors, described
 
 
 class _State:
@@ -433,93 +445,39 @@ class _State:
         return next((i, group.names.index(name)) for i, group in enumerate(self.heads) if name in group.names)
 
 
-class _Checkpoint:
-    """The checkpoint in a working folder, which it holds locked; without a folder it does nothing.
+class _Batches:
+    """The batches of all seeds, step by step; where features are read, those of the next step meanwhile.
 
-    The key says what it belongs to: settings, data, code, torch and device. It is a digest over all the features, so
-    it is made only when there is a checkpoint to compare with or to write.
+    Never ahead across a milestone: there the orders are saved, and must be those of the step.
     """
 
     def __init__(
-        self,
-        work: Path | str | None,
-        save_every: float,
-        described: dict,
-        data: tuple,
-        device: str | torch.device,
-        progress: Progress | None,
+        self, state: _State, train: Mapping[str, np.ndarray], milestones: set[int], device: str | torch.device
     ):
-        self._folder, self._every, self._progress = None if work is None else Path(work), save_every, progress
-        self._described, self._data, self._device = described, data, device
-        self._key: str | None = None
-        self._lock: int | None = None
-        self._saved, self._steps_saved = time.monotonic(), 0
+        self._state, self._train, self._milestones, self._device = state, train, milestones, device
+        self._reads = not all(group.held for group in state.heads)
+        self._reader = ThreadPoolExecutor(1)
+        self._ahead: Future[Batch] | None = None
 
-    def __enter__(self) -> _Checkpoint:
-        if self._folder is not None:
-            self._lock = lock_folder(self._folder)
+    def __enter__(self) -> _Batches:
         return self
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if self._folder is None:
-            return
-        os.close(self._lock)
-        if kind is not None and issubclass(kind, KeyboardInterrupt):
-            self._tell(f"interrupted: {self._steps_saved} of {self._described['steps']} steps are safe in "
-                       f"{self._folder}; run the same again to go on from there")  # fmt: skip
+    def __exit__(self, *_: object) -> None:
+        self._reader.shutdown(cancel_futures=True)
 
-    def resume(self, state: _State) -> None:
-        """Puts the training where the checkpoint is, if there is one of this very training; says so, or why not."""
-        if self._folder is None or not (self._folder / CHECKPOINT).exists():
-            return
-        try:
-            with safe_open(str(self._folder / CHECKPOINT), framework="pt") as file:
-                known = (file.metadata() or {}).get(CHECKPOINT_KEY) == self._make_key()
-                tensors = {name: file.get_tensor(name) for name in file.keys()} if known else {}  # noqa: SIM118
-        except SafetensorError as error:
-            self._tell(f"started anew: the checkpoint in {self._folder} is damaged ({error})")
-            return
-        if not known:
-            self._tell(f"started anew: the checkpoint in {self._folder} is of other data, settings or code")
-            return
-        state.restore(tensors)
-        self._steps_saved = state.step
-        self._tell(f"resumed: {state.step} of {self._described['steps']} steps were done")
-        if self._progress is not None:
-            self._progress.skip(state.step)
+    def next(self, step: int) -> Batch:
+        """Batch of a step; to be called for one step after another."""
+        batch = self._make() if self._ahead is None else self._ahead.result()
+        ahead = self._reads and step not in self._milestones
+        self._ahead = self._reader.submit(self._make) if ahead else None
+        return batch
 
-    def save_if_due(self, state: _State) -> None:
-        """Writes the checkpoint in one step, if the last one is old enough."""
-        if self._folder is None or time.monotonic() - self._saved < self._every:
-            return
-        path = self._folder / CHECKPOINT
-        new = path.with_name(f"{path.name}.partial")
-        tensors = {name: value.contiguous().cpu() for name, value in state.tensors().items()}
-        save_tensors(tensors, str(new), metadata={CHECKPOINT_KEY: self._make_key()})
-        sync(new)
-        os.replace(new, path)
-        sync_folder(path.parent)
-        self._saved, self._steps_saved = time.monotonic(), state.step
-
-    def _make_key(self) -> str:
-        if self._key is None:
-            device = torch.device(self._device)
-            name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-            versions = {"torch": torch.__version__, "device": name}
-            digest = hashlib.sha256(json.dumps(self._described | versions, sort_keys=True).encode())
-            for module in (__file__, heads_module.__file__):
-                digest.update(Path(module).read_bytes())
-            for part in self._data:
-                arrays = part.items() if isinstance(part, Mapping) else [("labels", part)]
-                for name, values in arrays:
-                    digest.update(f"{name} {values.shape} {values.dtype}".encode())
-                    digest.update(np.ascontiguousarray(values).data)
-            self._key = digest.hexdigest()
-        return self._key
-
-    def _tell(self, text: str) -> None:
-        if self._progress is not None:
-            self._progress.line(text)
+    def _make(self) -> Batch:
+        rows = torch.stack([order.next() for order in self._state.orders])  # (s, b)
+        if not self._reads:
+            return Batch(rows.to(self._device))
+        flat = rows.flatten().numpy()
+        return Batch(rows.to(self._device), {name: values[flat] for name, values in self._train.items()})
 
 
 def _to(values: np.ndarray, device: str | torch.device) -> Int[Tensor, " b"]:
@@ -595,8 +553,7 @@ def _check_split(split: str, features: Mapping[str, np.ndarray], labels: np.ndar
         if values.ndim != 2 or len(values) != len(labels):
             raise ValueError(f"readout {name!r} has {split} features of shape {values.shape}; expected "
                              f"({len(labels)}, channels), one row per label")  # fmt: skip
-        if not np.isfinite(values).all():
-            bad = int((~np.isfinite(values)).any(1).sum())
+        if bad := sum(int((~np.isfinite(values[rows])).any(1).sum()) for rows in blocks(len(values))):
             raise ValueError(
                 f"readout {name!r}: {bad} of {len(values)} {split} rows are not finite; extract them again"
             )

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Protocol
@@ -130,9 +130,11 @@ def available(arrays: Mapping[str, tuple[int, ...]], names: Iterable[str]) -> Av
     return Available(tuple(name for name in names if name not in left_out), left_out)
 
 
-def readout(features: Features, name: str) -> Float[np.ndarray, "b d"]:
+def readout(features: Features, name: str, spread: Float[np.ndarray, " d"] | None = None) -> Float[np.ndarray, "b d"]:
     """Features of every image under one readout, float32; two parts are concatenated along the channels.
 
+    Args:
+        spread: of the noise of `cls_noise`, as `noise_spread` gives it, where `features` are a part of all images.
     Raises:
         ValueError: the readout is unknown, or cannot be made from these arrays; the message says why.
     """
@@ -141,7 +143,8 @@ def readout(features: Features, name: str) -> Float[np.ndarray, "b d"]:
     parts = [features.read(array) for array in arrays_needed(name)]
     parts = [_reduce_registers(name, part) if part.ndim == 3 else part for part in parts]  # (b, d) each
     if name in CONTROLS:
-        parts.append(_with_noise(parts[0]) if name == "cls_noise" else parts[0] @ _projection(parts[0].shape[1]))
+        noisy = name == "cls_noise"
+        parts.append(_with_noise(parts[0], spread) if noisy else _projected(parts[0]))
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
 
@@ -169,14 +172,36 @@ def _reduce_registers(name: str, registers: Float[np.ndarray, "b r d"]) -> Float
     return registers.mean(1) if index is None else registers[:, index]
 
 
-def _projection(channels: int) -> Float[np.ndarray, "d d"]:
-    values = np.random.default_rng(PROJECTION_SEED).standard_normal((channels, channels))
-    return (values / np.sqrt(channels)).astype(np.float32)
+def _projected(cls: Float[np.ndarray, "b d"]) -> Float[np.ndarray, "b d"]:
+    """CLS · R, in float64, so that an image's values do not hang on which others stand beside it."""
+    d = cls.shape[1]
+    values = np.random.default_rng(PROJECTION_SEED).standard_normal((d, d)) / np.sqrt(d)
+    return (cls.astype(np.float64) @ values).astype(np.float32)
 
 
-def _with_noise(cls: Float[np.ndarray, "b d"]) -> Float[np.ndarray, "b d"]:
+def noise_spread(blocks: Callable[[], Iterable[Float[np.ndarray, "b d"]]]) -> Float[np.ndarray, " d"]:
+    """σ of each channel of CLS over all images, float64, in two passes over blocks of them (`blocks` starts one).
+
+    Summed row after row, as NumPy does along the first axis: the bits do not depend on how the rows are cut.
+    """
+    n = sum(map(len, blocks()))
+    mean = sum_of_rows(blocks()) / n
+    return np.sqrt(sum_of_rows((block.astype(np.float64) - mean) ** 2 for block in blocks()) / n)
+
+
+def sum_of_rows(blocks: Iterable[Float[np.ndarray, "b d"]]) -> Float[np.ndarray, " d"]:
+    """Σ over the rows of all blocks, one after another, in float64: of one block what `sum(0)` gives, to the bit."""
+    total = None
+    for block in blocks:
+        block = block.astype(np.float64)
+        total = (block if total is None else np.concatenate([total[None], block])).sum(0)
+    return total
+
+
+def _with_noise(cls: Float[np.ndarray, "b d"], spread: Float[np.ndarray, " d"] | None) -> Float[np.ndarray, "b d"]:
     """CLS + σ ε, σ the standard deviation of each channel over the images, ε standard normal."""
-    spread, noisy = cls.std(0, dtype=np.float64), np.empty_like(cls)
+    spread = noise_spread(lambda: [cls]) if spread is None else spread
+    noisy = np.empty_like(cls)
     for start in range(0, len(cls), NOISE_ROWS):
         part = cls[start : start + NOISE_ROWS]
         noisy[start : start + NOISE_ROWS] = part + spread * _normal(part)

@@ -2,7 +2,7 @@
 
 The bytes depend on the metrics alone: no date, no random identifier, no version. Every text that comes in is escaped. The
 page reads without its script, which only opens the table of contents where there is room, opens a section that a link
-leads to, and lets one picture be drawn over another.
+leads to, and lets one picture be drawn over another. How it looks is in `report_style`.
 """
 
 from __future__ import annotations
@@ -18,161 +18,14 @@ from pathlib import Path
 from PIL import Image
 
 from .compare import Check, Table
+from .report_style import CSS, MOST_PANES, PAGE, SCRIPT
 
-MOST_PANES = 12
 LONG = 24  # rows
 LARGE = 700  # pixels of width
 SMALLEST_PICTURE = 6_000  # bytes: below, nothing is to be seen
 QUALITIES = (25, 40, 55, 70, 82)
 CELL = re.compile(r"(\S+)\s+(\[[^\]]*\])(?:\s+([▲▼]))?")
 NUMBER = re.compile(r"[+−±]?\d[\d.–]*")
-
-CSS = """
-:root {color-scheme: light dark; --ink: #20242a; --soft: #646b76; --page: #ffffff; --line: #e2e5ea; --tint: #f4f6f8;
-  --link: #1f5fae; --good: #1b7a4b; --bad: #b3261e}
-@media (prefers-color-scheme: dark) {
-  :root {--ink: #dfe3e8; --soft: #98a1ad; --page: #14171b; --line: #2c323a; --tint: #1c2026; --link: #86b4f0;
-    --good: #6fcf9b; --bad: #ff8a80}
-  .pane img, .plate {filter: brightness(.88)}
-}
-* {box-sizing: border-box}
-html {scroll-padding-top: 1rem; -webkit-text-size-adjust: 100%}
-body {margin: 0; color: var(--ink); background: var(--page); font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", sans-serif}
-a {color: var(--link)}
-code {font: .9em/1.4 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere}
-.page {max-width: 90rem; margin: 0 auto; padding: 1.5rem 1rem 5rem}
-main {min-width: 0}
-header p {max-width: 46rem; color: var(--soft); margin: .3rem 0 1rem}
-h1 {font-size: 1.6rem; line-height: 1.25; margin: 0; letter-spacing: -.01em}
-h2 {display: inline; font-size: 1.2rem; margin: 0; letter-spacing: -.005em}
-h3 {font-size: 1rem; margin: 1.8rem 0 .5rem}
-section {border-top: 1px solid var(--line); padding: .3rem 0}
-summary {cursor: pointer; padding: .7rem 0}
-summary + h3 {margin-top: .3rem}
-section[id], h3 {scroll-margin-top: 1rem}
-.lead {max-width: 46rem; margin: 0 0 1rem}
-.note {max-width: 60rem; margin: .5rem 0 0; font-size: .8125rem; color: var(--soft)}
-.wide {overflow-x: auto; margin: .4rem 0}
-table {border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums lining-nums}
-th, td {padding: .32rem .7rem .32rem 0; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap;
-  vertical-align: baseline}
-thead th {font-weight: 600; line-height: 1.3; vertical-align: bottom; white-space: normal; max-width: 10rem; border-bottom-color: var(--soft); padding-right: 1rem}
-tbody th {font-weight: 400; position: sticky; left: 0; background: var(--page); max-width: 22rem}
-td.n, td.v, thead th.n {text-align: right}
-td.v, th.v {padding-right: .45rem}
-td.i {padding-right: .9rem; color: var(--soft); font-size: .77rem}
-tr.again th {color: var(--soft)}
-tr.first:not(:first-child) > * {padding-top: .8rem}
-.long summary {padding: .2rem 0; font-size: .875rem; color: var(--soft)}
-.up, .pass {color: var(--good)} .down, .fail {color: var(--bad)}
-.fail {font-weight: 600}
-.checks {columns: 24rem auto; padding: 0; margin: 0; list-style: none; font-size: .875rem; font-variant-numeric: tabular-nums}
-.checks li {break-inside: avoid; padding: .1rem 0}
-.plots {display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 23rem), 1fr)); gap: 1.4rem 2rem;
-  margin: 1rem 0; align-items: start}
-figure {margin: 0; min-width: 0}
-figcaption {font-size: .8125rem; color: var(--soft); margin-top: .3rem}
-svg {display: block; width: 100%; max-width: 31rem; height: auto}
-svg text {font-family: system-ui, -apple-system, "Segoe UI", sans-serif !important}
-.toggle {position: relative; margin: 1rem 0}
-.toggle > input {position: absolute; opacity: 0; width: 1px; height: 1px}
-.toggle > label {display: inline-block; padding: .25rem .8rem; margin: 0 .3rem .5rem 0; border: 1px solid var(--line);
-  border-radius: 1rem; font-size: .875rem; cursor: pointer; color: var(--soft)}
-.toggle > input:checked + label {color: var(--page); background: var(--ink); border-color: var(--ink)}
-.toggle > input:focus-visible + label, summary:focus-visible, .wide:focus-visible, a:focus-visible,
-  input[type=range]:focus-visible {outline: 2px solid var(--link); outline-offset: 2px; border-radius: 4px}
-.toggle > input:focus-visible + label {border-radius: 1rem}
-.panes > .pane {display: none}
-PANES
-.pane img {display: block; max-width: 100%; height: auto; border-radius: 4px; background: #fff}
-.pane .wide img {max-width: none}
-.wipe {position: relative; width: fit-content; max-width: 100%}
-.wipe img + img {position: absolute; inset: 0; width: 100%; height: 100%; clip-path: inset(0 0 0 var(--at, 50%))}
-.wipe::after {content: ""; position: absolute; top: 0; bottom: 0; left: var(--at, 50%); width: 2px; margin-left: -1px;
-  background: #fff; box-shadow: 0 0 3px #000}
-.slide {display: flex; gap: .7rem; align-items: center; font-size: .8125rem; color: var(--soft); margin-top: .4rem; max-width: 40rem}
-.slide input {flex: 1; min-width: 0; accent-color: var(--link)}
-pre {overflow-x: auto; background: var(--tint); padding: .8rem 1rem; border-radius: 6px; font-size: .8125rem; line-height: 1.5}
-pre code {font-size: inherit; overflow-wrap: normal}
-dl {display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .3rem 1.2rem; font-size: .875rem; margin: .5rem 0}
-dt {font-weight: 600} dd {margin: 0; max-width: 46rem}
-nav {font-size: .875rem}
-nav summary {font-weight: 600; padding: .4rem 0}
-nav ol {list-style: none; margin: 0; padding: 0}
-nav a {display: block; padding: .22rem 0; color: var(--soft); text-decoration: none}
-nav a:hover {color: var(--link)}
-@media (min-width: 70rem) {
-  .page {display: grid; grid-template-columns: 10.5rem minmax(0, 1fr); gap: 0 2.2rem}
-  header {grid-column: 2}
-  nav {position: sticky; top: 1.5rem; align-self: start; max-height: calc(100vh - 3rem); overflow-y: auto; grid-row: 1 / 3}
-}
-@media (max-width: 40rem) {
-  .pane:has(.large) {overflow-x: auto}
-  .pane .large {width: 40rem; max-width: none}
-  .wipe:has(.large) {max-width: none}
-  dl {grid-template-columns: 1fr} dd {margin-bottom: .5rem}
-  tbody th {white-space: normal; min-width: 5.5rem; max-width: 9.5rem}
-}
-@media print {nav {display: none} .page {display: block}}
-""".replace(
-    "PANES",
-    ",\n".join(f".toggle > input:nth-of-type({i}):checked ~ .panes > :nth-child({i})" for i in range(1, MOST_PANES + 1))
-    + ", .panes > :only-child {display: block}",
-)
-
-SCRIPT = """
-const room = matchMedia("(min-width: 70rem)"), contents = document.querySelector("nav details");
-const fit = () => { contents.open = room.matches; };
-fit();
-room.addEventListener("change", fit);
-const reveal = () => {
-  const part = location.hash && document.getElementById(location.hash.slice(1));
-  if (part) { part.querySelector("details").open = true; part.scrollIntoView(); }
-};
-addEventListener("hashchange", reveal);
-reveal();
-for (const over of document.querySelectorAll("img[data-under]")) {
-  const under = document.getElementById(over.dataset.under), below = under.cloneNode();
-  below.removeAttribute("id");
-  const box = document.createElement("div"), row = document.createElement("label"), at = document.createElement("input");
-  box.className = "wipe";
-  row.className = "slide";
-  over.replaceWith(box);
-  box.append(below, over);
-  Object.assign(at, {type: "range", min: 0, max: 100, value: 50});
-  at.setAttribute("aria-label", `how far ${over.dataset.name} covers ${under.dataset.name}`);
-  at.addEventListener("input", () => box.style.setProperty("--at", `${at.value}%`));
-  row.append(under.dataset.name, at, over.dataset.name);
-  box.after(row);
-}
-"""
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{css}</style>
-</head>
-<body>
-<div class="page">
-<nav aria-label="Contents"><details open><summary>Contents</summary>
-<ol>
-{contents}
-</ol></details></nav>
-<header>
-<h1>{title}</h1>
-{lead}
-</header>
-<main>
-{body}
-</main>
-</div>
-<script>{script}</script>
-</body>
-</html>
-"""
 
 
 @dataclass(frozen=True)
@@ -250,10 +103,14 @@ def definitions(words: Sequence[tuple[str, str]]) -> str:
     return "<dl>\n" + "\n".join(rows) + "\n</dl>"
 
 
-def table(content: Table, titled: bool = True) -> str:
+def table(content: Table, titled: bool = True, stacked: bool = False) -> str:
     """A table with its title above and its note below; nothing where it has no rows.
 
-    One with a title and many rows is folded. Figures stand right, each interval in a column of its own beside them; the mark of a difference has its colour.
+    One with a title and many rows is folded. Figures stand right, each interval in a column of its own beside them; the
+    mark of a difference has its colour.
+
+    Args:
+        stacked: on a phone, each row becomes a block with a line a column, instead of scrolling sideways.
     """
     if not content.rows:
         return ""
@@ -269,13 +126,14 @@ def table(content: Table, titled: bool = True) -> str:
     for row in content.rows:
         again = row[0] == before
         kind = f' class="{"again" if again else "first"}"' if repeats else ""
-        cells = "".join(_cells(cell, split[i + 1], number[i + 1]) for i, cell in enumerate(row[1:]))
+        of = content.header[1:] if stacked else [""] * len(row)
+        cells = "".join(_cells(cell, split[i + 1], number[i + 1], of[i]) for i, cell in enumerate(row[1:]))
         lines.append(f'<tr{kind}><th scope="row">{html.escape(row[0])}</th>{cells}</tr>')
         before = row[0]
     label = html.escape(content.title, quote=True)
     body = "\n".join(lines)
     inside = (
-        f'<div class="wide" tabindex="0" role="region" aria-label="{label}"><table>\n<thead><tr>{head}</tr></thead>\n'
+        f'<div class="wide{" stack" if stacked else ""}" tabindex="0" role="region" aria-label="{label}"><table>\n<thead><tr>{head}</tr></thead>\n'
         f"<tbody>\n{body}\n</tbody>\n</table></div>{paragraph(content.note, 'note')}"
     )
     if not titled:
@@ -361,14 +219,14 @@ def picture(path: Path, alternative: str, limit: int, attributes: str = "") -> s
     with Image.open(path) as file:
         image = file.convert("RGB")
     width, height = image.size
-    data = _encode(image, max(limit, SMALLEST_PICTURE))
+    data = encode(image, max(limit, SMALLEST_PICTURE))
     alternative = html.escape(alternative, quote=True)
     source = f"data:image/webp;base64,{base64.b64encode(data).decode()}"
     kind = ' class="large"' if width > LARGE else ""  # not shrunk on a phone, but scrolled
     return f'<img{kind} {attributes} src="{source}" width="{width}" height="{height}" alt="{alternative}">'
 
 
-def _encode(image: Image.Image, limit: int) -> bytes:
+def encode(image: Image.Image, limit: int) -> bytes:
     """The best quality that fits; a smaller picture where the worst does not."""
 
     def webp(quality: int) -> bytes:
@@ -386,15 +244,22 @@ def _encode(image: Image.Image, limit: int) -> bytes:
     return found
 
 
-def _cells(cell: str, split: bool, number: bool) -> str:
-    """One table cell, or two where its column has figures with intervals."""
+def _cells(cell: str, split: bool, number: bool, of: str = "") -> str:
+    """One table cell, or two where its column has figures with intervals.
+
+    Args:
+        of: heading of the column, where the cell is to repeat it.
+    """
     text = cell.strip()
+    named = f' data-of="{html.escape(of, quote=True)}"' if of else ""
+    empty = " none" if of and text == "–" else ""
     if not split:
-        return f'<td class="{"n" if number else "t"}">{html.escape(text)}</td>'
+        return f'<td class="{"n" if number else "t"}{empty}"{named}>{html.escape(text)}</td>'
     if match := CELL.fullmatch(text):
         mark = f' <span class="{"up" if match[3] == "▲" else "down"}">{match[3]}</span>' if match[3] else ""
-        return f'<td class="v">{html.escape(match[1])}</td><td class="i">{html.escape(match[2])}{mark}</td>'
-    return f'<td class="v">{html.escape(text)}</td><td class="i"></td>'
+        value = f'<td class="v"{named}>{html.escape(match[1])}</td>'
+        return f'{value}<td class="i">{html.escape(match[2])}{mark}</td>'
+    return f'<td class="v{empty}"{named}>{html.escape(text)}</td><td class="i"></td>'
 
 
 def _prose(text: str) -> str:

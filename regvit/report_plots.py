@@ -139,6 +139,32 @@ def plot_points(rows: Sequence[str], series: Mapping[str, Sequence[Value | None]
     return _svg(figure, axes, label)
 
 
+def plot_settings(points: Sequence[str], values: Sequence[Value | None], label: str) -> str:
+    """One figure at several settings, in their order, with its 95 % intervals where it has some.
+
+    Args:
+        points: labels of the settings.
+        values: one a setting; None where it was not measured.
+        label: what it is, for those who do not see it.
+    """
+    figure, axes = _axes("", "")
+    there = [(x, value) for x, value in enumerate(values) if value is not None]
+    for x, value in there:
+        if value.lo is not None and value.hi is not None:
+            axes.vlines(x, value.lo, value.hi, color=COLOURS[0], linewidth=1.4)
+    axes.plot([x for x, _ in there], [value.value for _, value in there], "o-", color=COLOURS[0], linewidth=0.7)
+    long = sum(map(len, points)) > 36
+    axes.set_xticks(
+        range(len(points)), [_plain(p) for p in points], rotation=30 if long else 0, ha="right" if long else "center"
+    )
+    axes.set_xlim(-0.5, len(points) - 0.5)
+    if not any(value.value or value.lo or value.hi for _, value in there):
+        axes.set_ylim(0, 1)  # zero everywhere: matplotlib would show room below
+    axes.yaxis.grid(True, color=INK, alpha=0.12, linewidth=0.6)
+    axes.set_axisbelow(True)
+    return _svg(figure, axes, f"{label} by setting")
+
+
 def plot_places(share: Sequence[float]) -> str:
     """Share of the images in which each place of a square grid is an outlier, row by row."""
     side = round(len(share) ** 0.5)

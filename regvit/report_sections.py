@@ -23,6 +23,7 @@ from .report import (
     slug,
     table,
 )
+from .report_gallery import WHAT, Comparison, Side, sliders
 from .report_plots import (
     Curve,
     plot_histogram,
@@ -31,6 +32,7 @@ from .report_plots import (
     plot_places,
     plot_points,
     plot_scores,
+    plot_settings,
 )
 from .report_tables import (
     anatomy_table,
@@ -43,9 +45,10 @@ from .report_tables import (
     token_table,
     zeroshot_table,
 )
+from .sweeps import Kept
 
 TITLE = "Register neurons and what they change"
-ALL_PICTURES = 180_000  # bytes of them together: with tables and plots the page stays below 500 kB
+ALL_PICTURES = 180_000  # bytes of attention maps and boxes together: the page of a few runs stays below 1 MB
 LARGEST_PICTURE = 30_000
 SEGMENTATION = {
     ("miou",): "mIoU",
@@ -97,6 +100,7 @@ class Material:
         checks: self-checks.
         searches: by backbone.
         folder: metrics/, where the pictures are.
+        sweeps: tables that were kept.
     """
 
     runs: Sequence[Measurements]
@@ -109,6 +113,7 @@ class Material:
     checks: Sequence[Check] = ()
     searches: Mapping[str, Search] = field(default_factory=dict)
     folder: Path = Path("metrics")
+    sweeps: Sequence[Kept] = ()
 
     @property
     def first_shown(self) -> int:
@@ -122,10 +127,10 @@ def report(of: Material) -> str:
     drawn = list(_all_pictures(of))
     limit = min(LARGEST_PICTURE, ALL_PICTURES // max(1, len(drawn)))
     parts = [
+        Section("Before and after", before_and_after(of)),
         Section("What registers change", at_a_glance(of)),
         Section("Self-checks", check_list(of.checks)),
         Section("What was run", what_was_run(of)),
-        Section("Before and after", before_and_after(of, limit)),
         Section("Outliers and their neurons", outliers(of)),
         Section("Attention", attention(of, limit)),
         Section("What single tokens know", tokens(of)),
@@ -134,6 +139,7 @@ def report(of: Material) -> str:
         Section("Depth", _dense(of, "depth", depth_table, DEPTH, 1, "m")),
         Section("Zero-shot classification", zeroshot(of)),
         Section("Classification and anomalies", classification(of)),
+        Section("Sweeps", sweeps(of)),
         Section("Make it again", reproduce()),
         Section("Words", definitions(WORDS)),
     ]
@@ -158,7 +164,7 @@ def lead(of: Material) -> str:
 
 
 def at_a_glance(of: Material) -> str:
-    return table(measurement_table(of.runs, of.in_distribution, of.seed), titled=False)
+    return table(measurement_table(of.runs, of.in_distribution, of.seed), titled=False, stacked=True)
 
 
 def what_was_run(of: Material) -> str:
@@ -166,16 +172,29 @@ def what_was_run(of: Material) -> str:
     return table(runs_table(of.runs, of.backbones)) + table(sets_table(entries, of.runs))
 
 
-def before_and_after(of: Material, limit: int) -> str:
-    """Norms and attention of the same images."""
-    shown = list(_verified(of))
+def before_and_after(of: Material) -> str:
+    """Norms, attention and features of the same images in two models, one over the other."""
+    shown = list(_compared(of))
     if not shown:
         return ""
     text = (
-        "Patch norms (bright: over the threshold) and CLS attention of the same images, beside the model before planting"
-        " and the model without registers where there are such."
+        "The same images in two models: left of the line the first, right of it the second. Move it with the slider, or"
+        " on a map itself."
     )
-    return paragraph(text) + pictures("norms", "run", shown, limit, of.first_shown)
+    note = (
+        "Patch norms: logarithmic, at the bright end all that is over the threshold. CLS attention: mean over heads and"
+        " the blocks after the register neurons; the scale of each image ends where its patches that are no outliers"
+        " end. Features: the first three principal components of the patch tokens as red, green and blue, fitted once, on"
+        " patches of the backbone before planting and without registers that are no outliers; so the same colour is the"
+        " same feature in all images and in all runs of one backbone."
+    )
+    first = of.runs[of.first_shown].name
+    chosen = [i for i, (run, each) in enumerate(shown) if run == first and each.before]
+    return (
+        paragraph(text)
+        + sliders("models", [each for _, each in shown], min(chosen, default=0))
+        + paragraph(note, "note")
+    )
 
 
 def outliers(of: Material) -> str:
@@ -297,6 +316,19 @@ def classification(of: Material) -> str:
     return first + drawn + "".join(others)
 
 
+def sweeps(of: Material) -> str:
+    """The curves of each sweep whose table was kept."""
+    parts = []
+    for each in of.sweeps:
+        plots = [(column, plot_settings(each.points, values, column)) for column, values in each.values.items()]
+        parts.append(heading(f"Sweep {each.name}") + paragraph(each.caption) + figures(plots))
+    note = (
+        "Each setting is an experiment, a whole run of the stages that it concerns; points with 95 % intervals over the test"
+        " images. `python stages/sweep.py run <name>`, then `table <name>`, measures them again."
+    )
+    return "".join(parts) + paragraph(note, "note") if parts else ""
+
+
 def reproduce() -> str:
     steps = code(
         "make repro                       # the environment and the whole pipeline; what is unchanged does not run again\n"
@@ -366,13 +398,43 @@ def _places(of: Material, backbone: str) -> Iterator[tuple[str, Sequence[float]]
                 break
 
 
-def _verified(of: Material) -> Iterator[Shown]:
-    names = {run.name for run in of.runs}
+def _compared(of: Material) -> Iterator[tuple[str, Comparison]]:
+    """Of each run: its maps over those of its backbone without registers, over those before planting, or, where the run
+    is its backbone as it came, over those of the run that it is held against."""
+    names = {run.name: run for run in of.runs}
     for run in of.runs:
-        path = of.folder / "verify" / f"{run.name}.png"
-        if path.is_file():
-            reference = run.run.reference if run.run.reference in names else None
-            yield Shown(run.name, path, f"patch norms and CLS attention of images in run {run.name}", reference)
+        folder = of.folder / "verify" / run.name
+        images = folder / "images.jpg"
+        if not images.is_file():
+            continue
+        after = _side(folder, run.name, run.name)
+        befores = [
+            _side(folder, model, label)
+            for model, label in _untreated_names(of, run).items()
+            if model != run.name and (folder / f"norms-{model}.png").is_file()
+        ]
+        other = names.get(run.run.reference or "")
+        elsewhere = of.folder / "verify" / other.name if other else folder
+        if not befores and other and (elsewhere / "images.jpg").is_file():
+            befores = [_side(elsewhere, other.name, other.name)]
+        for before in befores or [None]:
+            yield run.name, Comparison(images, before, after)
+
+
+def _untreated_names(of: Material, run: Measurements) -> dict[str, str]:
+    """How the models that `verify` drew beside a run's are called: by the run that they are, if one is."""
+    plain = next((each for each in of.runs if each.backbone == run.backbone and each.untouched), None)
+    before = next((each for each in of.runs if plain and each.name == plain.run.reference), None)
+    as_it_came = before is not None and "plant" not in of.backbones[before.backbone]
+    return {
+        "original": plain.name if plain and plain is not run else "without registers",
+        "intact": before.name if as_it_came else "before planting",
+    }
+
+
+def _side(folder: Path, model: str, label: str) -> Side:
+    strips = {what: folder / f"{what}-{model}.png" for what in WHAT}
+    return Side(label, {what: path for what, path in strips.items() if path.is_file()})
 
 
 def _drawn(of: Material, stage: str, dataset: str, file: str, what: str) -> Iterator[Shown]:
@@ -384,7 +446,6 @@ def _drawn(of: Material, stage: str, dataset: str, file: str, what: str) -> Iter
 
 
 def _all_pictures(of: Material) -> Iterator[Shown]:
-    yield from _verified(of)
     for stage, file in (("attention", "maps.png"), ("discover", "boxes.png")):
         for dataset in datasets_of(of.runs, stage):
             yield from _drawn(of, stage, dataset, file, "")

@@ -103,9 +103,17 @@ def read_run(path: Path) -> dict:
     """The description of a run.
 
     Raises:
-        ValueError: a key is missing.
+        FileNotFoundError: there is none.
+        ValueError: it is not such a description, or a key is missing.
     """
-    run = json.loads(path.read_text())
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; run the compose stage of this run, or mend its name")
+    try:
+        run = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is no run.json: {error}; run the compose stage of this run") from error
+    if not isinstance(run, dict):
+        raise ValueError(f"{path} is no run.json, but holds a {type(run).__name__}; run the compose stage of this run")
     missing = {"run", "backbone", "weights_sha256", "registers", "num_registers", "neurons"} - run.keys()
     if missing:
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; run the compose stage again")

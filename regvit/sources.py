@@ -33,6 +33,7 @@ import numpy as np
 
 from . import archives, arrays, builtin, dense_sets, folders, hub_sets, nyu, relief, torchvision_sets
 from .class_choice import ClassChoice, Described
+from .durable import lock_folder
 from .manifest import Dataset, Row, read_dataset, write_dataset
 from .workbench import MAX_REJECTS, Rejected, Workbench, summed_up
 
@@ -131,6 +132,7 @@ def make_dataset(
             image is usable, or too many are not (TooManyRejects), or the set cannot play its role.
         FileNotFoundError: the path of a `folder:` source does not exist.
         PackageUnavailable, DownloadFailed: a package or an archive cannot be had.
+        FolderLocked: another process makes this data set now; the message says which.
     """
     build, rest = find_source(source)
     folder, packages_dir = Path(os.path.abspath(folder)), Path(packages_dir)
@@ -138,9 +140,12 @@ def make_dataset(
     choice = None if classes is None else ClassChoice.of(classes)
     label = name if show_progress else None
     partial, previous = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.previous")
-    for leftover in (partial, previous):
-        shutil.rmtree(leftover, ignore_errors=True)
+    lock = folder.with_name(f".{folder.name}.lock")
+    held = lock_folder(lock)
     try:
+        _put_back(previous, folder)  # a kill came between the two renames below
+        for leftover in (partial, previous):
+            shutil.rmtree(leftover, ignore_errors=True)
         with Workbench(partial, packages_dir, downloads, seed, role, label, choice, rejects, max_rejects) as bench:
             bench.about["source"] = source
             build(bench, rest)
@@ -156,9 +161,17 @@ def make_dataset(
             folder.rename(previous)
         partial.rename(folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(previous, ignore_errors=True)
+        _put_back(previous, folder)
+        for leftover in (partial, previous, lock):
+            shutil.rmtree(leftover, ignore_errors=True)
+        os.close(held)
     return Made(read_dataset(folder), tuple(bench.rejected))
+
+
+def _put_back(previous: Path, folder: Path) -> None:
+    """What lay in the folder before, where nothing has taken its place."""
+    if previous.exists() and not folder.exists():
+        previous.rename(folder)
 
 
 def find_source(source: str) -> tuple[Callable[[Workbench, str], None], str]:

@@ -228,6 +228,46 @@ def write_csv(path: Path, sweep: Sweep, rows: Sequence[Row]) -> None:
                     writer.writerow([row.point.label, column.stage, column.key, value.value, *ends])
 
 
+@dataclass(frozen=True)
+class Kept:
+    """A table that was written down (`markdown`, `write_csv`), for the report.
+
+    Args:
+        name: of the sweep.
+        caption: its title, and what was expected.
+        points: labels of the settings, in their order.
+        values: by column, `<key> (<stage>)`, one a point; None where it was not measured.
+    """
+
+    name: str
+    caption: str
+    points: tuple[str, ...]
+    values: Mapping[str, tuple[Value | None, ...]]
+
+
+def read_kept(path: Path) -> Kept:
+    """What `write_csv` wrote, with the first line of the table beside it.
+
+    Raises:
+        ValueError: it is no such table; the message says what is missing.
+    """
+    with open(path, newline="") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    if missing := {"point", "stage", "key", "value", "lo", "hi"} - set(reader.fieldnames or ()):
+        raise ValueError(
+            f"{path} has no column {min(missing)}; write it again: python stages/sweep.py table {path.stem}"
+        )
+    points = tuple(dict.fromkeys(row["point"] for row in rows))
+    found: dict[str, dict[str, Value]] = {}
+    for row in rows:
+        ends = [float(row[end]) if row[end] else None for end in ("lo", "hi")]
+        column = f"{row['key']} ({row['stage'].partition('@')[0]})"
+        found.setdefault(column, {})[row["point"]] = Value(float(row["value"]), *ends)
+    values = {column: tuple(by.get(point) for point in points) for column, by in found.items()}
+    return Kept(path.stem, path.with_suffix(".md").read_text().partition("\n")[0], points, values)
+
+
 def plot(path: Path, sweep: Sweep, rows: Sequence[Row]) -> None:
     """Small multiples: one panel a column, the points in their order, bars for the 95 % intervals.
 

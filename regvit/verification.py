@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
+from PIL import Image
 from torch import Tensor, nn
 
 from .attention import watch_cls_attention
 from .backbones import Backbone, load_backbone, unplanted
-from .gallery import as_picture, draw_maps, first_images, token_maps
+from .feature_colours import fit_palette
+from .gallery import as_picture, draw_maps, first_images, save_strip, tile_colours, token_maps
 from .hooks import blocks
 from .intervals import mean_with_interval
 from .manifest import Dataset
@@ -22,6 +25,9 @@ from .neurons import read_selected
 from .outliers import Detection, patch_norms
 from .runs import open_run
 from .tokens import TokenLayout
+
+ROWS = 4  # images of the PNG that has them all in one
+TILE = 224  # pixels a side of an image in the folder, at most
 
 
 @dataclass(frozen=True)
@@ -111,13 +117,22 @@ def verify(models: Models, batches: Iterable[Float[Tensor, "b 3 h w"]], seed: in
 
 
 def draw_verification(path: Path, title: str, models: Models, dataset: Dataset, pictures: int) -> None:
-    """Writes a PNG of norms and CLS attention before planting, before and after registers, whichever the run has.
+    """Writes a PNG of norms and CLS attention before planting, before and after registers, whichever the run has; and
+    beside it, in a folder of the same name, the parts of which the report makes its sliders:
+
+    - `images.jpg`: the images side by side;
+    - `<what>-<model>.png`: a map of each image, `what` being `norms`, `attention` (where there is CLS) or `features`,
+      and `model` `intact`, `original` or the title. All models of a run are on one scale.
+
+    Features are painted by one palette, fitted on the patches, of all images, that are no outliers in the backbone
+    before planting and without test-time registers. It is the same for all runs whose backbones are one before planting,
+    so that their colours compare; colours of different backbones do not.
 
     Args:
         title: of the run's columns.
         dataset: whose first images are drawn, at twice the run's image size where the model takes it, so that objects
             show.
-        pictures: how many.
+        pictures: how many there are in the folder; the PNG has the first four of them.
     """
     transform = models.run.transform
     if getattr(models.run.model, "dynamic_img_size", False):
@@ -131,7 +146,31 @@ def draw_verification(path: Path, title: str, models: Models, dataset: Dataset, 
     layer = len(blocks(models.run.model)) - 2 if models.detection is None else models.detection.layer
     maps = {name: token_maps(backbone.model, images, layer, models.later) for name, backbone in columns.items()}
     ceiling = max(m.norms.max() for m in maps.values()) if models.detection is None else models.detection.threshold
-    draw_maps(path, as_picture(pixels), maps, float(ceiling))
+    few = {name: each.first(ROWS) for name, each in maps.items()}
+    draw_maps(path, as_picture(pixels)[:ROWS], few, float(ceiling))
+
+    folder = path.with_suffix("")
+    if folder.is_dir():
+        shutil.rmtree(folder)  # a model of an earlier run is not to stay
+    untreated = maps.get("original", maps[title])
+    outliers = np.zeros_like(untreated.norms, dtype=bool)
+    if models.detection is not None:
+        outliers = untreated.norms > models.detection.threshold
+    reference = maps.get("intact", untreated)
+    normal = reference.norms <= ceiling  # the reference's own outliers, not those that were planted
+    palette = fit_palette(reference.features[normal if normal.any() else np.ones_like(normal)])
+    small = np.stack([_within(image, TILE) for image in pixels])
+    save_strip(folder / "images.jpg", small)
+    enlarged = max(1, TILE // outliers.shape[1])
+    for (what, name), tiles in tile_colours(maps, palette, outliers, float(ceiling)).items():
+        save_strip(folder / f"{what}-{name}.png", tiles, enlarged)
+
+
+def _within(image: UInt8[Tensor, "3 s s"], side: int) -> Float[np.ndarray, "s s 3"]:
+    """An image with values from 0 to 1, made smaller where it is larger than `side`."""
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return np.asarray(picture) / 255
 
 
 @torch.inference_mode()

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from .images import BROKEN, INTERPOLATIONS, Transform, UnreadableImage
+from .images import BROKEN, Transform, UnreadableImage
 
 FITS = ("squash", "pad")
 IGNORE = 255  # in a mask: neither background nor a class, left out of every measurement
@@ -119,7 +119,7 @@ class WholeTransform(Transform):
         """The whole image as an input of (size, size); the name is the base class's, nothing is cut off."""
         frame = self.frame(*image.size)
         content = (frame.content_width, frame.content_height)
-        image = image if content == image.size else image.resize(content, INTERPOLATIONS[self.interpolation])
+        image = self.resize(image, content)
         if content == (self.size, self.size):
             return image
         whole = Image.new("RGB", (self.size, self.size), tuple(round(255 * value) for value in self.mean))

@@ -1,15 +1,15 @@
 """attention@<run>-<dataset>: attention of CLS and registers by block and head; metrics/attention/<run>/<dataset>.json, tables, maps."""
 
-import json
-import sys
 from pathlib import Path
 
 import torch
 
+from command import command
 from params import load_params
 from regvit.anatomy import Subject, open_subject
 from regvit.attention_quality import later_blocks, measure_attention, object_shares, summary, write_tables
 from regvit.batches import Batches, sample
+from regvit.files import write_json
 from regvit.gallery import as_picture, attention_maps, draw_attention, first_images
 from regvit.manifest import Dataset, read_dataset
 from regvit.tokens import TokenLayout
@@ -38,7 +38,7 @@ def main(run: str, dataset: str) -> None:
     metrics = {"why": "the model has neither CLS nor registers whose attention could be measured"}
     if measured:
         metrics = summary(measured, params["seed"])
-    out.with_suffix(".json").write_text(json.dumps(metrics, indent=1) + "\n")
+    write_json(out.with_suffix(".json"), metrics)
     heads = metrics.get("heads", {})
     shown = ("entropy", "morans_i", "on_outliers", "on_registers", "object_auroc")
     print(f"{run}/{dataset}: " + (", ".join(f"{name} {heads[name]}" for name in shown) if heads else metrics["why"]))
@@ -59,6 +59,4 @@ def draw(path: Path, subject: Subject, images: Dataset, later: list[int], device
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit("usage: python stages/attention.py <run> <dataset>")
-    main(*sys.argv[1:])
+    command(main, "run", "dataset", interrupted="metrics/attention/{0}/{1}.json is not finished")

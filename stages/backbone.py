@@ -1,11 +1,11 @@
 """backbone@<backbone>: a model from its source, with register neurons planted where asked; data/backbones/<backbone>/."""
 
 import os
-import sys
 from pathlib import Path
 
 import torch
 
+from command import command, entry_of
 from params import load_params
 from regvit.backbones import Built, build, save_backbone
 from regvit.batches import Batches, sample
@@ -18,7 +18,7 @@ IMAGES = 128  # of the ID train split that a planting recipe is fitted on
 
 def main(name: str) -> None:
     params, runtime = load_params(), Runtime.load()
-    entry = params["backbones"][name]
+    entry = entry_of(params, "backbones", name)
     cache = Path(os.environ.get("DVC_ROOT", ".")) / "work" / "packages"
     built = build(entry["source"], entry.get("architecture"), entry.get("img_size"), cache_dir=cache, progress=print)
     planted, recipe = None, entry.get("plant")
@@ -48,10 +48,4 @@ def plant_on_train(built: Built, recipe: dict, params: dict, runtime: Runtime) -
 
 
 if __name__ == "__main__":
-    try:
-        main(*sys.argv[1:])
-    except KeyboardInterrupt:
-        print(
-            f"backbone: interrupted; data/backbones/{sys.argv[1]} is not finished: run the same again", file=sys.stderr
-        )
-        sys.exit(130)  # 128 + SIGINT, as shells do
+    command(main, "backbone", interrupted="data/backbones/{0} is not finished")

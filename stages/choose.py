@@ -16,6 +16,7 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from params import ParamsError, faults_of
+from regvit.files import write_text
 
 CHOICES = Path("choices")
 DEFAULT = "emoji"  # names all that the others do
@@ -41,7 +42,7 @@ def main() -> None:
     after = merge(merge(before, read_choice(DEFAULT, None)), read_choice(given.choice, given.images))
     if faults := list(faults_of(load(after))):
         raise BadChoice(f"choice {given.choice} would leave {given.params} with faults:\n  - " + "\n  - ".join(faults))
-    given.params.write_text(after, encoding="utf-8")
+    write_text(given.params, after)
     changes = list(differences(load(before), load(after)))
     print("\n".join([f"{given.params}: {given.choice}", *(changes or ["  nothing changes"])]))
 

@@ -13,8 +13,17 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 # These cannot change a result, so editing them must rerun nothing: re-exports; reading and checking parameters, whose
-# values DVC tracks itself; device and batch size; progress bars.
-WITHOUT_EFFECT = {"regvit/__init__.py", "regvit/progress.py", "stages/params.py", "stages/runtime.py"}
+# values DVC tracks itself; device and batch size; who computes, and how much memory is left; progress bars; how a stage
+# ends.
+WITHOUT_EFFECT = {
+    "regvit/__init__.py",
+    "regvit/engine.py",
+    "regvit/memory.py",
+    "regvit/progress.py",
+    "stages/command.py",
+    "stages/params.py",
+    "stages/runtime.py",
+}
 
 
 def main(*arguments: str) -> int:

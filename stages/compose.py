@@ -3,13 +3,13 @@
 Beside it detection.json: which patches of the backbone count as outliers. It decides no feature, so it stands apart.
 """
 
-import json
-import sys
 from pathlib import Path
 
+from command import command, entry_of
 from params import load_params
 from regvit.backbones import load_backbone
 from regvit.controls import read_candidates
+from regvit.files import write_json, write_text
 from regvit.neurons import read_selected
 from regvit.outliers import write_detection
 from regvit.runs import describe_run
@@ -17,7 +17,7 @@ from regvit.runs import describe_run
 
 def main(name: str) -> None:
     params = load_params()
-    run = params["runs"][name]
+    run = entry_of(params, "runs", name)
     backbone = load_backbone(Path("data/backbones") / run["backbone"])
     found = Path(f"features/neurons/{run['backbone']}.json").read_text()
     detection, selected = read_selected(found)
@@ -34,8 +34,8 @@ def main(name: str) -> None:
     )
     out = Path("features") / name / "run.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(described, indent=1) + "\n")
-    out.with_name("detection.json").write_text(write_detection(detection))
+    write_json(out, described)
+    write_text(out.with_name("detection.json"), write_detection(detection))
     taken = sum(len(units) for units in (described["neurons"] or {}).values())
     kind, done = described.get("control", ""), "silenced" if described.get("control") == "ablated" else "moved"
     print(
@@ -45,4 +45,4 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    command(main, "run", interrupted="features/{0}/run.json is not finished")

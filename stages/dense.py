@@ -1,8 +1,7 @@
 """What the stages of dense prediction share: the store with its splits, outliers of the untreated model, tables."""
 
-import csv
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool
 
+from regvit import files
 from regvit.anatomy import open_subject
 from regvit.batches import Batches
 from regvit.dense import PatchTokens
@@ -80,12 +80,9 @@ def about(run: str, of: DenseSet) -> dict:
     return {"run": run, "dataset": of.dataset.name, "manifest_sha256": of.dataset.digest, "image_ids_sha256": ids}
 
 
-def write_table(path: Path, columns: Iterable[str], rows: Iterable[Iterable]) -> None:
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Iterable]) -> None:
     """A CSV; numbers with six digits, nothing where there is no value."""
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows([_cell(value) for value in row] for row in rows)
+    files.write_table(path, columns, ([_cell(value) for value in row] for row in rows))
 
 
 def _cell(value: object) -> object:

@@ -4,18 +4,18 @@ Beside it a table of one row an image, and features/<run>/depth/<dataset>.safete
 with which runs are compared in pairs.
 """
 
-import json
-import sys
 from pathlib import Path
 
 import numpy as np
 
+from command import command
 from dense import DenseSet, about, open_set, untreated_outliers, write_table
 from params import load_params
 from regvit.dense import ImageValues, save_image_values
 from regvit.depth import DepthModel, Measured, Range, rmse_within, summary, train
 from regvit.depth import measure as measure_errors
 from regvit.depth_files import read_depth
+from regvit.files import write_json
 from regvit.progress import progress
 from runtime import Runtime
 
@@ -28,7 +28,7 @@ def main(run: str, name: str) -> None:
     out = Path("metrics/depth") / run / name
     out.mkdir(parents=True, exist_ok=True)
     metrics = summary(model, measured, outliers, params["seed"])
-    out.with_suffix(".json").write_text(json.dumps(metrics, indent=1) + "\n")
+    write_json(out.with_suffix(".json"), metrics)
     errors = vars(measured.errors)
     at = np.zeros(measured.counted.shape, dtype=bool) if outliers is None else outliers
     columns = {**errors, "rmse_at_outliers": rmse_within(measured, at)}
@@ -68,6 +68,4 @@ def measure(run: str, of: DenseSet, knobs: dict, seed: int, runtime: Runtime) ->
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit("usage: python stages/depth.py <run> <dataset>")
-    main(*sys.argv[1:])
+    command(main, "run", "dataset", interrupted="metrics/depth/{0}/{1}.json is not finished")

@@ -1,13 +1,13 @@
 """differences: each run against its reference, image by image; metrics/differences.json and .csv."""
 
-import csv
 import json
-import sys
 from pathlib import Path
 
+from command import command
 from evaluate import plan_of, sha256
 from params import load_params
 from regvit.evaluation import COMPARED, Drawn, Plan, difference_rows, differences_between, draw, rounded
+from regvit.files import write_json, write_table
 from regvit.predictions import load_predictions
 from regvit.probes import InvalidProbes
 from regvit.references import references
@@ -24,13 +24,14 @@ def main() -> None:
     drawn = {run: open_drawn(run, plan) for run in dict.fromkeys([*pairs, *pairs.values()])}
     table = {f"{run}-{other}": differences_between(drawn[run], drawn[other], plan) for run, other in pairs.items()}
     table = rounded(table)
-    Path("metrics/differences.json").write_text(json.dumps(table, indent=1) + "\n")
-    with open("metrics/differences.csv", "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(HEADER)
-        for pair, readouts in table.items():
-            for both, values in readouts.items():
-                writer.writerows((*pair.split("-"), *both.split("-"), *row) for row in difference_rows(values, plan))
+    write_json("metrics/differences.json", table)
+    rows = [
+        (*pair.split("-"), *both.split("-"), *row)
+        for pair, readouts in table.items()
+        for both, values in readouts.items()
+        for row in difference_rows(values, plan)
+    ]
+    write_table("metrics/differences.csv", HEADER, rows)
     for run, other in pairs.items():
         print(f"{run} against {other}: {', '.join(table[f'{run}-{other}'])}")
 
@@ -54,9 +55,4 @@ def open_drawn(run: str, plan: Plan) -> Drawn:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 1:
-        sys.exit("usage: python stages/differences.py")
-    try:
-        main()
-    except (FileNotFoundError, InvalidProbes) as error:
-        sys.exit(f"differences: {error}")
+    command(main, interrupted="metrics/differences.json is not finished")

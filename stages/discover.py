@@ -4,22 +4,21 @@ The setting (feature, layer, normalisation, bias) is chosen on images that are n
 on those that are. Nothing is trained here, so train and val images serve alike for choosing.
 """
 
-import csv
 import dataclasses
-import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from command import command
 from params import load_params
 from regvit.backbones import Backbone, resized
 from regvit.batches import Batches
 from regvit.boxes import draw_boxes, true_boxes
 from regvit.discovery import Measured, Setting, measure, settings
 from regvit.discovery_figures import feature_rows, image_rows, summary, sweep_rows
+from regvit.files import write_json, write_table
 from regvit.images import read_rgb
 from regvit.manifest import Dataset, read_dataset
 from regvit.runs import open_run
@@ -47,10 +46,10 @@ def main(run: str, dataset: str) -> None:
     kept = dict.fromkeys((*tried.best_of_each(), *([published] if published else [])))
     final = look(backbone, test, tuple(kept), chosen, runtime)
     metrics = summary(tried, final, published, seed) | {"without_boxes": sum(not row.boxes for row in whole.rows)}
-    out.with_suffix(".json").write_text(json.dumps(metrics, indent=1) + "\n")
-    write_table(out / "sweep.csv", sweep_rows(tried))
-    write_table(out / "features.csv", feature_rows(tried, final))
-    write_table(out / "images.csv", image_rows(tried, final, test))
+    write_json(out.with_suffix(".json"), metrics)
+    write_rows(out / "sweep.csv", sweep_rows(tried))
+    write_rows(out / "features.csv", feature_rows(tried, final))
+    write_rows(out / "images.csv", image_rows(tried, final, test))
     pictured, winner = range(min(PICTURES, len(test))), final.settings.index(tried.best())
     draw_boxes(
         out / "boxes.png",
@@ -85,13 +84,10 @@ def look(backbone: Backbone, dataset: Dataset, tried: tuple[Setting, ...], chose
     return measure(backbone.model, batches, tried, chosen["k_patches"], heads=bool(TokenLayout.of(backbone.model).cls))
 
 
-def write_table(path: Path, rows: Iterable[dict]) -> None:
+def write_rows(path: Path, rows: Iterable[dict]) -> None:
     rows = list(rows)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_table(path, list(rows[0]), [row.values() for row in rows])
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    command(main, "run", "dataset", interrupted="metrics/discover/{0}/{1}.json is not finished")

@@ -4,13 +4,11 @@ Packages and archives are kept in work/, outside DVC's outputs, and shared by al
 """
 
 import os
-import sys
 import time
 from pathlib import Path
 
+from command import command
 from params import load_params, source_of
-from regvit.downloads import DownloadFailed
-from regvit.packages import PackageUnavailable
 from regvit.sources import make_dataset
 
 
@@ -41,13 +39,4 @@ def workplace() -> Path:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python stages/download.py <dataset>")
-    try:
-        main(sys.argv[1])
-    except (ValueError, FileNotFoundError, PackageUnavailable, DownloadFailed) as error:
-        sys.exit(f"download: {error}")
-    except KeyboardInterrupt:
-        print(f"download: interrupted; data/{sys.argv[1]} is as it was, and what has arrived of downloads is kept in work/: "
-              "run the same again", file=sys.stderr)  # fmt: skip
-        sys.exit(130)  # 128 + SIGINT, as shells do
+    command(main, "dataset", interrupted="data/{0} is as it was, and downloads are kept in work/")

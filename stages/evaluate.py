@@ -1,12 +1,9 @@
 """evaluate@<run>: the run's probes and detectors on the test images of every data set; metrics/evaluate/<run>.json."""
 
-import csv
 import hashlib
-import json
-import sys
-from collections.abc import Iterable
 from pathlib import Path
 
+from command import command
 from params import load_params
 from regvit.evaluation import (
     Plan,
@@ -19,11 +16,12 @@ from regvit.evaluation import (
     roc_rows,
     rounded,
 )
-from regvit.manifest import InvalidManifest, read_dataset
+from regvit.files import write_json, write_table
+from regvit.manifest import read_dataset
 from regvit.predictions import save_predictions
-from regvit.probes import InvalidProbes, load_probes
+from regvit.probes import load_probes
 from regvit.progress import progress
-from regvit.store import FeatureStore, InvalidStore
+from regvit.store import FeatureStore
 
 
 def main(run: str) -> None:
@@ -39,9 +37,10 @@ def main(run: str) -> None:
     metrics, differences = evaluate(drawn, plan), differences_within(drawn, plan)
     out = Path("metrics/evaluate") / run
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out.with_suffix(".json"), metrics)
+    write_json(out.with_suffix(".json"), rounded(metrics))
     # With the digest, whatever depends on this folder sees that there are new predictions.
-    write_json(out / "differences.json", {"predictions_sha256": sha256(kept), "differences": differences})
+    record = {"predictions_sha256": sha256(kept), "differences": differences}
+    write_json(out / "differences.json", rounded(record))
     write_table(out / "roc.csv", ["dataset", "detector", "fpr", "tpr"], roc_rows(predictions, plan))
     write_table(out / "confusion.csv", ["actual", "predicted"], confusion_rows(predictions, plan))
     for readout, values in metrics.items():
@@ -71,21 +70,5 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_json(path: Path, values: dict) -> None:
-    path.write_text(json.dumps(rounded(values), indent=1) + "\n")
-
-
-def write_table(path: Path, header: list[str], rows: Iterable[tuple]) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
-
-
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python stages/evaluate.py <run>")
-    try:
-        main(sys.argv[1])
-    except (FileNotFoundError, InvalidManifest, InvalidProbes, InvalidStore) as error:
-        sys.exit(f"evaluate: {error}")
+    command(main, "run", interrupted="metrics/evaluate/{0}.json is not finished")

@@ -6,49 +6,57 @@ An interrupted extraction is resumed by running it again: its work lies in work/
 
 import json
 import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from command import command
 from params import load_params
 from regvit.backbones import Backbone
-from regvit.durable import FolderLocked
-from regvit.extraction import ARRAYS, BadFeatures, describe, extract
-from regvit.images import UnreadableImage
-from regvit.manifest import read_dataset
+from regvit.engine import RayEngine
+from regvit.extraction import ARRAYS, Engine, describe, extract, row_shapes
+from regvit.files import write_text
+from regvit.manifest import Dataset, read_dataset
 from regvit.progress import progress
 from regvit.runs import open_run, read_run
-from regvit.store import FeatureStore, fingerprint
+from regvit.store import FeatureStore, InvalidStore, fingerprint
 from runtime import Runtime
+
+INTERRUPTED = "finished units are kept in work/"
 
 
 def main(run_name: str, dataset_name: str) -> None:
-    precision = load_params()["extract"]["precision"]
     final = Path("features") / run_name / f"{dataset_name}.zarr"
     record = Path("metrics/extract") / run_name / f"{dataset_name}.json"
-    fill_store(run_name, dataset_name, precision, final, record)
+    fill_store(run_name, dataset_name, load_params()["extract"], final, record)
 
 
 def fill_store(
     run_name: str,
     dataset_name: str,
-    precision: str,
+    choices: Mapping,
     final: Path,
     record: Path,
     prepare: Callable[[Backbone], Backbone] = lambda backbone: backbone,
     arrays: Sequence[str] = ARRAYS,
     purpose: str | None = None,
 ) -> None:
-    """Extracts, or goes on extracting, and writes the record."""
+    """Extracts, or goes on extracting, and writes the record.
+
+    Args:
+        choices: block `extract` of the parameters: `precision`, and `resizing` where it is not Pillow's.
+    """
     runtime = Runtime.load()
     run_file = Path("features") / run_name / "run.json"
     run = read_run(run_file)
-    backbone = prepare(open_run(run_file, Path("data/backbones")))
+    backbone = open_run(run_file, Path("data/backbones"))
+    transform = replace(backbone.transform, resizing=choices.get("resizing", "pillow"))
+    backbone = prepare(replace(backbone, transform=transform))
     dataset = read_dataset(Path("data") / dataset_name)
 
     run.pop("transform", None)  # of the backbone as it came; what was used is in the description
     neurons = run.pop("neurons")
-    attributes = describe(backbone, dataset, precision) | run
+    attributes = describe(backbone, dataset, choices["precision"]) | run
     attributes["neurons_sha256"] = None if neurons is None else fingerprint(neurons)
 
     # One working folder for each set of attributes, in the main repository even where DVC runs a copy of it for a
@@ -59,38 +67,52 @@ def fill_store(
     with progress(len(dataset), f"extract {run_name}/{dataset_name}") as bar:
         for other in sorted(set(work.glob(f"{name}-*.partial")) - {partial}):
             bar.line(f"{other} is unfinished and was made with other settings; delete it if it is not wanted any more")
-        extract(
-            backbone,
-            dataset,
-            final,
-            partial,
-            attributes,
-            precision,
-            runtime.device,
-            runtime.batch_size,
-            runtime.workers,
-            progress=bar,
-            arrays=arrays,
-        )
+        if not record.exists() and is_finished(final, backbone, dataset, attributes, arrays):
+            bar.line(f"{final} is finished; only its record was missing")
+        else:
+            extract(
+                backbone,
+                dataset,
+                final,
+                partial,
+                attributes,
+                choices["precision"],
+                runtime.worker_device or runtime.device,
+                runtime.batch_size if runtime.batch_size_given else None,
+                runtime.workers,
+                progress=bar,
+                arrays=arrays,
+                compile=runtime.compile,
+                engine=engine_of(runtime),
+            )
     store = FeatureStore.open(final, dataset.digest, [row.image_id for row in dataset.rows])
     record.parent.mkdir(parents=True, exist_ok=True)
     shapes = {name: list(shape) for name, shape in store.arrays.items()}
     made = store.attributes | {"arrays": shapes, "store_sha256": store.digest()}
     # A list, because `dvc metrics` would show a block line by line (dvc.yaml says why it is a metric at all).
-    record.write_text(json.dumps([made], indent=1, sort_keys=True) + "\n")
+    write_text(record, json.dumps([made], indent=1, sort_keys=True) + "\n")
 
 
-def command(stage: str, main: Callable[[str, str], None]) -> None:
-    """Runs a stage of `<run> <dataset>` and turns what a user can mend into one line."""
-    if len(sys.argv) != 3:
-        sys.exit(f"usage: python stages/{stage}.py <run> <dataset>")
+def is_finished(final: Path, backbone: Backbone, dataset: Dataset, attributes: Mapping, arrays: Sequence[str]) -> bool:
+    """Whether the store is there, whole and of these very settings: a run was killed before it wrote the record."""
+    if not final.exists():
+        return False
     try:
-        main(*sys.argv[1:])
-    except (BadFeatures, FileExistsError, FolderLocked, UnreadableImage) as error:
-        sys.exit(f"{stage}: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)  # 128 + SIGINT, as shells do; extract has said what is safe
+        store = FeatureStore.open(final, dataset.digest, [row.image_id for row in dataset.rows])
+    except InvalidStore:
+        return False  # `extract` then refuses to write over it
+    found = {key: store.attributes.get(key) for key in attributes}
+    wanted = json.loads(json.dumps(dict(attributes)))
+    return found == wanted and store.arrays == row_shapes(backbone, attributes["precision"], "cpu", arrays)
+
+
+def engine_of(runtime: Runtime) -> Engine | None:
+    """Who computes: a Ray cluster, or None for this process."""
+    if runtime.engine == "local":
+        return None
+    device = runtime.worker_device or runtime.device.partition(":")[0]
+    return RayEngine(runtime.address, device, runtime.gpus_per_worker, runtime.cpus_per_worker, runtime.threads)
 
 
 if __name__ == "__main__":
-    command("extract", main)
+    command(main, "run", "dataset", interrupted=INTERRUPTED)

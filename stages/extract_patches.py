@@ -7,7 +7,8 @@ Beside it a record for git, metrics/extract_patches/<run>/<dataset>.json. It is 
 from dataclasses import replace
 from pathlib import Path
 
-from extract import command, fill_store
+from command import command
+from extract import INTERRUPTED, fill_store
 from params import load_params
 from regvit.backbones import Backbone, resized
 from regvit.whole_images import WholeTransform
@@ -22,8 +23,8 @@ def main(run: str, dataset: str) -> None:
 
     final = Path("features") / run / "patches" / f"{dataset}.zarr"
     record = Path("metrics/extract_patches") / run / f"{dataset}.json"
-    fill_store(run, dataset, params["extract"]["precision"], final, record, whole, ["patches"], "patches")
+    fill_store(run, dataset, params["extract"], final, record, whole, ["patches"], "patches")
 
 
 if __name__ == "__main__":
-    command("extract_patches", main)
+    command(main, "run", "dataset", interrupted=INTERRUPTED)

@@ -15,18 +15,21 @@ from ruamel.yaml import YAML
 
 from regvit.gate import Rule, changes, flatten, judge, markdown
 
+SUMMARY = Path("metrics/summary.json")  # repeats figures of the other files, without their intervals
+COMMENT = 65_536  # characters that GitHub takes in a comment
+
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", default="main", help="commit, branch or tag to compare with (default: main)")
-    parser.add_argument("--out", type=Path, help="write the Markdown there as well")
+    parser.add_argument("--out", type=Path, help="write the Markdown there as well, cut to fit a comment")
     options = parser.parse_args(arguments)
     table = changes(metrics_at(options.against), metrics_here())
     failures = judge(table, read_rules(Path("guard.yaml")))
-    text = markdown(table, failures, changed_params(options.against))
-    if options.out:
-        options.out.write_text(text)
-    print(text)
+    params = changed_params(options.against)
+    if options.out:  # written as it comes, since it may be /dev/stderr
+        options.out.write_text(markdown(table, failures, params, COMMENT))
+    print(markdown(table, failures, params))
     return int(bool(failures))
 
 
@@ -45,13 +48,14 @@ def read_rules(path: Path) -> list[Rule]:
 
 def metrics_here() -> dict[str, float]:
     """All metric files of the working tree."""
-    return flatten({path.as_posix(): json.loads(path.read_text()) for path in sorted(Path("metrics").rglob("*.json"))})
+    paths = [path for path in sorted(Path("metrics").rglob("*.json")) if path != SUMMARY]
+    return flatten({path.as_posix(): json.loads(path.read_text()) for path in paths})
 
 
 def metrics_at(revision: str) -> dict[str, float]:
     """All metric files of a commit."""
     listed = git("ls-tree", "-r", "-z", "--name-only", revision, "metrics").split("\0")
-    names = [name for name in listed if name.endswith(".json")]
+    names = [name for name in listed if name.endswith(".json") and name != SUMMARY.as_posix()]
     if not names:
         sys.exit(f"gate: {revision} has no metrics/*.json to compare with")
     return flatten({name: json.loads(git("show", f"{revision}:{name}")) for name in names})

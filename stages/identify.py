@@ -1,13 +1,12 @@
 """identify@<backbone>: finds the register neurons; features/neurons/<backbone>.json and what the search saw."""
 
-import csv
-import json
-import sys
 from pathlib import Path
 
+from command import command
 from params import load_params
 from regvit.backbones import load_backbone
 from regvit.batches import Batches, sample
+from regvit.files import write_json, write_table, write_text
 from regvit.identification import norms_under_treatments, sentence, summary, tables
 from regvit.manifest import read_dataset
 from regvit.neurons import find_register_neurons
@@ -30,21 +29,13 @@ def main(name: str) -> None:
     neurons, folder = Path(f"features/neurons/{name}.json"), Path("metrics/identify") / name
     neurons.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    neurons.write_text(found.to_json(**about))
+    write_text(neurons, found.to_json(**about))
     metrics = {"images": len(images), **summary(found, treated, backbone.planted, seed)}
-    folder.with_suffix(".json").write_text(json.dumps(metrics, indent=1) + "\n")
-    for table, rows in vars(tables(found, treated, backbone.planted)).items():
-        with open(folder / f"{table}.csv", "w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
+    write_json(folder.with_suffix(".json"), metrics)
+    for table, (header, *rows) in vars(tables(found, treated, backbone.planted)).items():
+        write_table(folder / f"{table}.csv", header, rows)
     print(sentence(name, found, metrics))
 
 
 if __name__ == "__main__":
-    try:
-        main(*sys.argv[1:])
-    except KeyboardInterrupt:
-        print(
-            f"identify: interrupted; features/neurons/{sys.argv[1]}.json is not finished: run the same again",
-            file=sys.stderr,
-        )
-        sys.exit(130)  # 128 + SIGINT, as shells do
+    command(main, "backbone", interrupted="features/neurons/{0}.json is not finished")

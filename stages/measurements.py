@@ -1,4 +1,4 @@
-"""What the measurement stages left in metrics/, by run; read by the report and by the comparison."""
+"""What the measurement stages left in metrics/, by run; read by the report and by the comparisons."""
 
 import csv
 import sys

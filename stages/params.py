@@ -21,6 +21,7 @@ REGISTERS = ("none", "trained", "test_time")
 STATISTICS = ("per_neuron", "per_neuron_patches", "reference")
 PATCHES = ("zero", "mean", "only_outliers", "same")
 PRECISIONS = ("float32", "float32_medium", "bfloat16", "float16")
+RESIZINGS = ("pillow", "torch")
 READOUTS = r"cls|reg_mean|patch_mean|cls_reg|cls_patch|cls_reg_max|cls_reg_learned|cls_reg_attn|cls_noise|cls_random|cls_reg_\d+"
 SCHEDULES = ("cosine", "constant")
 DETECTORS = ("msp", "energy", "max_logit", "knn", "mahalanobis", "relative_mahalanobis", "vim", "react")
@@ -239,12 +240,13 @@ SCHEMA = block(
                 "top_k": optional(number(1, whole=True)),
                 "max_layer": optional(number(0, whole=True)),
                 "explained": number(0, 1, above=True),
-            }
+            },
+            {"precision": choice(*PRECISIONS)},
         ),
         "register": block(
             {"statistic": choice(*STATISTICS), "patches": choice(*PATCHES), "scale": number(0, above=True)}
         ),
-        "extract": block({"precision": choice(*PRECISIONS)}),
+        "extract": block({"precision": choice(*PRECISIONS)}, {"resizing": choice(*RESIZINGS)}),
         "probe": block(
             {
                 "readouts": several(text(READOUTS, f"a readout ({READOUTS.replace('|', ', ')})")),

@@ -4,26 +4,25 @@ Leaves features/<run>/probes.safetensors. Training that takes long keeps a check
 interrupted, it is resumed by running it again.
 """
 
-import csv
-import json
 import os
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from command import command
 from params import load_params
-from regvit.durable import FolderLocked
+from regvit.files import write_json, write_table
 from regvit.logistic import fit_logistic
-from regvit.manifest import InvalidManifest, read_dataset
+from regvit.manifest import read_dataset
 from regvit.metrics import accuracy
 from regvit.neighbours import choose_neighbours
 from regvit.probes import ProbeSet, Training, save_probes, train_probes
 from regvit.progress import progress
-from regvit.readouts import available, read_all
-from regvit.store import FeatureStore, InvalidStore, fingerprint
+from regvit.readouts import available
+from regvit.store import FeatureStore, fingerprint
+from regvit.stored import stored_readouts
 from runtime import Runtime
 
 
@@ -34,9 +33,9 @@ def main(run: str) -> None:
     readouts = available(store.arrays, settings["readouts"])
     for name, reason in readouts.left_out.items():
         print(f"{run}: readout {name} is left out: {reason}")
-    features, labels = read_all(store, readouts.names), dataset.labels()
+    labels = dataset.labels()
     rows = {split: np.flatnonzero([row.split == split for row in dataset.rows]) for split in ("train", "val")}
-    train, val = ({name: values[rows[split]] for name, values in features.items()} for split in ("train", "val"))
+    train, val = (stored_readouts(store, readouts.names, rows[split]) for split in ("train", "val"))
     data = (train, labels[rows["train"]], val, labels[rows["val"]])
 
     seeds = [params["seed"] + s for s in range(settings["seeds"])]
@@ -66,7 +65,7 @@ def main(run: str) -> None:
     save_probes(f"features/{run}/probes.safetensors", probes)
     out = Path("metrics/probe") / run
     out.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps(metrics(probes), indent=1) + "\n")
+    write_json(out.with_suffix(".json"), metrics(probes))
     write_curves(out / "curves.csv", training)
     shutil.rmtree(work)
     for name, of_seeds in probes.probes.items():
@@ -121,13 +120,13 @@ def top1(correct: int, probes: ProbeSet) -> dict:
 
 def write_curves(path: Path, training: Training) -> None:
     """Every second point of the curves, the last one among them: half the rows show as much."""
-    shown = sorted({point.step for point in training.curves})[::-2]
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["readout", "learning_rate", "step", "train_loss", "val_top1"])
-        for p in training.curves:
-            if p.step in shown:
-                writer.writerow([p.readout, p.learning_rate, p.step, round(p.train_loss, 6), round(p.val_top1, 6)])
+    shown = set(sorted({point.step for point in training.curves})[::-2])
+    rows = [
+        (p.readout, p.learning_rate, p.step, round(p.train_loss, 6), round(p.val_top1, 6))
+        for p in training.curves
+        if p.step in shown
+    ]
+    write_table(path, ["readout", "learning_rate", "step", "train_loss", "val_top1"], rows)
 
 
 def grid_ends(rates: tuple[float, ...]) -> set[float]:
@@ -135,11 +134,6 @@ def grid_ends(rates: tuple[float, ...]) -> set[float]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python stages/probe.py <run>")
-    try:
-        main(sys.argv[1])
-    except (FileNotFoundError, FolderLocked, InvalidManifest, InvalidStore) as error:
-        sys.exit(f"probe: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)  # 128 + SIGINT, as shells do; train_probes has said what is safe
+    command(
+        main, "run", interrupted="features/{0}/probes.safetensors is not finished, and training goes on where it was"
+    )

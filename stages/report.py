@@ -1,4 +1,4 @@
-"""report: tables, self-checks, plots and pictures of all runs in one page; metrics/report.html."""
+"""report: tables, self-checks, plots and pictures of all runs in one page; metrics/report.html and summary.json."""
 
 import json
 from pathlib import Path
@@ -8,13 +8,16 @@ from measurements import read_columns, read_measurements
 from params import load_params
 from regvit.measurements import TITLE
 from regvit.report_sections import Material, Search, report
+from regvit.summary import summary
+from regvit.sweeps import read_kept
 
 
 def main() -> None:
     params = load_params()
     tables, checks = compare(params)
+    runs = read_measurements(params, read_runs(params))
     material = Material(
-        read_measurements(params, read_runs(params)),
+        runs,
         params["backbones"],
         params["datasets"],
         params["scenes"],
@@ -23,8 +26,12 @@ def main() -> None:
         [table for table in tables if table.title != TITLE],  # the page begins with that one
         checks,
         {name: read_search(name) for name in params["backbones"]},
+        sweeps=[read_kept(path) for path in sorted(Path("metrics/sweeps").glob("*.csv"))],
     )
     Path("metrics/report.html").write_text(report(material), encoding="utf-8")
+    ood = [name for name, entry in params["datasets"].items() if entry["role"] == "ood"]
+    figures = summary(runs, ood, params["evaluate"]["detectors"][0])
+    Path("metrics/summary.json").write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def read_search(backbone: str) -> Search:

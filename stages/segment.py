@@ -4,16 +4,16 @@ Beside it tables, IoU by class and one row an image, and features/<run>/segment/
 image, with which runs are compared in pairs.
 """
 
-import json
-import sys
 from pathlib import Path
 
 import numpy as np
 
+from command import command
 from dense import DenseSet, about, open_set, untreated_outliers, write_table
 from params import load_params
 from regvit import dense_sets
 from regvit.dense import ImageValues, save_image_values
+from regvit.files import write_json
 from regvit.progress import progress
 from regvit.segmentation import (
     Counts,
@@ -36,7 +36,7 @@ def main(run: str, name: str) -> None:
     out = Path("metrics/segment") / run / name
     out.mkdir(parents=True, exist_ok=True)
     metrics = summary(segmenter, counts, outliers, params["seed"])
-    out.with_suffix(".json").write_text(json.dumps(metrics, indent=1) + "\n")
+    write_json(out.with_suffix(".json"), metrics)
     write_tables(out, of, counts, outliers, params["seed"])
     values = {key: array.astype(np.int32) for key, array in vars(counts).items()}
     path = Path("features") / run / "segment" / f"{name}.safetensors"
@@ -85,6 +85,4 @@ def write_tables(out: Path, of: DenseSet, counts: Counts, outliers: np.ndarray |
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit("usage: python stages/segment.py <run> <dataset>")
-    main(*sys.argv[1:])
+    command(main, "run", "dataset", interrupted="metrics/segment/{0}/{1}.json is not finished")

@@ -2,14 +2,15 @@
 
 `run` runs the points of a sweep one after the other; `queue` hands them to DVC's queue, which `start` works off
 (`--jobs 2`: two at a time; `dvc queue status`, `dvc queue logs`, `dvc queue stop`). `table` writes
-work/sweeps/<name>.{md,csv,png} from the experiments of the current commit and prints the table. `--slow` takes in what
-the sweep calls slow. Only the stages that a sweep measures run, and what they need. Each experiment works in a copy of
+metrics/sweeps/<name>.{md,csv,png} from the experiments of the current commit and prints the table; `dvc repro report`
+draws what lies there into the report. `--slow` takes in what the sweep calls slow. Only the stages that a sweep measures run, and what they need. Each experiment works in a copy of
 the committed tree with the changes of the working tree; yours stays as it is.
 """
 
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +32,9 @@ def main() -> None:
     parser.add_argument("name", nargs="?", help="a file of sweeps/, without .yaml")
     parser.add_argument("--slow", action="store_true", help="measure what the sweep calls slow, too")
     parser.add_argument("--jobs", type=int, default=1, help="experiments that `start` runs at a time (1)")
-    parser.add_argument("--out", type=Path, default=Path("work/sweeps"), help="folder of table and plots (work/sweeps)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("metrics/sweeps"), help="folder of table and plots (metrics/sweeps)"
+    )
     given = parser.parse_args()
     if given.action == "list":
         for path in sorted(FOLDER.glob("*.yaml")):
@@ -111,4 +114,5 @@ def write_table(sweep: Sweep, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it in silence, as it ends `cat`
     main()

@@ -1,15 +1,14 @@
 """tokens@<run>-<dataset>: where outliers sit and what single tokens know; metrics/tokens/<run>/<dataset>.json, tables, picture."""
 
-import csv
-import json
-import sys
 from pathlib import Path
 
 import torch
 
+from command import command
 from params import load_params
 from regvit.anatomy import Subject, dissect, draw_anatomy, looks, norm_table, open_subject, position_table, summary
 from regvit.batches import Batches, sample
+from regvit.files import write_json, write_table
 from regvit.manifest import read_dataset
 from regvit.token_probes import class_from_token, class_summary, fit_patch_probes, patch_summary, read_patches
 from regvit.tokens import TokenLayout
@@ -22,7 +21,7 @@ def main(run: str, dataset: str) -> None:
     out = Path("metrics/tokens") / run / dataset
     out.mkdir(parents=True, exist_ok=True)
     metrics = patches(run, dataset, out, params, runtime) | {"class": classes(run, params, runtime)}
-    out.with_suffix(".json").write_text(json.dumps(metrics, indent=1) + "\n")
+    write_json(out.with_suffix(".json"), metrics)
     for what, name in (("position", "top1"), ("pixels", "l2"), ("class", "top1")):
         print(f"{run}/{dataset}: {what} {name}, normal {metrics[what]['normal'][name]}, "
               f"outlier {metrics[what]['outlier'][name]}")  # fmt: skip
@@ -36,8 +35,8 @@ def patches(run: str, dataset: str, out: Path, params: dict, runtime: Runtime) -
     probes = fit_patch_probes(layout, looks(subject, learned))
     tested = batches(subject, dataset, "test", params["tokens"]["images"], params["seed"], runtime)
     anatomy = dissect(subject, tested, lambda look: errors.append(read_patches(probes, layout, look)))
-    write_table(out / "norms.csv", norm_table(anatomy, subject.detection))
-    write_table(out / "positions.csv", position_table(anatomy))
+    for name, rows in (("norms", norm_table(anatomy, subject.detection)), ("positions", position_table(anatomy))):
+        write_table(out / f"{name}.csv", list(rows[0]), [row.values() for row in rows])
     draw_anatomy(out / "anatomy.png", anatomy, subject.detection, f"{run}: {dataset}")
     return {"anatomy": summary(anatomy, subject.detection, params["seed"]), **patch_summary(errors, params["seed"])}
 
@@ -75,14 +74,5 @@ def batches(subject: Subject, dataset: str, split: str, count: int, seed: int, r
     return Batches(images, subject.run.transform, runtime.batch_size, runtime.workers, runtime.device, label)
 
 
-def write_table(path: Path, rows: list[dict]) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit("usage: python stages/tokens.py <run> <dataset>")
-    main(*sys.argv[1:])
+    command(main, "run", "dataset", interrupted="metrics/tokens/{0}/{1}.json is not finished")

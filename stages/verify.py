@@ -1,4 +1,5 @@
-"""verify@<run>: holds a run on a planted backbone against the model before planting; metrics/verify/<run>.json, .png."""
+"""verify@<run>: holds a run on a planted backbone against the model before planting; metrics/verify/<run>.json,
+.png and a folder of the same name with the parts of the picture."""
 
 import json
 import sys
@@ -10,7 +11,7 @@ from regvit.manifest import read_dataset
 from regvit.verification import draw_verification, open_models, verify
 from runtime import Runtime
 
-PICTURES = 4
+PICTURES = 6
 
 
 def main(name: str) -> None:

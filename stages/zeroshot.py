@@ -1,22 +1,21 @@
 """zeroshot@<run>-<dataset>: CLIP's zero-shot accuracy with the run's image tower; metrics/zeroshot/<run>/<dataset>.json."""
 
-import csv
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from command import command
 from params import load_params
 from regvit.backbones import load_backbone, unplanted
 from regvit.batches import Batches
+from regvit.files import write_json, write_table
 from regvit.manifest import Dataset, read_dataset
 from regvit.metrics import accuracy, paired_accuracy_difference, top1_correct
 from regvit.runs import open_run, read_run
 from regvit.zeroshot import (
     TEMPLATES,
-    TextTowerError,
     among_first,
     check_same_tower,
     class_embeddings,
@@ -66,7 +65,7 @@ def main(run_name: str, dataset_name: str) -> None:
 
     folder = Path("metrics/zeroshot") / run_name / dataset_name
     folder.mkdir(parents=True, exist_ok=True)
-    folder.with_suffix(".json").write_text(json.dumps(metrics, indent=1) + "\n")
+    write_json(folder.with_suffix(".json"), metrics)
     write_classes(folder / "classes.csv", names, images.labels(), columns)
     print(f"{run_name} on {dataset_name}: zero-shot top-1 {metrics['top1']:.3f}, n {len(images)}")
 
@@ -81,19 +80,13 @@ def labelled(dataset: Dataset) -> Dataset:
 
 def write_classes(path: Path, names: list[str], labels: np.ndarray, columns: dict[str, np.ndarray]) -> None:
     """Accuracy of every class that has images."""
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["class", "n", *columns])
-        for i, name in enumerate(names):
-            own = labels == i
-            if own.any():
-                writer.writerow([name, int(own.sum()), *(f"{values[own].mean():.6f}" for values in columns.values())])
+    rows = []
+    for i, name in enumerate(names):
+        own = labels == i
+        if own.any():
+            rows.append([name, int(own.sum()), *(f"{values[own].mean():.6f}" for values in columns.values())])
+    write_table(path, ["class", "n", *columns], rows)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit("usage: python stages/zeroshot.py <run> <dataset>")
-    try:
-        main(*sys.argv[1:])
-    except TextTowerError as error:
-        sys.exit(f"zeroshot: {error}")
+    command(main, "run", "dataset", interrupted="metrics/zeroshot/{0}/{1}.json is not finished")

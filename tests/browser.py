@@ -4,6 +4,7 @@ Commands go to its file descriptor 3 and answers come from 4, JSON with a zero b
 of the Chrome DevTools Protocol).
 """
 
+import base64
 import json
 import os
 import select
@@ -107,6 +108,12 @@ class Browser:
         both = {"key": " " if key == "Space" else key, "code": key, "windowsVirtualKeyCode": codes[key]}
         self.call("Input.dispatchKeyEvent", type="keyDown", **both, **({"text": text} if text else {}))
         self.call("Input.dispatchKeyEvent", type="keyUp", **both)
+
+    def screenshot(self, path: Path, x: float, y: float, width: float, height: float) -> None:
+        """Writes a PNG of a rectangle of the page, in CSS pixels from its upper left corner, in sight or not."""
+        clip = {"x": x, "y": y, "width": width, "height": height, "scale": 1}
+        taken = self.call("Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True)
+        path.write_bytes(base64.b64decode(taken["data"]))
 
     def errors(self) -> list[str]:
         """What the console was told, and exceptions, since the page was opened."""

@@ -8,6 +8,8 @@ from PIL import Image
 from regvit.compare import Check, Measured, Table
 from regvit.comparisons import Measurements
 from regvit.report_sections import Material, Search
+from regvit.sweeps import Kept
+from regvit.sweeps import Value as Swept
 
 NAME = '<script>alert("a")</script> & $x_1$'  # of a run: shown, never obeyed
 ATTENTION = ("entropy", "on_outliers", "on_registers", "on_cls", "morans_i", "object_mass", "object_auroc")
@@ -94,6 +96,19 @@ def measured(
     return Measurements(run, "planted" if outliers else "plain", stages, tables)
 
 
+def draw_strips(folder: Path, models: list[str], rng: np.random.Generator) -> None:
+    """What `verify` leaves of two images: 4 x 4 patches, each 6 pixels wide."""
+    folder.mkdir(parents=True)
+    photos = rng.integers(0, 255, (24, 48, 3), dtype=np.uint8)
+    Image.fromarray(photos).save(folder / "images.jpg")
+    for model in models:
+        for what in ("norms", "attention", "features"):
+            patches = rng.integers(0, 255, (4, 8, 3), dtype=np.uint8)
+            file = folder / f"{what}-{model}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)  # a name may hold a slash here
+            Image.fromarray(patches.repeat(6, 0).repeat(6, 1)).save(file)
+
+
 def search(outliers: bool = True) -> Search:
     norms = {"layer": [0, 1, 2], "median": [1.0, 2.0, 3.0], "max": [2.0, 30.0, 60.0 if outliers else 5.0]}
     histogram = {"log10_norm": [0.0, 1.0, 2.0], "before": [5, 0, 2], "after": [7, 0, 0]}
@@ -115,11 +130,15 @@ def material(folder: Path, extra: int = 0) -> Material:
     ]
     rng = np.random.default_rng(0)
     for run in runs:
-        for path in ("verify/{}.png", "attention/{}/scenes/maps.png", "discover/{}/scenes/boxes.png"):
+        for path in ("attention/{}/scenes/maps.png", "discover/{}/scenes/boxes.png"):
             file = folder / path.format(run.name)
             file.parent.mkdir(parents=True, exist_ok=True)
             spots = rng.integers(0, 255, (4, 6, 3), dtype=np.uint8)
             Image.fromarray(spots).resize((720, 480)).save(file)
+        models = {"intact": ["intact"], "original": ["intact", "original"]}.get(
+            run.name, ["intact", "original", run.name]
+        )
+        draw_strips(folder / "verify" / run.name, models, rng)
     table = Table("Accuracy", ("run", "top-1", NAME), (("intact", "62.2 [57.5–66.6] ▲", "1"),), "▲ better; `dvc repro`")
     return Material(
         runs,
@@ -132,4 +151,5 @@ def material(folder: Path, extra: int = 0) -> Material:
         [Check("original", NAME, 0.5, 0.9, 1)],
         {"plain": search(False), "planted": search()},
         folder,
+        [Kept("sizes", f"Sizes of {NAME}.", ("1", "2"), {"cls_cosine (verify)": (Swept(0.9, 0.8, 1.0), Swept(0.7))})],
     )  # fmt: skip

@@ -44,3 +44,9 @@ def test_a_sample_is_no_larger_than_its_split(dataset):
 def test_a_split_without_images_is_named(dataset):
     with pytest.raises(ValueError, match="data set grey has no val images"):
         sample(dataset, "val", 5, seed=0)
+
+
+def test_some_images_can_be_selected_by_their_rows(dataset):
+    batches = Batches(dataset, TRANSFORM, batch_size=2).select([0, 3, 9])
+    levels = [(batch[:, 0, 0, 0] * 255).round().int().tolist() for batch in batches]
+    assert levels == [[0, 30], [90]]

@@ -7,13 +7,20 @@ import numpy as np
 import pytest
 
 from regvit import bootstrap
-from regvit.bootstrap import anomaly_metrics, difference, estimate, mean_over_sets, resample
+from regvit.bootstrap import difference, estimate, mean_over_sets, resample
 from regvit.metrics import aupr_in, aupr_out, auroc, fpr95, fpr95_ood_positive
 
 
 def paired(a, b):
     """Difference of AUROC between two rows of one `Resampled`."""
     return difference(a.points["auroc"], a.values["auroc"], b.points["auroc"], b.values["auroc"], a.n)
+
+
+def anomaly_metrics(id_scores, anomaly_scores, bootstrap=1000, seed=0, strata=None):
+    """All five metrics of a row of scores, or of one row a probe seed."""
+    sides = (scores[None] if np.ndim(scores) == 1 else scores for scores in (id_scores, anomaly_scores))
+    drawn = resample(*sides, bootstrap, seed, strata)
+    return {metric: estimate(drawn.points[metric], drawn.values[metric], drawn.n, seed) for metric in drawn.points}
 
 
 def test_intervals_hold_the_point_and_are_those_of_a_plain_bootstrap():

@@ -1,6 +1,7 @@
 """The command line, run as `main([...])` in a folder that looks like the repository after its pipeline."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import regvit.files
 import regvit.look
 from regvit.backbones import create, load_backbone, save_backbone
 from regvit.cli import main
@@ -210,15 +212,41 @@ WRONG = [
     (["look", "grey.png", "--neurons", "list.json"], "list.json holds a list; give a file from `regvit neurons`"),
     (["look", "grey.png", "--neurons", "data/backbones/tiny/backbone.json"], "lacks detect_layer, selected, threshold"),
     (["look", "grey.png", "--backbone", "quiet", "--neurons", "features/neurons/tiny.json"], "quiet has"),
+    (["look", "grey.png", "--neurons", "photos"], "photos: Is a directory"),
+    (["look", "grey.png", "--neurons", "grey.png"], "grey.png is no JSON"),
+    (["look", "grey.png", "--neurons", "nan.json"], "threshold is nan, expected a norm above 0"),
+    (
+        ["look", "grey.png", "--neurons", "half.json"],
+        "threshold is 9.0 and detect_layer None, expected both or neither",
+    ),
+    (["look", "grey.png", "--neurons", "word.json"], "detect_layer is 'last', expected the index of a block"),
+    (["look", "grey.png", "--neurons", "flat.json"], "selected is [1, 2], expected lists of neurons by layer"),
+    (["look", "grey.png", "--neurons", "text.json"], "selected is {'4': 'x'}, expected lists of neurons by layer"),
+    (["look", "grey.png", "--backbone", ""], "there is no backbone '': there are quiet, tiny"),
+    (["look", "grey.png", "--backbone", "quite"], "there is no backbone 'quite': did you mean 'quiet'?"),
+    (["look", "grey.png", "--device", "meta"], "--device meta is unknown; use auto, cpu, cuda or cuda:<n>"),
+    (["look", "grey.png", "--out", "folder.png"], "--out folder.png is a folder; name a file in it"),
+    (["neurons", "tiny", "photos", "--out", "photos"], "--out photos is a folder; name a file in it"),
+    (["neurons", "tiny", "photos", "--out", "grey.png/x.json"], "grey.png: File exists"),
+    (["classify", "cured", "grey.png", "--out", "photos"], "--out photos is a folder; name a file in it"),
     (["neurons", "tiny", "nope/"], "nope is neither a file nor a folder"),
     (["neurons", "tiny", "data/backbones/tiny"], "holds no file with the extension of an image format"),
     (["neurons", "tiny", "photos", "--threshold", "3", "--img-size", "64"], "threshold 3.0 needs its layer"),
     (["neurons", "tiny", "empty.png"], "none of the 1 images can be read"),
     (["export", "tiny", "--neurons", "features/neurons/tiny.json", "--out", "photos"], "holds '00.png'"),
     (["export", "tiny", "--neurons", "features/neurons/tiny.json", "--out", "x", "--patches", "no"], "expected one of"),
-    (["classify", "nope", "grey.png"], "there is no run 'nope'"),
+    (["classify", "nope", "grey.png"], "features/nope/run.json is missing); there are cured"),
     (["classify", "cured", "grey.png", "--readout", "cls_reg"], "no linear probe of readout 'cls_reg'"),
 ]
+
+
+BAD_NEURONS = {
+    "nan.json": {"threshold": float("nan")},
+    "half.json": {"detect_layer": None},
+    "word.json": {"detect_layer": "last"},
+    "flat.json": {"selected": [1, 2]},
+    "text.json": {"selected": {"4": "x"}},
+}
 
 
 @pytest.mark.parametrize(("command", "message"), WRONG, ids=[" ".join(command) for command, _ in WRONG])
@@ -226,11 +254,45 @@ def test_what_the_user_got_wrong_is_one_message_without_a_traceback(here, capsys
     Path("grey.txt").write_text("no JSON")
     Path("list.json").write_text("[]")
     Path("empty.png").write_bytes(b"")
+    Path("folder.png").mkdir(exist_ok=True)
+    for name, fault in BAD_NEURONS.items():
+        about = {"threshold": 9.0, "detect_layer": 4, "selected": {"4": [1]}} | fault
+        Path(name).write_text(json.dumps(about))
     assert main(command) == 1
     printed = capsys.readouterr().err
     assert f"regvit {command[0]}: " in printed
     assert message in printed
     assert "Traceback" not in printed
+
+
+def test_a_pipe_and_what_lies_in_dev_are_written_to_and_never_replaced(here, monkeypatch):
+    pipe = here / "pipe"
+    os.mkfifo(pipe)
+    with subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE, text=True) as reader:
+        assert main(["classify", "cured", "grey.png", "--out", str(pipe)]) == 0
+        assert reader.stdout.readline() == "path,class,probability,energy,down,up\n"
+    assert pipe.is_fifo()
+    replaced = []
+    monkeypatch.setattr(regvit.files, "write_text", lambda path, text: replaced.append(path))
+    with (here / "log").open("w+") as log:  # /dev/fd/N leads to a plain file, as /dev/stdout does in `regvit … > log`
+        log.write("sent before\n")
+        log.flush()
+        assert main(["classify", "cured", "grey.png", "--out", f"/dev/fd/{log.fileno()}"]) == 0
+    assert (here / "log").read_text().splitlines()[:2] == ["sent before", "path,class,probability,energy,down,up"]
+    assert replaced == []
+
+
+def test_a_search_that_is_interrupted_leaves_the_file_that_was_there(here, monkeypatch):
+    out = here / "neurons.json"
+    out.write_text("earlier")
+
+    def full(*_):
+        raise OSError(28, "No space left on device", str(out))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert main(["neurons", "tiny", "photos", "--img-size", "64", "--out", str(out)]) == 1
+    assert out.read_text() == "earlier"
+    assert list(here.iterdir()) == [out]
 
 
 def test_outside_of_the_repository_a_missing_backbone_is_told_with_the_cure(tmp_path, monkeypatch, project, capsys):
@@ -248,6 +310,11 @@ def test_outside_of_the_repository_a_missing_backbone_is_told_with_the_cure(tmp_
         (["look", "a.png", "--out", "a.jpg"], "a.jpg does not end in .png"),
         (["look", "a.png", "--num-registers", "0"], "0 is below 1"),
         (["look", "a.png", "--num-registers", "few"], "invalid whole number value: 'few'"),
+        (["neurons", "tiny", "a.png", "--threshold", "nan"], "nan is not a finite number"),
+        (["neurons", "tiny", "a.png", "--threshold", "much"], "invalid number value: 'much'"),
+        (["neurons", "tiny", "a.png", "--seed", "-1"], "-1 is below 0"),
+        (["neurons", "tiny", "a.png", "--workers", "-3"], "-3 is below 0"),
+        (["export", "tiny", "--neurons", "n.json", "--out", "x", "--scale", "inf"], "inf is not a finite number"),
         (["export", "tiny", "--out", "x"], "arguments are required: --neurons"),
     ],
 )

@@ -1,6 +1,8 @@
 """Tables and self-checks from metrics files written by hand."""
 
 import copy
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -302,3 +304,30 @@ def test_a_readme_without_markers_is_left_alone(tmp_path):
     with pytest.raises(SystemExit, match="must hold the lines"):
         write_readme(path, [])
     assert path.read_text() == "mine"
+
+
+def test_a_reader_that_leaves_early_ends_it_in_silence(tmp_path):
+    """As `| head` does: the script writes into a pipe that nobody reads any more."""
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics/differences.json").write_text("{}")
+    stages = ("tokens", "attention", "discover", "segment", "depth", "zeroshot")
+    empty = {key: {} for key in ("runs", "backbones", "datasets")} | {
+        stage: {"datasets": [], "runs": []} for stage in stages
+    }
+    params = empty | {
+        "compare": {"references": {}},
+        "evaluate": {"detectors": ["msp"]},
+        "in_distribution": "home",
+        "seed": 0,
+    }
+    script = (
+        f"import runpy, sys, types; sys.path.insert(0, {str(ROOT / 'stages')!r}); sys.argv[1:] = [];"
+        f" sys.modules['params'] = types.SimpleNamespace(load_params=lambda: {params!r});"
+        f" runpy.run_path({str(ROOT / 'stages/compare.py')!r}, run_name='__main__')"
+    )
+    command = [sys.executable, "-c", script]
+    assert "there are none" in subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as left:
+        left.stdout.close()
+        assert left.stderr.read() == ""
+    assert left.returncode == -signal.SIGPIPE

@@ -24,6 +24,8 @@ def keys_used(file: str) -> set[str]:
                 of = node.value.func if isinstance(node.value, ast.Call) else node.value
                 if isinstance(of, ast.Name) and of.id in ("params", "load_params"):
                     keys.add(node.slice.value)
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "entry_of":
+                keys.add(node.args[1].value)
     return keys
 
 

@@ -1,8 +1,12 @@
 import dataclasses
 import io
 import json
+import pickle
 import re
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,9 +14,20 @@ import timm
 import torch
 from PIL import Image
 
+from regvit import extraction
 from regvit.backbones import Backbone
-from regvit.extraction import BadFeatures, describe, extract, readouts
+from regvit.extraction import (
+    BadFeatures,
+    CannotCompile,
+    Extractor,
+    InProcess,
+    describe,
+    extract,
+    readouts,
+    row_shapes,
+)
 from regvit.images import Transform, UnreadableImage
+from regvit.lanes import Download, Lane, Upload
 from regvit.manifest import Row, read_dataset, write_dataset
 from regvit.progress import progress
 from regvit.registers import add_test_time_registers
@@ -20,6 +35,7 @@ from regvit.store import FeatureStore, StoreWriter
 from regvit.tokens import TokenLayout
 
 SIZE = 32
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def backbone_of(name="test_vit", **changes):
@@ -264,6 +280,246 @@ def test_changed_code_is_not_mixed_with_what_older_code_made(tmp_path, dataset, 
     assert "started anew, as the unfinished store differs: resume_key.code_sha256 was" in log.getvalue()
 
 
+# Units, wherever they are computed
+
+
+class SlowLane(Lane):
+    """To a device that works beside the host, as a GPU does: each of its three queues is a thread that comes late.
+
+    What is written too early, read too early or waited for too little shows in the features.
+    """
+
+    ahead = 2
+
+    def __init__(self, device):
+        super().__init__(device)
+        self.up, self.work, self.down = (ThreadPoolExecutor(1) for _ in range(3))
+        self.in_flight = self.most_in_flight = 0
+
+    def upload(self, batch):
+        images = torch.zeros_like(batch)
+
+        def copy():
+            time.sleep(0.01)
+            images.copy_(batch)
+
+        return Upload(images, Awaited(self.up.submit(copy)))
+
+    def compute(self, step, upload):
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+
+        def run():
+            upload.done.synchronize()
+            time.sleep(0.02)
+            step(upload.images)
+            self.in_flight -= 1
+
+        self.last = Awaited(self.work.submit(run))
+        return self.last
+
+    def download(self, tensors):
+        computed, found = self.last, {name: torch.zeros_like(values) for name, values in tensors.items()}
+
+        def copy():
+            computed.synchronize()
+            time.sleep(0.02)
+            for name, values in tensors.items():
+                found[name].copy_(values)
+
+        return Download(found, Awaited(self.down.submit(copy)))
+
+
+class Awaited:
+    def __init__(self, future):
+        self.future = future
+
+    def synchronize(self):
+        self.future.result()
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_device_that_works_beside_the_host_gives_the_same_bytes(tmp_path, dataset, monkeypatch, workers, batch_size):
+    backbone = with_registers(backbone_of(), 1)
+    run(tmp_path / "plain", backbone, dataset, batch_size=batch_size)
+    lanes = []
+    monkeypatch.setattr(extraction, "lane_of", lambda device: lanes.append(SlowLane(device)) or lanes[-1])
+    bar = progress(11, "extract", stream=io.StringIO())
+    run(tmp_path / "slow", backbone, dataset, batch_size=batch_size, workers=workers, progress=bar)
+    assert tree(tmp_path / "plain/noise.zarr") == tree(tmp_path / "slow/noise.zarr")
+    assert bar.done == 11
+    assert lanes[0].most_in_flight == 1 + SlowLane.ahead  # it is kept busy, and no more than that waits
+
+
+def test_a_unit_is_the_same_alone_in_any_order_and_at_another_worker(dataset):
+    backbone = with_registers(backbone_of(), 1)
+    make = partial(Extractor, backbone, dataset, batch_size=3, rows_per_unit=4)
+    extractor = make(device="cpu")
+    assert extractor.batch_size == 2 and extractor.shapes == {"cls": (64,), "registers": (1, 64), "patch_mean": (64,)}
+    whole = {unit.start: unit for unit in extractor.units([(0, 4), (4, 8), (8, 11)])}
+    assert [(unit.start, unit.stop) for unit in whole.values()] == [(0, 4), (4, 8), (8, 11)]
+    other = pickle.loads(pickle.dumps(make))(device="cpu", workers=2)
+    backwards = list(other.units([(8, 11), (0, 4)]))
+    assert [unit.start for unit in backwards] == [8, 0]
+    for unit in backwards:
+        for name, values in unit.arrays.items():
+            np.testing.assert_array_equal(values, whole[unit.start].arrays[name])
+            np.testing.assert_array_equal(extractor.unit(unit.start, unit.stop)[name], values)
+    np.testing.assert_allclose(whole[8].arrays["cls"][1], tokens_of(backbone, 9)[0, 0].numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_units_of_a_single_row_are_as_good_as_any(dataset, workers):
+    extractor = Extractor(backbone_of(), dataset, batch_size=4, workers=workers, rows_per_unit=4)
+    whole = np.concatenate([unit.arrays["cls"] for unit in extractor.units([(0, 4), (4, 8), (8, 11)])])
+    single = np.concatenate([unit.arrays["cls"] for unit in extractor.units([(row, row + 1) for row in range(11)])])
+    np.testing.assert_allclose(single, whole, atol=1e-5)  # in another batch
+
+
+def test_rows_that_the_data_set_does_not_have_are_refused(dataset):
+    with pytest.raises(IndexError, match="rows 8 to 12 are out of range: noise has rows 0 to 11"):
+        Extractor(backbone_of(), dataset).unit(8, 12)
+
+
+def test_numbers_out_of_range_are_refused(tmp_path, dataset):
+    with pytest.raises(ValueError, match="batch_size is 0; expected 1 or more"):
+        run(tmp_path, backbone_of(), dataset, batch_size=0)
+    with pytest.raises(ValueError, match="workers is -1; expected 0 or more"):
+        Extractor(backbone_of(), dataset, workers=-1)
+
+
+class Backwards:
+    """An engine that computes the last unit first, each with an extractor of its own, as workers do."""
+
+    def fill(self, make, writer, advance):
+        for unit in reversed(writer.missing_units()):
+            start, stop = writer.unit_rows(unit)
+            writer.write(unit, pickle.loads(pickle.dumps(make))(device="cpu").unit(start, stop))
+            advance(stop - start)
+
+
+def test_an_engine_gives_the_bytes_of_this_process_and_goes_on_with_what_it_left(tmp_path, dataset):
+    backbone = with_registers(backbone_of(), 1)
+    run(tmp_path / "here", backbone, dataset)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "there", backbone, dataset, progress=Interrupting(9))
+    bar = progress(11, "extract", stream=io.StringIO())
+    run(tmp_path / "there", backbone, dataset, progress=bar, engine=Backwards())
+    assert "resumed: 2 of 3 units were done" in bar._stream.getvalue() and bar.done == 11
+    assert tree(tmp_path / "here/noise.zarr") == tree(tmp_path / "there/noise.zarr")
+
+
+def test_an_engine_that_meets_features_that_cannot_be_stored_names_the_image(tmp_path, dataset):
+    backbone = backbone_of()
+    broken = dataclasses.replace(backbone, model=Broken(backbone.model, 6, np.nan))
+    with pytest.raises(BadFeatures, match=r"image 'id 09' \(images/09.png\): array 'cls', row 6: nan"):
+        run(tmp_path, broken, dataset, engine=InProcess())
+
+
+def test_shapes_are_those_of_a_row(dataset):
+    backbone = with_registers(backbone_of(), 2)
+    assert row_shapes(backbone, "float32", arrays=["registers", "patches"]) == {
+        "registers": (2, 64),
+        "patches": (4, 64),
+    }
+
+
+# What decides last bits is not mixed
+
+
+def test_what_was_begun_on_another_kind_of_device_is_not_gone_on_with(tmp_path, dataset, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, backbone_of(), dataset, progress=Interrupting(9))
+    resume = tmp_path / "noise.partial/resume.json"
+    resume.write_text(resume.read_text().replace('"device": "cpu"', '"device": "cuda"'))
+    log = io.StringIO()
+    run(tmp_path, backbone_of(), dataset, progress=progress(11, "extract", stream=log))
+    assert "started anew, as the unfinished store differs: resume_key.device was 'cuda' and is 'cpu'" in log.getvalue()
+
+
+def test_a_gpus_name_batch_size_and_compilation_are_part_of_what_must_agree(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
+    key = extraction._resume_key(torch.device("cuda"), 64, True, None)
+    assert {name: key[name] for name in ("device", "gpu", "batch_size", "compile")} == {
+        "device": "cuda", "gpu": "some GPU", "batch_size": 64, "compile": True,
+    }  # fmt: skip
+    assert "gpu" not in extraction._resume_key(torch.device("cuda"), 64, True, Backwards())  # the engine looks after it
+    assert "batch_size" not in extraction._resume_key(torch.device("cpu"), 64, False, None)
+
+
+def test_a_batch_size_that_was_looked_for_is_kept_with_the_unfinished_work(tmp_path, dataset, monkeypatch):
+    asked = []
+    monkeypatch.setattr(extraction, "_batch_size_for", lambda *_: asked.append(1) or 2)
+    monkeypatch.setattr(
+        extraction, "_resume_key", lambda device, batch_size, compile, engine: {"batch_size": batch_size}
+    )
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, backbone_of(), dataset, batch_size=None, progress=Interrupting(9))
+    assert json.loads((tmp_path / "noise.partial/resume.json").read_text())["resume_key"] == {"batch_size": 2}
+    log = io.StringIO()
+    run(tmp_path, backbone_of(), dataset, batch_size=None, progress=progress(11, "extract", stream=log))
+    assert asked == [1] and "resumed: 2 of 3 units were done" in log.getvalue()
+
+
+def test_a_batch_size_is_looked_for_only_on_a_gpu_that_is_here():
+    backbone = backbone_of()
+    assert extraction._batch_size_for(backbone, "float32", torch.device("cpu"), ["cls"], None) == 32
+    assert extraction._batch_size_for(backbone, "float32", torch.device("cuda"), ["cls"], Backwards()) == 64
+
+
+# Resized by torch, and compiled
+
+
+def test_resizing_by_torch_is_said_in_the_attributes_and_resizing_by_pillow_is_not(tmp_path, dataset):
+    backbone = backbone_of()
+    assert "resizing" not in describe(backbone, dataset, "float32")["transform"]
+    other = dataclasses.replace(backbone, transform=dataclasses.replace(backbone.transform, resizing="torch"))
+    store = run(tmp_path, other, dataset)
+    assert store.attributes["transform"]["resizing"] == "torch"
+    assert Transform.from_dict(store.attributes["transform"]) == other.transform
+
+
+class Compiled:
+    """In place of torch.compile: counts calls, and gives what the model gives, or fails as a missing compiler does."""
+
+    def __init__(self, fails=False):
+        self.fails, self.seen = fails, []
+
+    def __call__(self, forward, dynamic):
+        def compiled(images):
+            if self.fails:
+                raise torch._dynamo.exc.BackendCompilerFailed(None, RuntimeError("no C++ compiler"), None)
+            self.seen.append(len(images))
+            return forward(images)
+
+        assert dynamic is False
+        return compiled
+
+
+def test_only_whole_batches_are_compiled(tmp_path, dataset, monkeypatch):
+    backbone, stand_in = with_registers(backbone_of(), 1), Compiled()
+    run(tmp_path / "plain", backbone, dataset)
+    monkeypatch.setattr(torch, "compile", stand_in)
+    run(tmp_path / "compiled", backbone, dataset, compile=True)
+    assert stand_in.seen == [4, 4]  # the last batch has three images
+    assert tree(tmp_path / "plain/noise.zarr") == tree(tmp_path / "compiled/noise.zarr")
+
+
+def test_where_torch_cannot_compile_the_message_says_what_to_do(tmp_path, dataset, monkeypatch):
+    monkeypatch.setattr(torch, "compile", Compiled(fails=True))
+    with pytest.raises(
+        CannotCompile, match=r"(?s)torch.compile fails on VisionTransformer here \(.*\); extract without it"
+    ):
+        run(tmp_path, backbone_of(), dataset, compile=True)
+
+
+def test_compilation_is_left_out_on_a_cpu_unless_asked_for(tmp_path, dataset, monkeypatch):
+    monkeypatch.setattr(torch, "compile", Compiled(fails=True))
+    monkeypatch.setattr(extraction, "COMPILED_FROM", 1)
+    run(tmp_path, backbone_of(), dataset, compile=None)
+
+
 # What is refused
 
 
@@ -359,10 +615,21 @@ def test_float32_does_not_depend_on_the_callers_matmul_setting(tmp_path, dataset
     assert set(seen) == {("highest", False)}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_gives_the_features_of_the_cpu(tmp_path, dataset):
+@needs_gpu
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_gpu_gives_the_features_of_the_cpu(tmp_path, dataset, compile):
     backbone = with_registers(backbone_of(), 1)
     cpu = run(tmp_path / "cpu", backbone, dataset)
-    gpu = run(tmp_path / "gpu", backbone, dataset, device="cuda")
+    gpu = run(tmp_path / "gpu", backbone, dataset, device="cuda", workers=2, compile=compile)
     for name in cpu.arrays:
         np.testing.assert_allclose(gpu.read(name), cpu.read(name), atol=5e-3)
+
+
+@needs_gpu
+def test_a_gpu_looks_for_its_batch_size_and_goes_on_with_it(tmp_path, dataset):
+    backbone = with_registers(backbone_of(), 1)
+    run(tmp_path / "whole", backbone, dataset, device="cuda", batch_size=None, precision="bfloat16")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, backbone, dataset, "bfloat16", device="cuda", batch_size=None, progress=Interrupting(9))
+    run(tmp_path, backbone, dataset, "bfloat16", device="cuda", batch_size=None)
+    assert tree(tmp_path / "whole/noise.zarr") == tree(tmp_path / "noise.zarr")

@@ -1,3 +1,4 @@
+import matplotlib
 import numpy as np
 import pytest
 import timm
@@ -5,7 +6,20 @@ import torch
 from PIL import Image
 
 from regvit.attention import cls_attention, prefix_attention
-from regvit.gallery import as_picture, attention_maps, draw_attention, draw_maps, first_images, token_maps
+from regvit.feature_colours import fit_palette
+from regvit.gallery import (
+    Maps,
+    as_picture,
+    attention_colours,
+    attention_maps,
+    draw_attention,
+    draw_maps,
+    first_images,
+    norm_colours,
+    save_strip,
+    tile_colours,
+    token_maps,
+)
 from regvit.images import Transform
 from regvit.manifest import Row, read_dataset, write_dataset
 from regvit.outliers import patch_norms
@@ -18,6 +32,56 @@ def test_maps_are_norms_and_attention_in_reading_order():
     maps = token_maps(model, x, 3, [4, 5])
     assert np.allclose(maps.norms, patch_norms(model, [x], [3])[0].reshape(2, 10, 10))
     assert np.allclose(maps.attention, cls_attention(model, x, [4, 5]).mean(0)[:, 1:].reshape(2, 10, 10), atol=1e-6)
+
+
+def test_maps_hold_the_features_of_the_last_layer(tiny_vit, noise_images):
+    model, images = tiny_vit(registers=2), noise_images(2)
+    with torch.no_grad():
+        expected = model.forward_features(images)[:, 3:].reshape(2, 8, 8, -1).numpy()
+    assert np.allclose(token_maps(model, images, 3, [4]).features, expected, atol=1e-6)
+
+
+def test_a_model_without_cls_has_norms_and_features_and_its_picture_no_attention(tiny_vit, noise_images, tmp_path):
+    maps = token_maps(tiny_vit(cls=False), noise_images(1), 3, [4])
+    assert maps.attention is None and maps.norms.shape == (1, 8, 8)
+    draw_maps(tmp_path / "a.png", np.zeros((1, 8, 8, 3)), {"original": maps}, 10.0)
+    width, height = Image.open(tmp_path / "a.png").size
+    assert 1.4 < width / height < 1.7  # two columns and a title: no attention
+
+
+def test_norms_are_drawn_by_their_logarithm_and_end_at_the_threshold():
+    drawn = norm_colours(np.array([[[1.0, 10.0], [100.0, 5000.0]]]), 1.0, 100.0)
+    assert np.allclose(drawn[0, 0, 0], matplotlib.colormaps["magma"](0.0)[:3])
+    assert np.allclose(drawn[0, 0, 1], matplotlib.colormaps["magma"](0.5)[:3])
+    assert np.array_equal(drawn[0, 1, 0], drawn[0, 1, 1])
+
+
+def test_attention_has_a_scale_an_image():
+    drawn = attention_colours(np.array([[[0.1, 0.2]], [[0.2, 0.4]], [[0.0, 0.0]]]), np.array([0.2, 0.4, 0.0]))
+    assert np.array_equal(drawn[0], drawn[1])
+    assert np.allclose(drawn[2], matplotlib.colormaps["viridis"](0.0)[:3])
+
+
+def test_models_share_one_scale_on_which_outliers_do_not_count():
+    features, norms = np.zeros((1, 1, 2, 3)), np.array([[[1.0, 50.0]]])
+    before = Maps(norms, np.array([[[0.1, 0.9]]]), features)
+    after = Maps(np.ones((1, 1, 2)), np.array([[[0.2, 0.0]]]), features)
+    palette = fit_palette(features.reshape(-1, 3))
+    drawn = tile_colours({"a": before, "b": after}, palette, norms > 20, 20.0)
+    bright = matplotlib.colormaps["viridis"](1.0)[:3]
+    assert np.allclose(drawn["attention", "b"][0, 0, 0], bright)  # 0.2 is the most of what is no outlier
+    assert np.allclose(drawn["attention", "a"][0, 0, 1], bright)  # the outlier is beyond the end
+    assert np.allclose(drawn["attention", "a"][0, 0, 0], matplotlib.colormaps["viridis"](0.5)[:3], atol=0.01)
+    assert np.array_equal(drawn["norms", "a"][0, 0, 0], drawn["norms", "b"][0, 0, 0])
+
+
+def test_a_strip_has_its_tiles_side_by_side_enlarged(tmp_path):
+    tiles = np.zeros((2, 2, 2, 3))
+    tiles[1, 0, 0] = (1.0, 0.5, 0.0)
+    save_strip(tmp_path / "new" / "a.png", tiles, enlarged=3)
+    pixels = np.asarray(Image.open(tmp_path / "new" / "a.png"))
+    assert pixels.shape == (6, 12, 3)
+    assert (pixels[:3, 6:9] == (255, 128, 0)).all() and pixels[:, :6].max() == 0 and pixels[3:].max() == 0
 
 
 def test_the_picture_has_a_row_an_image_and_the_same_bytes_each_time(tmp_path):

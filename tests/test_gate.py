@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,23 @@ def test_the_markdown_shows_changes_with_intervals_and_parameters():
     assert "| `m.json:cls.id.top1` | 0.6 [0.5, 0.7] | 0.65 [0.6, 0.7] | +0.05 |" in text
     assert "| `probe.steps` | 1000 | 500 |" in text
     assert "No guarded metric fell." in text
+
+
+def test_a_comment_is_cut_to_the_length_that_it_may_have_and_says_what_is_left_out():
+    old = flatten({"m.json": {f"cls{i}": top1(0.6, 0.5, 0.7)["cls"] for i in range(900)}})
+    new = flatten({"m.json": {f"cls{i}": top1(0.3, 0.2, 0.4)["cls"] for i in range(900)}})
+    table = changes(old, new)
+    failures = judge(table, [HIGHER])
+    params = [(f"probe.{i}", "1", "2") for i in range(5000)]
+    whole = markdown(table, failures, params)
+    assert len(whole) > 100_000 and whole.count("| 0.6 [0.5, 0.7] | 0.3 [0.2, 0.4] | -0.3 |") == 900
+    cut = markdown(table, failures, params, 65_536)
+    assert 50_000 < len(cut) <= 65_536
+    assert "**900 guarded metric(s) fell:**" in cut
+    left = [int(number) for number in re.findall(r"… and (\d+) more, which `stages/gate.py` prints.", cut)]
+    shown = [cut.count("- `m.json:"), cut.count("| `probe."), cut.count("| `m.json:")]
+    assert [a + b for a, b in zip(left, shown, strict=True)] == [900, 5000, 900]
+    assert markdown(table, failures, [], 10**9) == markdown(table, failures, [])
 
 
 @pytest.fixture

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from regvit.heads import RowOrder, mean_and_scale
+from regvit.heads import RowOrder, moments
 from regvit.probes import train_probes
+from regvit.stored import blocks
 
 
 @pytest.mark.parametrize(("n", "batch_size"), [(10, 4), (10, 10), (3, 50), (7, 1)])
@@ -27,9 +28,25 @@ def test_an_order_goes_on_from_its_state():
 
 
 def test_one_scale_stands_for_all_channels():
-    mean, scale = mean_and_scale(np.array([[0, 10], [2, 16]], dtype=np.float32))
-    assert mean.tolist() == [1, 13] and scale == pytest.approx(math.sqrt((1 + 9) / 2))
-    assert mean_and_scale(np.full((3, 2), 7, np.float32))[1] == 1
+    values = {"cls": np.array([[0, 10], [2, 16]], np.float32), "patch_mean": np.full((2, 2), 7, np.float32)}
+    found = moments(values)
+    assert found["cls"].mean.tolist() == [1, 13] and found["cls"].scale == pytest.approx(math.sqrt((1 + 9) / 2))
+    assert found["patch_mean"].scale == 1
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64, 4096])
+def test_moments_have_numpys_bits_however_the_rows_are_cut(rows, monkeypatch):
+    values = np.random.default_rng(0).normal(3, 2, size=(101, 5)).astype(np.float32)
+    monkeypatch.setattr("regvit.heads.blocks", lambda n: blocks(n, rows))
+    found = moments({"cls": values})["cls"]
+    assert found.mean.tolist() == values.mean(0, dtype=np.float64).tolist()
+    assert found.scale == math.sqrt(values.var(0, dtype=np.float64).mean())
+
+
+def test_pooled_registers_are_standardised_by_cls_and_their_mean():
+    values = np.array([[1, 2, 3, 4, 5, 6], [3, 4, 5, 6, 7, 8]], np.float32)  # CLS and two registers of 2 channels
+    found = moments({"cls_reg_learned": values}, channels=2)["cls_reg_learned"]
+    assert found.mean.tolist() == [2, 3, 5, 6] and found.scale == 1
 
 
 def tokens(n, r, d, seed):

@@ -1,10 +1,11 @@
 import csv
+import dataclasses
 import io
 
 import numpy as np
 import pytest
 
-from regvit import find_register_neurons
+from regvit import find_register_neurons, identification
 from regvit.identification import norms_under_treatments, sentence, summary, tables
 from regvit.planting import plant
 
@@ -54,6 +55,31 @@ def test_the_tables_count_every_patch_and_mark_selected_and_planted_neurons(sear
     text = io.StringIO()
     csv.writer(text).writerows(made.scores)
     assert text.getvalue().startswith("rank,layer,neuron,attribution,activation,selected,planted")
+
+
+def test_controls_see_no_more_than_the_first_images_and_the_histogram_counts_as_many_before(
+    searched, tiny_vit, noise_images, monkeypatch
+):
+    found, treated, truth = searched
+    monkeypatch.setattr(identification, "CONTROL_IMAGES", 12)
+    model, images = tiny_vit(1), noise_images(48)
+    plant(model, images, seed_layer=2, amplifier_layer=3, fraction=0.05, edit_keys=True)
+    few = norms_under_treatments(model, images.split(5), found, seed=0)
+    for name, norms in few.items():
+        assert norms.shape == (12, 64)
+        assert np.allclose(norms, treated[name][:12], rtol=1e-5)
+    counts = np.array([row[1:] for row in tables(found, few, truth).histogram[1:]])
+    assert counts[:, 1].sum() == 12 * 64
+    assert counts[:, 0].sum() == pytest.approx(12 * 64, abs=10)  # each of 60 bins is rounded
+
+
+def test_a_search_that_went_through_all_images_twice_says_so(searched):
+    found, treated, truth = searched
+    metrics = summary(found, treated, truth, seed=0)
+    assert "twice" not in sentence("tiny", found, metrics)  # 48 images, no more than are looked at first
+    found = dataclasses.replace(found, again=100, outlier_fraction=np.full(100, 0.01))
+    text = sentence("tiny", found, metrics)
+    assert "all images were gone through twice, as they contradict the first 64" in text
 
 
 def test_the_sentence_says_what_is_left_under_each_treatment(searched):

@@ -1,4 +1,5 @@
 import json
+import pickle
 import threading
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from timm.data import create_transform
 
-from regvit.images import Transform, UnreadableImage, in_order, load_batches, read_rgb
+from regvit.images import Transform, UnreadableImage, in_order, load_batches, read_rgb, to_rgb
 from regvit.manifest import Row, read_dataset, write_dataset
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -44,6 +45,69 @@ def test_loading_and_normalising_equals_timms_whole_transform(tmp_path):
     reference = create_transform((3, 32, 32), interpolation="bicubic", mean=MEAN, std=STD, crop_pct=0.9)
     expected = reference(Image.open(tmp_path / "x.png"))
     torch.testing.assert_close(transform.normalise(loaded[None])[0], expected, rtol=0, atol=1e-6)
+
+
+def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Soft blobs with grain, as noise alone shows nothing of how images are resized."""
+    return noise(9, 7, seed).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(40, 200),
+    st.integers(40, 200),
+    st.integers(8, 64),
+    st.sampled_from([1.0, 0.875]),
+    st.sampled_from(["bicubic", "bilinear"]),
+    st.integers(0, 99),
+)
+def test_torch_resizes_to_the_same_place_and_within_two_levels(width, height, size, crop_pct, interpolation, seed):
+    image = photograph(width, height, seed)
+    pillow = Transform(size, MEAN, STD, interpolation, crop_pct)
+    torchs = Transform(size, MEAN, STD, interpolation, crop_pct, "torch")
+    difference = np.abs(np.asarray(torchs.crop(image)).astype(int) - np.asarray(pillow.crop(image)))
+    assert difference.shape == (size, size, 3) and difference.max() <= 2
+
+
+def test_torch_resizes_as_torchvisions_transform_does_on_tensors():
+    v2 = pytest.importorskip("torchvision.transforms.v2")
+    image = photograph(150, 90)
+    tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    reference = v2.Compose([v2.Resize(36, v2.InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(32)])(tensor)
+    mine = Transform(32, MEAN, STD, "bicubic", 32 / 36, "torch").crop(image)
+    assert np.array_equal(np.asarray(mine), reference.permute(1, 2, 0).numpy())
+
+
+def test_an_image_of_the_right_size_is_not_resized_by_either(tmp_path):
+    noise(32, 32).save(tmp_path / "x.png")
+    pillow, torchs = (Transform(32, MEAN, STD, resizing=way).load(tmp_path / "x.png") for way in ("pillow", "torch"))
+    assert torch.equal(pillow, torchs) and torch.equal(
+        pillow.permute(1, 2, 0), torch.from_numpy(np.array(noise(32, 32)))
+    )
+
+
+def test_what_cannot_be_read_is_refused_alike_however_it_would_be_resized(tmp_path):
+    photograph(90, 80).save(tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:700])
+    said = []
+    for way in ("pillow", "torch"):
+        with pytest.raises(UnreadableImage) as caught:
+            Transform(32, MEAN, STD, resizing=way).load(tmp_path / "cut.jpg")
+        said.append(str(caught.value))
+    assert said[0] == said[1] and "truncated" in said[0]
+
+
+def test_an_error_of_another_process_comes_back_as_it_was():
+    error = pickle.loads(pickle.dumps(UnreadableImage("x.png", "empty file")))
+    assert str(error) == "x.png cannot be read as an image: empty file; replace the file or take it out of the data set"
+    assert (str(error.path), error.reason) == ("x.png", "empty file")
+
+
+def test_reading_leaves_the_callers_image_alone():
+    image = noise(4, 3)
+    before = image.tobytes()
+    Transform(2, MEAN, STD).crop(to_rgb(image))
+    assert image.tobytes() == before and image.size == (4, 3)
 
 
 def test_transparent_pixels_become_white_in_every_transparent_mode(tmp_path):
@@ -108,8 +172,13 @@ def test_unreadable_images_are_named_with_the_reason(tmp_path):
 
 
 def test_a_transform_survives_json():
-    transform = Transform(112, MEAN, STD, "bilinear", 0.9)
-    assert Transform.from_dict(json.loads(json.dumps(transform.to_dict()))) == transform
+    for transform in (Transform(112, MEAN, STD, "bilinear", 0.9), Transform(112, MEAN, STD, resizing="torch")):
+        assert Transform.from_dict(json.loads(json.dumps(transform.to_dict()))) == transform
+
+
+def test_a_transform_says_how_it_resizes_only_where_that_is_not_pillows_way():
+    assert "resizing" not in Transform(8, MEAN, STD).to_dict()
+    assert Transform(8, MEAN, STD, resizing="torch").to_dict()["resizing"] == "torch"
 
 
 @pytest.mark.parametrize(
@@ -120,6 +189,11 @@ def test_a_transform_survives_json():
         ({"crop_pct": 1.5}, r"crop_pct 1\.5 must lie in \(0, 1\]"),
         ({"std": (1, 0, 1)}, "std above 0"),
         ({"extra": 1}, "its keys are size, mean, std, interpolation, crop_pct"),
+        ({"resizing": "opencv"}, "resizing 'opencv' is unknown; use one of pillow, torch"),
+        (
+            {"resizing": "torch", "interpolation": "lanczos"},
+            r"torch has no antialiased lanczos interpolation \(only bilinear, bicubic\); use resizing 'pillow'",
+        ),
     ],
 )
 def test_a_bad_transform_says_what_is_allowed(change, message):

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ import timm
 import torch
 
 from regvit import add_test_time_registers, find_register_neurons
-from regvit.neurons import NoOutliers, _Sums, ablated, read_selected, score_neurons
+from regvit.neurons import ablated, read_selected
 from regvit.outliers import patch_norms
 
 UNITS = {1: (5,), 2: (11, 40)}  # block 1 unit 5 fires on a marked patch; block 2's units on what it wrote
@@ -131,32 +132,24 @@ def test_attribution_is_the_share_of_the_excess_that_a_neuron_writes(planted):
     model, x = planted
     layer = 2
     norms = patch_norms(model, [x], [layer])[0]
-    outliers = norms > 2 * np.median(norms)
-    scores = score_neurons(model, x.split(5), outliers, layer)
+    threshold = 2 * float(np.median(norms))
+    found = find_register_neurons(model, x.split(5), threshold=threshold, layer=layer)
     with torch.no_grad():
         acts = []
         handle = model.blocks[2].mlp.fc2.register_forward_pre_hook(lambda _, a: acts.append(a[0][:, 1:]))
         out = model.forward_intermediates(x, indices=[layer], intermediates_only=True, output_fmt="NLC")[0].double()
         handle.remove()
         write = acts[0][..., 11, None].double() * model.blocks[2].mlp.fc2.weight[:, 11].double()  # LayerScale is 1
-    m = torch.from_numpy(outliers)
+    m = torch.from_numpy(norms > threshold)
 
     def excess(values):
         return values[m].mean(0) - values[~m].mean(0)
 
     whole = excess(out)
-    expected = excess(write) @ whole / (whole @ whole)
-    assert scores.attribution[2, 11].item() == pytest.approx(expected.item(), rel=1e-5)
+    expected = (excess(write) @ whole / (whole @ whole)).item()
+    share = {(n.layer, n.neuron): n.attribution for n in found.neurons}
+    assert share[2, 11] == pytest.approx(expected, rel=1e-5)
     assert expected > 0.2
-
-
-def test_batches_do_not_change_the_scores(planted):
-    model, x = planted
-    outliers = np.zeros((24, 100), bool)
-    outliers[::3, 7:9] = True
-    whole, pieces = (score_neurons(model, batches, outliers, 3) for batches in ([x], x.split(5)))
-    assert torch.allclose(whole.activation, pieces.activation, rtol=1e-6)
-    assert torch.allclose(whole.attribution, pieces.attribution, rtol=1e-5, atol=1e-9)
 
 
 def test_cls_and_trained_registers_never_count():
@@ -224,6 +217,7 @@ def test_a_model_with_test_time_registers_is_refused(planted):
         ({"score": "magic"}, "score is 'magic'"),
         ({"top_k": 0}, "top_k is 0"),
         ({"explained": 1.5}, "explained is 1.5"),
+        ({"precision": "float8"}, "precision is 'float8'; expected one of float32, float32_medium, bfloat16, float16"),
         ({"max_layer": 6}, "max_layer 6 is out of range: the model has 6 blocks"),
     ],
 )
@@ -232,31 +226,33 @@ def test_options_out_of_range_are_refused(planted, options, message):
         find_register_neurons(*planted, **options)
 
 
-def test_scoring_without_outliers_is_an_error(planted):
-    model, x = planted
-    with pytest.raises(NoOutliers, match="none of the 2400 patches"):
-        score_neurons(model, [x], np.zeros((24, 100), bool), 2)
-
-
-def test_sums_take_no_more_memory_for_more_images():
-    sums = _Sums(2, 8, torch.device("cpu"))
-    before = {name: value.numel() for name, value in vars(sums).items() if isinstance(value, torch.Tensor)}
-    for _ in range(5):
-        sums.mask = torch.rand(4, 10) > 0.5
-        sums.see_activation(0, torch.randn(4, 10, 8))
-    after = {name: value.numel() for name, value in vars(sums).items() if isinstance(value, torch.Tensor)}
-    assert {name: n for name, n in after.items() if name != "mask"} == {n: v for n, v in before.items() if n != "mask"}
-
-
 def test_the_busiest_neurons_are_kept_beside_the_best_writers(planted):
     model, x = planted
-    found = find_register_neurons(model, x)
-    scores = score_neurons(
-        model, [x], found.norms[found.detection.layer] > found.detection.threshold, found.detection.layer
-    )
-    first = int(scores.activation.argmax())
-    width = scores.activation.shape[1]
-    assert (found.active[0].layer, found.active[0].neuron) == divmod(first, width)
-    activations = [neuron.activation for neuron in found.active]
+    by_writing = find_register_neurons(model, x)
+    by_activity = find_register_neurons(model, x, score="activation", top_k=1)
+    assert by_writing.active == tuple(replace(n, attribution=share_of(by_writing, n)) for n in by_activity.neurons)
+    activations = [neuron.activation for neuron in by_writing.active]
     assert activations == sorted(activations, reverse=True) and len(activations) == 200
-    assert json.loads(found.to_json())["active"][0]["activation"] == activations[0]
+    assert json.loads(by_writing.to_json())["active"][0]["activation"] == activations[0]
+
+
+def share_of(found, neuron):
+    """The attribution that the search gave to a neuron."""
+    return next(n.attribution for n in found.active if (n.layer, n.neuron) == (neuron.layer, neuron.neuron))
+
+
+@pytest.mark.parametrize("precision", ["float32_medium", "bfloat16"])
+def test_a_faster_precision_selects_the_same_neurons_and_is_named_in_the_file(planted, precision):
+    model, x = planted
+    before = torch.get_float32_matmul_precision()
+    found = find_register_neurons(model, x, precision=precision)
+    assert found.selected == UNITS
+    assert json.loads(found.to_json(backbone="tiny"))["precision"] == precision
+    assert "precision" not in json.loads(find_register_neurons(model, x).to_json())
+    assert torch.get_float32_matmul_precision() == before and not torch.is_autocast_enabled("cpu")
+
+
+def test_the_search_leaves_no_hook_behind(planted):
+    model, x = planted
+    find_register_neurons(model, x)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

@@ -8,8 +8,9 @@ import torch
 from safetensors.numpy import save_file
 from sklearn.linear_model import LogisticRegression
 
+from regvit.checkpoints import CHECKPOINT
 from regvit.neighbours import Neighbours
-from regvit.probes import CHECKPOINT, DINOV2_RATES, InvalidProbes, Probe, load_probes, save_probes, train_probes
+from regvit.probes import DINOV2_RATES, InvalidProbes, Probe, load_probes, save_probes, train_probes
 from regvit.progress import progress
 
 CLASSES = tuple("abcdefg")
@@ -376,8 +377,8 @@ def test_files_that_hold_no_probes_are_refused(tmp_path):
     with pytest.raises(InvalidProbes, match="has no 'regvit_probes' in its metadata"):
         load_probes(tmp_path / "other")
     save_file({"w": np.zeros(2)}, tmp_path / "later", metadata={"regvit_probes": json.dumps({"format_version": 9})})
-    with pytest.raises(InvalidProbes, match="has probe format 9, this version reads 2; run the probe stage again"):
+    with pytest.raises(InvalidProbes, match="has probes format 9, this version reads 2; run the probe stage again"):
         load_probes(tmp_path / "later")
     save_file({"w": np.zeros(2)}, tmp_path / "earlier", metadata={"regvit_probes": json.dumps({"format_version": 1})})
-    with pytest.raises(InvalidProbes, match="has probe format 1, this version reads 2; run the probe stage again"):
+    with pytest.raises(InvalidProbes, match="has probes format 1, this version reads 2; run the probe stage again"):
         load_probes(tmp_path / "earlier")

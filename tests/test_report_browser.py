@@ -1,7 +1,11 @@
 """The report in a real browser: nothing breaks or overflows on a phone or a laptop, and it is usable by keyboard."""
 
+import os
+from pathlib import Path
+
 import pytest
 from browser import Browser, find_chromium
+from PIL import Image
 from report_example import material
 
 from regvit.report_sections import report
@@ -78,7 +82,8 @@ def test_every_picture_is_loaded(opened):
     loaded = opened.evaluate(
         "Promise.all([...document.images].map((image) => image.decode().then(() => image.naturalWidth > 0)))"
     )
-    assert len(loaded) >= 9
+    # of two images, in four panes of which one has no slider; and two galleries of three runs, two of them over another
+    assert len(loaded) == 2 * (4 + 3 + 3 * 6) + 2 * (3 + 2)
     assert all(loaded)
 
 
@@ -109,15 +114,93 @@ def test_light_and_dark_differ(browser, file, width):
 
 
 def test_a_run_is_chosen_by_tab_and_arrow(opened):
-    shown = "[0, 1, 2].map((i) => document.getElementById(`norms-${i}-picture`).checkVisibility())"
+    shown = "[0, 1, 2].map((i) => document.getElementById(`maps-scenes-${i}-picture`).checkVisibility())"
     assert opened.evaluate(shown) == [False, False, True]
-    focus_by_tab(opened, "input[name=norms]")
-    assert opened.evaluate("document.activeElement.id") == "norms-2"
-    ring = "getComputedStyle(document.querySelector('label[for=norms-2]')).outlineStyle"
+    focus_by_tab(opened, "input[name=maps-scenes]")
+    assert opened.evaluate("document.activeElement.id") == "maps-scenes-2"
+    ring = "getComputedStyle(document.querySelector('label[for=maps-scenes-2]')).outlineStyle"
     assert opened.evaluate(ring) == "solid"  # it is seen where the focus is
     opened.press("ArrowLeft")
-    assert opened.evaluate("document.activeElement.id") == "norms-1"
+    assert opened.evaluate("document.activeElement.id") == "maps-scenes-1"
     assert opened.evaluate(shown) == [False, True, False]
+
+
+CLIPS = """[...document.querySelectorAll('.sheet')].filter((s) => s.checkVisibility())[0].querySelectorAll('.wipe img + img')"""
+
+
+def test_all_maps_of_the_images_are_moved_by_one_slider(opened):
+    clips = f"[...{CLIPS}].map((image) => getComputedStyle(image).clipPath)"
+    assert opened.evaluate(clips) == ["inset(0px 0px 0px 50%)"] * 6  # three maps of two images
+    focus_by_tab(opened, "input[type=range]")
+    opened.press("ArrowLeft")
+    assert opened.evaluate(clips) == ["inset(0px 0px 0px 49%)"] * 6
+    opened.press("Home")
+    assert set(opened.evaluate(clips)) <= {"inset(0px)", "inset(0px 0px 0px 0%)"}  # two ways of saying it
+    label = opened.evaluate("document.activeElement.getAttribute('aria-label')")
+    assert label.startswith("how far original covers ")
+
+
+def test_the_line_is_dragged_by_the_mouse_and_the_slider_follows(browser, file):
+    browser.open(file, 1440, False)
+    browser.evaluate(f"{CLIPS}[0].scrollIntoView({{block: 'center'}})")
+    box = browser.evaluate(f"{CLIPS}[0].getBoundingClientRect().toJSON()")
+    y = box["top"] + box["height"] / 2
+    for kind, share, buttons in (
+        ("mousePressed", 0.5, 1),
+        ("mouseMoved", 0.6, 1),
+        ("mouseMoved", 0.8, 1),
+        ("mouseReleased", 0.8, 0),
+    ):
+        at = {"x": box["left"] + share * box["width"], "y": y}
+        browser.call("Input.dispatchMouseEvent", type=kind, button="left", buttons=buttons, clickCount=1, **at)
+    value = (
+        "[...document.querySelectorAll('.sheet')].filter((s) => s.checkVisibility())[0].querySelector('input').value"
+    )
+    assert 78 <= int(browser.evaluate(value)) <= 82
+    at = {"x": box["left"] + 0.1 * box["width"], "y": y}
+    browser.call("Input.dispatchMouseEvent", type="mouseMoved", button="none", buttons=0, **at)
+    assert 78 <= int(browser.evaluate(value)) <= 82  # let go, it stays
+
+
+def test_maps_are_drawn_patch_by_patch_and_lie_exactly_over_each_other(opened):
+    assert opened.evaluate(f"getComputedStyle({CLIPS}[0]).imageRendering") == "pixelated"
+    boxes = f"[...{CLIPS}].map((image) => [image, image.previousSibling].map((i) => JSON.stringify(i.getBoundingClientRect())))"
+    assert all(over == under for over, under in opened.evaluate(boxes))
+
+
+def test_on_a_phone_a_row_of_the_first_table_is_a_block_with_a_line_a_run(browser, file):
+    browser.open(file, 360, False)
+    assert browser.evaluate(
+        "document.querySelector('.stack').scrollWidth <= document.querySelector('.stack').clientWidth"
+    )
+    said = "getComputedStyle(document.querySelector('.stack td.v:not(.none)'), '::before').content"
+    assert browser.evaluate(said) == '"original"'
+    browser.open(file, 1440, False)
+    assert browser.evaluate(said) == "none"
+
+
+PARTS = (
+    "[...document.querySelectorAll('section')].map((s) => [s.id, ...Object.values(s.getBoundingClientRect().toJSON())])"
+)
+
+
+@pytest.mark.parametrize(("width", "dark"), SIZES)
+def test_a_tour_of_screenshots_is_left(browser, tmp_path, file, width, dark):
+    """A picture a section, in REGVIT_TOUR where that names a folder (of REGVIT_TOUR_PAGE, else of the small example)."""
+    folder = Path(os.environ.get("REGVIT_TOUR", tmp_path)) / f"{width}-{'dark' if dark else 'light'}"
+    folder.mkdir(parents=True, exist_ok=True)
+    page = Path(os.environ.get("REGVIT_TOUR_PAGE", file))
+    browser.open(page, width, dark)
+    assert browser.errors() == []
+    parts = browser.evaluate(PARTS)
+    for name, x, y, wide, high, *_ in parts:
+        browser.screenshot(folder / f"{name}.png", x, y, wide, min(high, 6000))
+    pictures = [Image.open(path) for path in folder.glob("part-*.png")]
+    assert len(pictures) == len(parts) > 5
+    assert all(picture.width <= width for picture in pictures)
+    assert all(
+        max(picture.convert("L").getextrema()) - min(picture.convert("L").getextrema()) > 100 for picture in pictures
+    )
 
 
 def test_one_picture_is_moved_over_the_other_by_keyboard(opened):
@@ -162,7 +245,7 @@ def test_a_link_of_the_contents_opens_the_closed_section_that_it_leads_to(browse
 
 def test_wide_tables_are_scrolled_by_keyboard(browser, file):
     browser.open(file, 360, False)
-    focus_by_tab(browser, ".wide")
+    focus_by_tab(browser, ".wide:not(.stack)")
     assert browser.evaluate("document.activeElement.scrollWidth > document.activeElement.clientWidth")
     browser.press("ArrowRight")
     browser.evaluate("new Promise((done) => setTimeout(done, 400))")

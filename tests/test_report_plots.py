@@ -17,6 +17,7 @@ from regvit.report_plots import (
     plot_places,
     plot_points,
     plot_scores,
+    plot_settings,
 )
 
 SEARCH = search()
@@ -29,6 +30,7 @@ PLOTS = {
     "scores": lambda: plot_scores(SEARCH.scores),
     "layers": lambda: plot_layers({NAME: CURVE, "none": NOTHING}, NAME),
     "points": lambda: plot_points([NAME, "b"], POINTS, "top-1, %", 100),
+    "settings": lambda: plot_settings([NAME, "b"], [Value(0.5, 0.4, 0.6), None], NAME),
     "places": lambda: plot_places([0.5, 0, 0, 0.1]),
     "no neurons": lambda: plot_scores(search(False).scores),
     "no threshold": lambda: plot_histogram(SEARCH.histogram, None),

@@ -3,8 +3,9 @@
 import dataclasses
 import re
 
+import numpy as np
 import pytest
-from report_example import NAME, material
+from report_example import NAME, draw_strips, material, measured
 from test_report import check_page
 
 from regvit.report_sections import Material, report
@@ -46,17 +47,17 @@ def test_the_bytes_depend_on_the_metrics_alone(made, whole):
     assert report(made) == whole
 
 
-def test_every_part_is_there_and_what_registers_change_comes_first(whole):
+def test_every_part_is_there_and_pictures_come_first(whole):
     assert headings(whole) == [
-        "What registers change", "Self-checks", "What was run", "Before and after", "Outliers and their neurons",
+        "Before and after", "What registers change", "Self-checks", "What was run", "Outliers and their neurons",
         "Attention", "What single tokens know", "Object discovery", "Segmentation", "Depth",
-        "Classification and anomalies", "Make it again", "Words",
+        "Classification and anomalies", "Sweeps", "Make it again", "Words",
     ]  # fmt: skip
 
 
 def test_what_was_not_measured_has_no_part(made):
-    assert headings(report(bare(made))) == [
-        "What registers change", "Self-checks", "What was run", "Before and after", "Outliers and their neurons",
+    assert headings(report(dataclasses.replace(bare(made), sweeps=()))) == [
+        "Before and after", "What registers change", "Self-checks", "What was run", "Outliers and their neurons",
         "Classification and anomalies", "Make it again", "Words",
     ]  # fmt: skip
 
@@ -76,7 +77,7 @@ def test_a_folder_without_pictures_makes_a_page_without_pictures(made, tmp_path)
 
 
 def test_the_cured_run_is_shown_first_beside_its_reference(whole):
-    assert set(re.findall(r'id="(\w+(?:-\w+)*)-2" checked', whole)) == {"norms", "maps-scenes", "boxes-scenes"}
+    assert set(re.findall(r'id="(\w+(?:-\w+)*)-2" checked', whole)) == {"models", "maps-scenes", "boxes-scenes"}
     assert 'data-under="boxes-scenes-1-picture"' in whole
 
 
@@ -101,10 +102,36 @@ def test_pictures_share_the_room_so_that_many_runs_do_not_swell_the_page(made, t
 
     monkeypatch.setattr("regvit.report.picture", take)
     report(made)
-    assert asked == [20_000] * 9
+    assert asked == [30_000] * 6
     asked.clear()
     report(material(tmp_path, extra=2))
-    assert asked == [12_000] * 15
+    assert asked == [18_000] * 10
+
+
+def test_models_are_compared_by_the_names_of_the_runs_that_they_are(whole):
+    panes = re.findall(r'<label for="models-\d">(.*?)</label>', whole)
+    cured = "&lt;script&gt;alert(&quot;a&quot;)&lt;/script&gt; &amp; $x_1$"
+    assert panes == ["intact", "intact → original", f"original → {cured}", f"intact → {cured}"]
+
+
+def test_a_model_that_no_run_is_has_a_name_that_says_what_it_is(made):
+    text = report(dataclasses.replace(made, runs=made.runs[2:]))
+    assert '<label for="models-0">without registers → ' in text
+    assert '<label for="models-1">before planting → ' in text
+
+
+def test_a_run_that_is_its_backbone_as_it_came_is_compared_with_its_reference(made, tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("intact", "trained"):
+        draw_strips(tmp_path / "verify" / name, [name], rng)
+    trained = measured("trained", "trained", reference="intact", outliers=False)
+    text = report(dataclasses.replace(made, runs=[made.runs[0], trained], folder=tmp_path))
+    assert '<label for="models-1">intact → trained</label>' in text
+
+
+def test_a_sweep_has_a_plot_a_column_and_its_caption(whole):
+    assert "<h3>Sweep sizes</h3>" in whole
+    assert 'aria-label="cls_cosine (verify) by setting"' in whole
 
 
 def test_runs_and_data_sets_are_named(whole):

@@ -11,7 +11,7 @@ from regvit.controls import silence
 from regvit.hooks import output_projection, watch_inputs
 from regvit.images import Transform
 from regvit.neurons import Neuron
-from regvit.runs import describe_run, open_run
+from regvit.runs import describe_run, open_run, read_run
 
 TRANSFORM = Transform(160, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 SELECTED = {1: (3, 5)}
@@ -174,3 +174,14 @@ def test_a_control_of_a_backbone_without_outliers_has_nothing_to_move(folder):
 def test_a_control_that_does_not_fit_the_variant_is_refused(folder, registers, count, neurons, message):
     with pytest.raises(ValueError, match=message):
         describe_run("r", load_backbone(folder / "tiny"), registers, count, SELECTED, neurons=neurons)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(b"[1]", "holds a list"), (b"{", "is no run.json: "), (b"\xff\xfe\x00", "is no run.json: ")]
+)
+def test_a_file_that_is_no_run_is_refused_by_name(tmp_path, content, said):
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        read_run(tmp_path / "run.json")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        read_run(tmp_path / "none.json")

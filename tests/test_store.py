@@ -1,14 +1,17 @@
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -22,11 +25,13 @@ from regvit.durable import FolderLocked, move_folder, sync
 from regvit.store import (
     FeatureStore,
     InvalidStore,
+    OutOfReach,
     StoreWriter,
     UnstorableFeature,
     default_rows_per_unit,
     fingerprint,
     image_ids_digest,
+    unfinished,
 )
 
 SHAPES = {"cls": (8,), "registers": (2, 8), "patch_mean": (8,)}
@@ -524,6 +529,79 @@ def test_a_fingerprint_does_not_depend_on_the_order_of_keys_and_refuses_what_is_
         fingerprint({"a": Path("x")})
     with pytest.raises(ValueError, match="Out of range float"):
         fingerprint({"a": float("nan")})
+
+
+# Units written by other processes
+
+
+def test_a_unit_that_another_process_wrote_counts_when_it_is_recorded(tmp_path):
+    with StoreWriter(tmp_path / "made.zarr", tmp_path / "made.partial", 10, SHAPES, MADE_BY, 4) as writer:
+        worker = pickle.loads(pickle.dumps(writer.unit_writer()))
+        assert worker.partial.is_absolute()
+        for unit in (1, 2, 0):
+            receipt = worker.write(unit, features(10, *writer.unit_rows(unit)))
+            assert unit in writer.missing_units()
+            writer.record(unit, receipt | {"device": "x"})
+            assert unit not in writer.missing_units()
+        worker.write(1, features(10, 4, 8))  # once more, as one that was believed dead
+        assert writer.records[2] == {"unit": 2, "device": "x"}
+        writer.finish()
+    assert tree(tmp_path / "made.zarr") == tree(make(tmp_path / "undisturbed"))
+
+
+def test_records_are_known_again_after_an_interruption(tmp_path):
+    arguments = tmp_path / "made.zarr", tmp_path / "made.partial", 10, SHAPES, MADE_BY, 4
+    with StoreWriter(*arguments) as writer:
+        writer.record(1, writer.unit_writer().write(1, features(10, 4, 8)) | {"device": "x"})
+    with StoreWriter(*arguments) as writer:
+        assert writer.records == {1: {"unit": 1, "device": "x"}}
+
+
+def test_a_worker_that_does_not_see_the_folder_or_sees_one_begun_anew_writes_nothing(tmp_path):
+    arguments = tmp_path / "made.zarr", tmp_path / "made.partial", 10, SHAPES
+    with StoreWriter(*arguments, MADE_BY, 4) as writer:
+        old = writer.unit_writer()
+        away = dataclasses.replace(old, partial=tmp_path / "elsewhere")
+        with pytest.raises(
+            OutOfReach, match=r"elsewhere is no unfinished store as process \d+ on .* sees it; it must lie"
+        ):
+            away.write(0, features(10, 0, 4))
+        assert not (tmp_path / "elsewhere").exists()
+    with StoreWriter(*arguments, MADE_BY | {"precision": "bfloat16"}, 4) as writer:
+        with pytest.raises(OutOfReach, match=r"was begun anew with other settings; process .* gives up its unit"):
+            old.write(0, features(10, 0, 4))
+        assert not list((tmp_path / "made.partial/store").rglob("c.*"))
+
+
+def test_a_unit_whose_chunks_are_not_to_be_seen_is_not_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr("regvit.store.SEEN_WITHIN", 0.3)
+    with StoreWriter(tmp_path / "made.zarr", tmp_path / "made.partial", 10, SHAPES, MADE_BY, 4) as writer:
+        with pytest.raises(OutOfReach, match=r"made.partial shows no chunks of unit 1, which another process wrote"):
+            writer.record(1, {})
+        assert writer.missing_units() == [0, 1, 2]
+
+
+def test_chunks_that_a_network_file_system_shows_late_are_waited_for(tmp_path):
+    with StoreWriter(tmp_path / "made.zarr", tmp_path / "made.partial", 10, SHAPES, MADE_BY, 4) as writer:
+        late = threading.Timer(0.5, writer.unit_writer().write, (0, features(10, 0, 4)))
+        late.start()
+        writer.record(0, {})
+        late.join()
+        assert writer.missing_units() == [1, 2]
+
+
+def test_an_unfinished_store_tells_with_what_it_was_begun(tmp_path):
+    assert unfinished(tmp_path / "made.partial") == {}
+    interrupted(tmp_path, resume_key={"batch_size": 64})
+    assert unfinished(tmp_path / "made.partial") == {"batch_size": 64}
+    (tmp_path / "made.partial/resume.json").write_text("{")
+    assert unfinished(tmp_path / "made.partial") == {}
+
+
+def test_an_unstorable_feature_is_the_same_in_another_process():
+    error = pickle.loads(pickle.dumps(UnstorableFeature("cls", 7, float("inf"))))
+    assert (error.array, error.row, error.value) == ("cls", 7, float("inf"))
+    assert str(error) == "array 'cls', row 7: inf is not a finite number"
 
 
 if __name__ == "__main__":

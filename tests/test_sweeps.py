@@ -12,7 +12,7 @@ from dvc.utils.hydra import apply_overrides
 from PIL import Image
 from ruamel.yaml import YAML
 
-from regvit.sweeps import Point, Value, assignments, markdown, plot, read_row, sweep_of, write_csv
+from regvit.sweeps import Point, Value, assignments, markdown, plot, read_kept, read_row, sweep_of, write_csv
 
 ROOT = Path(__file__).parents[1]
 FILE = "metrics/verify/run.json"
@@ -111,6 +111,24 @@ def test_values_are_read_with_their_intervals_where_there_are_any():
     assert rows[0].values == (Value(0.5, 0.25, 0.75), Value(2.0))
     assert rows[1].values == (Value(1.0), Value(None))
     assert rows[2].values is None
+
+
+def test_a_table_that_was_written_is_read_again(tmp_path):
+    sweep, rows = measured()
+    write_csv(tmp_path / "s.csv", sweep, rows)
+    (tmp_path / "s.md").write_text(markdown(sweep, rows))
+    kept = read_kept(tmp_path / "s.csv")
+    assert (kept.name, kept.caption, kept.points) == ("s", "Sizes.", ("1", "2"))
+    assert kept.values == {
+        "x (verify)": (Value(0.5, 0.25, 0.75), Value(1.0)),
+        "{point}.y (verify)": (Value(2.0), None),
+    }
+
+
+def test_a_file_that_is_no_table_of_a_sweep_is_refused(tmp_path):
+    (tmp_path / "s.csv").write_text("point,value\n1,2\n")
+    with pytest.raises(ValueError, match=r"s\.csv has no column hi; write it again: python stages/sweep\.py table s"):
+        read_kept(tmp_path / "s.csv")
 
 
 def test_the_table_says_what_was_not_run_and_what_has_no_value():

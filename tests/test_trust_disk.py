@@ -56,8 +56,6 @@ def test_a_disk_that_is_full_ends_a_stage_clearly_and_with_room_it_ends_in_the_s
     assert stopped.status == 1 and "No space left on device" in stopped.text
     for name, content in results(folder).items():
         assert ".partial" in name or content == (start | outputs)[name], f"{name} is half-written"
-    if stage[0] == "extract":  # a store that was finished before its record could be written
-        shutil.rmtree(folder / "features/cured/home.zarr", ignore_errors=True)
     stages.finish(folder, *stage)
     assert results(folder) == start | outputs
 

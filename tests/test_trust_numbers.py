@@ -163,7 +163,7 @@ def test_a_class_that_is_listed_twice_or_has_no_name_is_refused(tmp_path):
 
 def test_a_search_in_one_image_works_and_one_in_none_is_refused():
     images = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    assert find_register_neurons(model_of(), images, layer=3).norms.shape[1] == 1
+    assert find_register_neurons(model_of(), images, layer=3).outlier_fraction.shape == (1,)
     with pytest.raises(ValueError, match="no images to measure patch norms on"):
         find_register_neurons(model_of(), [])
 

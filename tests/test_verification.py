@@ -107,11 +107,44 @@ def test_without_ground_truth_or_outliers_no_image_is_looked_at(folder):
     assert verify(as_it_came, never())["planted"] is False
 
 
-def test_the_picture_has_a_pair_of_columns_a_model(folder):
+@pytest.fixture
+def drawn(folder):
+    """The folder with two images in its data set."""
+    rng = np.random.default_rng(0)
     for name in "ab":
-        Image.fromarray(np.full((64, 64, 3), 99, dtype=np.uint8)).save(folder / f"{name}.png")
+        Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(folder / f"{name}.png")
     write_dataset(folder, "made", [Row(name, f"{name}.png", "", "test") for name in "ab"], [], {})
-    widths = {}
+    return folder
+
+
+def test_each_part_of_the_picture_is_a_strip_with_a_tile_an_image(drawn):
+    draw_verification(drawn / "cured.png", "cured", opened(drawn, "cured"), read_dataset(drawn), 2)
+    found = {path.name: Image.open(path).size for path in (drawn / "cured").iterdir()}
+    models = ("intact", "original", "cured")
+    names = {f"{what}-{model}.png" for what in ("norms", "attention", "features") for model in models}
+    assert found.keys() == names | {"images.jpg"}
+    assert found["images.jpg"] == (2 * 128, 128)  # twice 64 pixels
+    assert {found[name] for name in names} == {(2 * 224, 224)}  # 8 patches of 28 pixels
+
+
+def test_colours_are_those_of_the_backbone_before_planting_in_every_run(drawn):
+    for run in ("plain", "cured"):
+        draw_verification(drawn / f"{run}.png", run, opened(drawn, run), read_dataset(drawn), 2)
+    plain, cured = ((drawn / run / "features-intact.png").read_bytes() for run in ("plain", "cured"))
+    assert plain == cured
+    original, untreated = drawn / "cured/features-original.png", drawn / "plain/features-plain.png"
+    assert original.read_bytes() == untreated.read_bytes()  # one model, under two names
+
+
+def test_a_model_of_an_earlier_run_does_not_stay(drawn):
+    (drawn / "plain").mkdir()
+    (drawn / "plain" / "features-gone.png").write_text("")
+    draw_verification(drawn / "plain.png", "plain", opened(drawn, "plain"), read_dataset(drawn), 2)
+    assert not (drawn / "plain" / "features-gone.png").exists()
+
+
+def test_the_picture_has_a_pair_of_columns_a_model(drawn):
+    folder, widths = drawn, {}
     for run in ("plain", "cured"):
         draw_verification(folder / f"{run}.png", run, opened(folder, run), read_dataset(folder), 2)
         widths[run] = Image.open(folder / f"{run}.png").size[0]

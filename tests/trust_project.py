@@ -7,6 +7,7 @@ at exactly the n-th of them.
 """
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -96,7 +97,9 @@ class Stages:
             go_on: do not wait for its end; the next run does.
             full_at: from the n-th change on the disk is full: nothing can be made or opened for writing.
             largest: bytes that a file may have at most; the kernel refuses more.
+            dies_beyond: bytes of a file beyond which the kernel kills the process, in the middle of writing it.
             user: number of the user to be.
+            batch_size: 4 by default.
         """
         command = {"folder": str(folder), "stage": stage, "names": names, **more}
         self._process.stdin.write(json.dumps(command) + "\n")
@@ -214,10 +217,18 @@ def _child(command: dict, report: int, log: int) -> int:
     sys.stdout, sys.stderr = (os.fdopen(fd, "w", closefd=False, buffering=1) for fd in (1, 2))
     os.chdir(command["folder"])
     os.environ.pop("DVC_ROOT", None)
-    os.environ["REGVIT_DEVICE"], os.environ["REGVIT_THREADS"], os.environ["REGVIT_BATCH_SIZE"] = "cpu", "1", "4"
+    os.environ["REGVIT_DEVICE"], os.environ["REGVIT_THREADS"], os.environ["REGVIT_BATCH_SIZE"] = (
+        "cpu",
+        "1",
+        str(command.get("batch_size", 4)),
+    )
     sys.argv = [f"stages/{command['stage']}.py", *command["names"]]
     if command.get("largest"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (command["largest"],) * 2)
+    if command.get("dies_beyond"):
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (command["dies_beyond"],) * 2)
     if command.get("user"):
         os.setgroups([])
         os.setgid(command["user"])
@@ -251,7 +262,8 @@ def _serve() -> None:
     first = []
     for line in sys.stdin:
         command = json.loads(line)
-        report, log = (os.memfd_create(name) for name in ("changes", "log"))
+        report, (said, log) = os.memfd_create("changes"), os.pipe()  # a pipe, as limits of size are not on it
+        fcntl.fcntl(log, fcntl.F_SETPIPE_SZ, 1 << 20)
         began = time.monotonic()
         child = os.fork()
         if child == 0:
@@ -271,13 +283,16 @@ def _serve() -> None:
             time.sleep(command["die_after"])
             os.kill(child, command.get("signal", signal.SIGKILL))
         _, status = os.waitpid(child, 0)
+        os.close(log)
+        with open(said, "rb") as pipe:
+            text = pipe.read().decode(errors="replace")
         answer = {
             "status": os.waitstatus_to_exitcode(status),
             "changes": int(os.pread(report, 20, 0) or 0),
             "seconds": time.monotonic() - began,
-            "text": re.sub(r"\r[^\n]*\r", "\r", os.pread(log, 1 << 20, 0).decode(errors="replace")),
+            "text": re.sub(r"\r[^\n]*\r", "\r", text),
         }
-        os.close(report), os.close(log)
+        os.close(report)
         for other in first:
             assert os.waitpid(other, 0)[1] == 0, f"the run that went on beside it ended badly: {other}"
         first.clear()

@@ -1,0 +1,93 @@
+"""What every benchmark needs: the machine in words, times of two pieces of work in turn, and how much memory a piece takes."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "timm", "numpy", "zarr", "scikit-learn", "torchvision", "dvc")
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Two pieces of work that ran in turn in one process, so that a loaded machine slows both alike.
+
+    Attributes:
+        first, second: seconds of each round, of the CPU; on a GPU by the clock.
+        ratio: second / first, median over the rounds: how many times as fast the first one is.
+    """
+
+    first: tuple[float, ...]
+    second: tuple[float, ...]
+
+    @property
+    def ratio(self) -> float:
+        return statistics.median(b / a for a, b in zip(self.first, self.second, strict=True))
+
+
+def in_turn(
+    first: Callable[[], object], second: Callable[[], object], rounds: int = 5, device: str | torch.device = "cpu"
+) -> Timed:
+    """Times both in turn, after one run of each that is not counted."""
+    took = ([], [])
+    for i in range(rounds + 1):
+        for work, seconds in zip((first, second), took, strict=True):
+            found = seconds_of(work, device)
+            if i:
+                seconds.append(found)
+    return Timed(*map(tuple, took))
+
+
+def seconds_of(work: Callable[[], object], device: str | torch.device = "cpu") -> float:
+    """Seconds that it takes: of the CPU, over all threads of the process; on a GPU by the clock, to its end there."""
+    on_gpu = torch.device(device).type == "cuda"
+    clock = time.perf_counter if on_gpu else time.process_time
+    if on_gpu:
+        torch.cuda.synchronize()
+    start = clock()
+    work()
+    if on_gpu:
+        torch.cuda.synchronize()
+    return clock() - start
+
+
+def describe() -> dict:
+    """Processor, cores, memory, GPU, system and versions; nothing that names the machine or its owner."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "kind": kind(gpu or processor()),
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpu": gpu,
+        "system": f"{platform.system()} {platform.release().split('-')[0]}",
+        "versions": versions,
+    }
+
+
+def kind(name: str) -> str:
+    """A name for files: letters, digits and hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Its model name where the system says it, else its architecture."""
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.machine()

@@ -1,0 +1,210 @@
+"""Peak memory at 1, 4 and 16 times the images: `python -m benchmarks.memory [--only NAME …]`.
+
+Each piece of a stage runs on synthetic data of n, 4 n and 16 n images in a process of its own, whose largest resident set
+the system reports (`getrusage`). Memory is *flat* where 16 times the images take no more than 1.25 times the memory beyond
+that of a process that has imported the library, plus what a row of metadata costs (2 KiB an image: names, labels, the
+line of a manifest). Training from features runs with memory for none of them (`memory=0`), the mode for sets that do not
+fit. Prints a table and writes JSON.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+
+from benchmarks.machine import describe
+from regvit.backbones import Backbone
+from regvit.batches import Batches, sample
+from regvit.bootstrap import resample
+from regvit.evaluation import TestSet, predict
+from regvit.extraction import extract
+from regvit.images import Transform
+from regvit.manifest import Dataset, Row, read_dataset
+from regvit.neighbours import Neighbours, choose_neighbours
+from regvit.neurons import find_register_neurons
+from regvit.probes import load_probes, save_probes, train_probes
+from regvit.sources import make_dataset
+from regvit.store import FeatureStore, StoreWriter
+from regvit.stored import stored_readouts
+
+TIMES = (1, 4, 16)
+ALLOWED, METADATA = 1.25, 2048
+CHANNELS, CLASSES, SIDE = 256, 4, 64
+NAMES = ("cls", "patch_mean", "cls_patch", "cls_noise")
+MIB = 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PIECES, default=list(PIECES))
+    parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of images")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "memory.json")
+    parser.add_argument("--piece", nargs=2, help=argparse.SUPPRESS)  # the process of one measurement
+    given = parser.parse_args()
+    if given.piece:
+        print(json.dumps(peak_of(given.piece[0], int(given.piece[1]))))
+        return
+    rows = [measured(name, given.scale) for name in given.only]
+    print("| piece | images | MiB beyond the imports | KiB an image | |\n|---|---|---|---:|---|")
+    for row in rows:
+        grown = ", ".join(f"{peak / MIB:.0f}" for peak in row["bytes"])
+        print(f"| {row['piece']} | {', '.join(f'{n:,}' for n in row['images'])} | {grown} | "
+              f"{row['bytes_per_image'] / 1024:.2f} | {'flat' if row['flat'] else 'GROWS'} |")  # fmt: skip
+    given.out.write_text(json.dumps({"machine": describe(), "rows": rows}, indent=1) + "\n")
+
+
+def measured(piece: str, scale: float = 1.0) -> dict:
+    """Peaks of one piece at each size, and whether they are flat."""
+    images = [max(8, round(PIECES[piece][1] * scale)) * times for times in TIMES]
+    peaks = []
+    for n in images:
+        command = [sys.executable, "-m", "benchmarks.memory", "--piece", piece, str(n)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
+        peaks.append(json.loads(done.stdout.splitlines()[-1]))
+    slope = (peaks[-1] - peaks[0]) / (images[-1] - images[0])
+    flat = peaks[-1] <= ALLOWED * peaks[0] + METADATA * (images[-1] - images[0])
+    return {"piece": piece, "images": images, "bytes": peaks, "bytes_per_image": slope, "flat": flat}
+
+
+def peak_of(piece: str, n: int) -> int:
+    """Bytes that a piece takes at most, beyond those of the process before; what it works on is made beforehand."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        if piece in PREPARED:
+            made = [
+                sys.executable,
+                "-c",
+                f"from benchmarks.memory import *; PREPARED[{piece!r}](Path({folder!r}), {n})",
+            ]
+            subprocess.run(made, check=True, cwd=Path(__file__).parent.parent)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        PIECES[piece][0](Path(folder), n)
+        return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+# --- what the pieces work on
+
+
+def write_images(folder: Path, n: int) -> None:
+    """Class folders of small JPEGs of noise; every 64th of them is drawn, the others are links to it."""
+    rng = np.random.default_rng(0)
+    for c in range(CLASSES):
+        own = folder / "images" / f"class_{c}"
+        own.mkdir(parents=True)
+        for i in range(n // CLASSES):
+            if i % 64 == 0:
+                drawn = own / f"{i:07}.jpg"
+                Image.fromarray(rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)).save(drawn)
+            else:
+                (own / f"{i:07}.jpg").hardlink_to(drawn)
+
+
+def write_dataset(folder: Path, n: int) -> None:
+    """The images as a data set, as `download` leaves it."""
+    write_images(folder, n)
+    make_set(folder, n)
+
+
+def write_store(folder: Path, n: int) -> None:
+    """Features of n images."""
+    rng = np.random.default_rng(0)
+    shapes = {"cls": (CHANNELS,), "patch_mean": (CHANNELS,)}
+    with StoreWriter(folder / "x.zarr", folder / "x.partial", n, shapes, {"run": "r"}, 256) as writer:
+        for unit in writer.missing_units():
+            start, stop = writer.unit_rows(unit)
+            writer.write(unit, {name: rng.normal(size=(stop - start, CHANNELS)) for name in shapes})
+        writer.finish()
+
+
+def write_probes(folder: Path, n: int) -> None:
+    """Features, and probes trained on some of them."""
+    write_store(folder, n)
+    few, labels = np.arange(512), np.arange(512) % CLASSES
+    features = stored_readouts(FeatureStore.open(folder / "x.zarr"), NAMES[:1], few)
+    trained = train_probes(features, labels, features, labels, list("abcd"), [0.1], 20, 128)
+    save_probes(folder / "probes.safetensors", replace(trained.probes, knn={NAMES[0]: Neighbours(10, 0.07)}))
+
+
+def splits(folder: Path, n: int) -> tuple[dict, dict, tuple[np.ndarray, np.ndarray]]:
+    """Readouts of the train (nine tenths) and val images, and their labels."""
+    rows, store = np.arange(n), FeatureStore.open(folder / "x.zarr")
+    parts = rows[rows % 10 != 9], rows[rows % 10 == 9]
+    train, val = (stored_readouts(store, NAMES, part) for part in parts)
+    return train, val, tuple(part % CLASSES for part in parts)
+
+
+def backbone() -> Backbone:
+    """timm's smallest, with random weights."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", img_size=SIDE, num_classes=0).eval().requires_grad_(False)
+    return Backbone("tiny", model, Transform(SIDE, (0.5,) * 3, (0.5,) * 3), "0" * 64, None, {})
+
+
+# --- the pieces
+
+
+def make_set(folder: Path, n: int) -> None:
+    make_dataset(f"folder:{folder / 'images'}", "set", folder / "set", folder / "packages", 0, show_progress=False)
+
+
+def identify(folder: Path, n: int) -> None:
+    tiny, images = backbone(), sample(read_dataset(folder / "set"), "train", n, 0)
+    find_register_neurons(tiny.model, Batches(images, tiny.transform, 16, 0, "cpu", ""))
+
+
+def extract_set(folder: Path, n: int) -> None:
+    extract(backbone(), read_dataset(folder / "set"), folder / "x.zarr", folder / "x.partial", {"run": "r"},
+            batch_size=16)  # fmt: skip
+
+
+def probe(folder: Path, n: int) -> None:
+    train, val, labels = splits(folder, n)
+    train_probes(train, labels[0], val, labels[1], list("abcd"), [0.01, 0.1], 60, 128, seeds=(0, 1), memory=0)
+
+
+def neighbours(folder: Path, n: int) -> None:
+    train, val, labels = splits(folder, n)
+    choose_neighbours(train["cls_patch"], labels[0], val["cls_patch"][:200], labels[1][:200], CLASSES)
+
+
+def evaluate(folder: Path, n: int) -> None:
+    """Detectors fitted on nine tenths, all of them and the neighbours applied to one tenth."""
+    rows = tuple(Row(f"{i:07}", f"{i:07}.jpg", "abcd"[i % CLASSES], "test" if i % 10 == 9 else "train")
+                 for i in range(n))  # fmt: skip
+    home = Dataset("home", folder, tuple("abcd"), rows, "0" * 64)
+    detectors = ("msp", "knn", "relative_mahalanobis", "vim", "react")
+    predict(load_probes(folder / "probes.safetensors"), {"home": TestSet(home, "id", FeatureStore.open(folder / "x.zarr"))},
+            detectors)  # fmt: skip
+
+
+def bootstrap(folder: Path, n: int) -> None:
+    rng = np.random.default_rng(0)
+    resample(rng.normal(size=(1, n // 2)), rng.normal(1, size=(1, n - n // 2)), 200)
+
+
+# What each works on is made by another process, as its memory would count.
+PREPARED = {"download": write_images, "identify": write_dataset, "extract": write_dataset, "probe": write_store,
+            "neighbours": write_store, "evaluate": write_probes}  # fmt: skip
+PIECES: dict[str, tuple[Callable[[Path, int], None], int]] = {
+    "download": (make_set, 1024),
+    "identify": (identify, 256),
+    "extract": (extract_set, 512),
+    "probe": (probe, 8192),
+    "neighbours": (neighbours, 16384),
+    "evaluate": (evaluate, 8192),
+    "bootstrap": (bootstrap, 16384),
+}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""The arithmetic of a forward pass, by name.
+
+float32          the model's own type, products at full precision
+float32_medium   faster products of float32 matrices, error about 1e-4
+bfloat16         autocast: products in bfloat16, residual stream in float32
+float16          autocast: products in float16, which overflow beyond 65,504
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+PRECISIONS = ("float32", "float32_medium", *AUTOCAST)
+
+
+def check_precision(precision: str) -> None:
+    """Refuses a name that stands for no arithmetic.
+
+    Raises:
+        ValueError: the precision is unknown.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
+
+
+@contextmanager
+def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
+    """Puts torch's arithmetic into the state that the precision names, whatever it was, and back.
+
+    Raises:
+        ValueError: the precision is unknown.
+    """
+    check_precision(precision)
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    medium = precision == "float32_medium"
+    try:
+        torch.set_float32_matmul_precision("medium" if medium else "highest")
+        torch.backends.cudnn.allow_tf32 = medium  # the patch embedding is a convolution
+        with torch.autocast(device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

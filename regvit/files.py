@@ -1,0 +1,77 @@
+"""Final files, whole or not there: each is written in a folder beside its name, synced, and renamed in one step.
+
+A kill, Ctrl-C or a full disk in the middle leaves the file that was there before, and at most a folder `<name>.partial`
+beside it, which the next write of the same file clears away with all that libraries may have left in it. A link is
+replaced, not written through: what it leads to, such as DVC's cache, stays as it is.
+"""
+
+import csv
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from .durable import sync, sync_folder
+
+
+@contextmanager
+def replacing(path: Path | str) -> Iterator[Path]:
+    """A path of the same file name to write to; what is there at the end of the block gets the final place.
+
+    Args:
+        path: final one; its folder must exist.
+    Raises:
+        OSError: the path is one of the system's, the file cannot be written, or none was, or another process writes the
+            same one at the same time. What was in the final place stays.
+    """
+    path = Path(path)
+    if path.absolute().parts[1:2] in (
+        ("dev",),
+        ("proc",),
+    ):  # /dev/stdout is a link: it would become a file, for everyone
+        raise OSError(f"{path} is no place for a file, which replaces what is there; give a path in a folder of yours")
+    folder = path.with_name(f"{path.name}.partial")
+    if folder.exists():  # of a process that was killed
+        shutil.rmtree(folder)
+    folder.mkdir()
+    try:
+        yield folder / path.name
+        sync(folder / path.name)
+        os.replace(folder / path.name, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    sync_folder(path.parent)
+
+
+def write_bytes(path: Path | str, content: bytes) -> None:
+    """The bytes as a file, whole or not there."""
+    with replacing(path) as beside:
+        beside.write_bytes(content)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """The text as a UTF-8 file, whole or not there; line ends stay as they are."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path | str, values: object) -> None:
+    """Plain values as a JSON file of one value a line, whole or not there.
+
+    Raises:
+        ValueError: a number is NaN or infinite, which JSON has no word for; nothing is written.
+    """
+    try:
+        text = json.dumps(values, indent=1, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot hold these values: {error}; leave out or name what is not a number") from error
+    write_text(path, text + "\n")
+
+
+def write_table(path: Path | str, header: Sequence[str], rows: Iterable[Sequence]) -> None:
+    """A header and rows as a CSV file, whole or not there."""
+    with replacing(path) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)

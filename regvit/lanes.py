@@ -1,0 +1,177 @@
+"""A lane to a device: batches go up, results come down, and neither makes the device wait.
+
+A GPU computes while its next batch is copied to it and its last results are copied back, if three things hold: the
+memory of the host is pinned, each direction has a stream of its own, and the host waits for events instead of asking
+for values. `CudaLane` does that; `Lane` has the same face for a device that does at once what it is told, as the CPU.
+
+    lane = lane_of(device)
+    upload = lane.upload(batch)                 # begins the copy; `batch` is free again after upload.done.synchronize()
+    mark = lane.compute(step, upload)           # step(images on the device), after the copy
+    mark.synchronize()                          # when the host wants to know that it is done
+    arrays = lane.download(tensors).arrays()    # begins to copy what was computed; waits for it
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+ENOUGH = 1.03  # a batch twice as large must give that many times the images a second, or it is not worth its memory
+SMALLEST_BATCH = 8
+
+
+class Mark(Protocol):
+    """A place in the work of a device; a `torch.cuda.Event`, or one that has passed."""
+
+    def synchronize(self) -> None: ...
+
+
+class Passed:
+    """The mark of what is done already."""
+
+    def synchronize(self) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A batch on its way to a device; its host memory may be written again once `done` has passed."""
+
+    images: UInt8[Tensor, "b 3 s s"]
+    done: Mark
+
+
+@dataclass(frozen=True)
+class Download:
+    """Results on their way to the host."""
+
+    tensors: dict[str, Tensor]
+    done: Mark
+
+    def arrays(self) -> dict[str, Float[np.ndarray, "b ..."]]:
+        """The results by name, after waiting for them."""
+        self.done.synchronize()
+        return {name: values.numpy() for name, values in self.tensors.items()}
+
+
+class Lane:
+    """To a device that does at once what it is told.
+
+    Attributes:
+        ahead: batches that may be on their way before the host waits for the oldest.
+    """
+
+    ahead = 0
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def buffer(self, shape: tuple[int, ...]) -> UInt8[Tensor, ...]:
+        """Host memory for a batch."""
+        return torch.empty(shape, dtype=torch.uint8)
+
+    def upload(self, batch: UInt8[Tensor, "b 3 s s"]) -> Upload:
+        return Upload(batch.to(self.device), Passed())
+
+    def compute(self, step: Callable[[Tensor], None], upload: Upload) -> Mark:
+        step(upload.images)
+        return Passed()
+
+    def download(self, tensors: Mapping[str, Tensor]) -> Download:
+        return Download({name: values.cpu() for name, values in tensors.items()}, Passed())
+
+
+class CudaLane(Lane):
+    """To an NVIDIA (or ROCm) GPU; computes on the stream that is current when `compute` is called."""
+
+    ahead = 2  # one being computed, one behind it in the queue
+
+    def __init__(self, device: torch.device):
+        super().__init__(device)
+        self._up, self._down = torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+    def buffer(self, shape: tuple[int, ...]) -> UInt8[Tensor, ...]:
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+
+    def upload(self, batch: UInt8[Tensor, "b 3 s s"]) -> Upload:
+        with torch.cuda.stream(self._up):
+            images = batch.to(self.device, non_blocking=True)
+            return Upload(images, self._up.record_event())
+
+    def compute(self, step: Callable[[Tensor], None], upload: Upload) -> Mark:
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_event(upload.done)
+        upload.images.record_stream(stream)  # or its memory could be given to the next upload while it is read
+        step(upload.images)
+        return stream.record_event()
+
+    def download(self, tensors: Mapping[str, Tensor]) -> Download:
+        self._down.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._down):
+            found = {}
+            for name, values in tensors.items():
+                found[name] = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+                found[name].copy_(values, non_blocking=True)
+                values.record_stream(self._down)
+            return Download(found, self._down.record_event())
+
+
+def lane_of(device: torch.device) -> Lane:
+    """The lane to a device."""
+    return CudaLane(device) if device.type == "cuda" else Lane(device)
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use (a container or `taskset` may leave it fewer than the machine has)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def best_batch_size(seconds: Callable[[int], float], largest: int) -> int:
+    """The batch size to compute with: doubled from 8 until memory runs out or it gains nothing more.
+
+    Args:
+        seconds: for one forward of so many images; raises torch.OutOfMemoryError where they do not fit.
+        largest: not to be exceeded.
+    Returns: the smallest of the sizes tried that comes within 3 % of the best throughput.
+    Raises:
+        torch.OutOfMemoryError: not even the smallest fits.
+    """
+    size = min(SMALLEST_BATCH, largest)
+    rates = {size: size / seconds(size)}  # images a second
+    while 2 * size <= largest:
+        try:
+            rates[2 * size] = 2 * size / seconds(2 * size)
+        except torch.OutOfMemoryError:
+            break
+        if rates[2 * size] < ENOUGH * rates[size]:
+            break
+        size *= 2
+    best = max(rates.values())
+    return min(size for size, rate in rates.items() if rate * ENOUGH >= best)
+
+
+def seconds_of(work: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
+    """Of a GPU, for one call of `work`: the fastest of some, after one to warm up.
+
+    Raises:
+        torch.OutOfMemoryError: it needs more memory than there is, or leaves less than a tenth of it.
+    """
+    times = []
+    for _ in range(1 + repeats):
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record(torch.cuda.current_stream(device))
+        work()
+        after.record(torch.cuda.current_stream(device))
+        after.synchronize()
+        times.append(before.elapsed_time(after) / 1000)  # ms to s
+    free, total = torch.cuda.mem_get_info(device)
+    if free < total / 10:  # batches in flight and units on their way down come on top
+        raise torch.OutOfMemoryError(f"{free / 2**30:.1f} GiB of {total / 2**30:.1f} are left on {device}")
+    return min(times[1:])

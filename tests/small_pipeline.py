@@ -1,0 +1,220 @@
+"""A repository of its own, with this one's pipeline and small parameters: what tests of the real `dvc repro` are made on.
+
+Folders of drawings and a weights file are its sources, so that nothing is fetched. Importing torch and timm takes a stage
+longer than its work here; so `python` is a few lines that hand a script or a module to a process which has imported the
+large packages, and forks (`warm_python`). `dvc` and `regvit` are the same with their modules.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from ruamel.yaml import YAML
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).parent.parent
+YAML_FILE = YAML(typ="safe", pure=True)
+CLASSES = ("one", "other")  # drawn alike, so that a probe's errors change with its settings
+TRACKED = ("Makefile", "dvc.yaml", "guard.yaml", ".dvcignore", ".gitignore", "requirements.txt", "pyproject.toml")
+SERVER = """
+import json, os, runpy, signal, socket, sys, traceback
+import dvc.cli, dvc.repo, matplotlib.figure, scipy.ndimage, sklearn.datasets, sklearn.linear_model, timm, torch, zarr
+
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+server = socket.socket(socket.AF_UNIX)
+server.bind(sys.argv[1])
+server.listen(64)
+print("ready", flush=True)
+while True:
+    caller, _ = server.accept()
+    message, streams, _, _ = socket.recv_fds(caller, 1 << 20, 3)
+    if os.fork():
+        caller.close()
+        for each in streams:
+            os.close(each)
+        continue
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or a child of the child has no exit code
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+    sys.stdout.reconfigure(line_buffering=os.isatty(1))
+    sys.executable, folder, environment, sys.argv = json.loads(message)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    code, how = 0, sys.argv[0]
+    try:
+        if how == "-m":
+            sys.path[:1] = [folder]
+            del sys.argv[0]
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:  # a script; the library is that of the folder it runs in
+            sys.path[:1] = [os.path.join(folder, os.path.dirname(how)), folder]
+            runpy.run_path(how, run_name="__main__")
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+    except BaseException:
+        code = 1
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    caller.sendall(bytes([code % 256]))
+    os._exit(code % 256)
+"""
+CALLER = """
+import json, os, socket, sys
+caller = socket.socket(socket.AF_UNIX)
+caller.connect({socket!r})
+message = [{python!r}, os.getcwd(), dict(os.environ), sys.argv[1:]]
+socket.send_fds(caller, [json.dumps(message).encode()], [0, 1, 2])
+sys.exit(int.from_bytes(caller.recv(1) or bytes([1])))
+"""
+
+
+@contextmanager
+def warm_python(folder: Path) -> Iterator[Path]:
+    """`folder` with programs `python`, `dvc` and `regvit` that fork a process in which the large packages are imported.
+
+    The library that they run is that of the working directory.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    socket, python = folder / "socket", folder / "python"
+    (folder / "call.py").write_text(CALLER.format(socket=str(socket), python=str(python)))
+    run = f'exec "{sys.executable}" -I -S "{folder}/call.py"'
+    plain = f'case "$1" in -m) ;; -*) exec "{sys.executable}" "$@" ;; esac\n'  # `python -c` and the like
+    for name, words in {"python": f"{plain}{run}", "dvc": f"{run} -m dvc", "regvit": f"{run} -m regvit"}.items():
+        (folder / name).write_text(f'#!/bin/sh\n{words} "$@"\n')
+        (folder / name).chmod(0o755)
+    alone = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SERVER, str(socket)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=alone, text=True) as server:
+        assert server.stdout.readline() == "ready\n"
+        try:
+            yield folder
+        finally:
+            server.terminate()
+            socket.unlink()
+
+
+@dataclass
+class Pipeline:
+    """A repository with this one's pipeline and small parameters."""
+
+    folder: Path
+    python: Path  # a folder with the `python` that stages run with
+
+    def run(self, *command: str, folder: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
+        """A command in the repository, or in `folder`, that must end well; its output as text."""
+        done = subprocess.run(
+            command,
+            cwd=folder or self.folder,
+            env=os.environ | {"PATH": f"{self.python}{os.pathsep}{os.environ['PATH']}"} | environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done
+
+    def repro(self, **environment: str) -> tuple[set[str], set[str]]:
+        """Names of the stages that ran, and of those restored from the run cache."""
+        said = self.run("dvc", "repro", **environment).stdout
+        return set(re.findall(r"Running stage '(.+)':", said)), set(re.findall(r"Stage '(.+)' is cached", said))
+
+    def change(self, *path: str | int, to: object) -> None:
+        """Sets the parameter at a path of keys."""
+        file = self.folder / "params.yaml"
+        params = YAML_FILE.load(file)
+        block = params
+        for key in path[:-1]:
+            block = block[key]
+        block[path[-1]] = to
+        YAML_FILE.dump(params, file)
+
+
+def draw(folder: Path, seed: int, each: int = 6) -> None:
+    """Squares of any colour on noise: `<folder>/{train,val,test}/<class>/<i>.png`."""
+    rng = np.random.default_rng(seed)
+    for split in ("train", "val", "test"):
+        for name in CLASSES:
+            (folder / split / name).mkdir(parents=True)
+            for i in range(each):
+                pixels = rng.integers(90, 160, size=(48, 48, 3), dtype=np.uint8)
+                row, column = rng.integers(4, 20, size=2)
+                pixels[row : row + 20, column : column + 20] = rng.integers(0, 255, size=3)
+                Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
+
+
+def lay_out(folder: Path, changes: Mapping[str, object]) -> None:
+    """The repository before anything has run: its code, images, weights and params.yaml with `changes`, in git.
+
+    Args:
+        changes: top-level blocks of params.yaml that take the place of the small ones.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in TRACKED:
+        shutil.copy(ROOT / name, folder / name)
+    for name in ("stages", "regvit", "choices", "sweeps"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("attention", "depth", "discover", "segment", "sweeps", "tokens", "zeroshot"):
+        (folder / "metrics" / name).mkdir(parents=True)
+        (folder / "metrics" / name / ".gitkeep").touch()
+    (folder / ".dvc").mkdir()
+    for name in ("config", ".gitignore"):
+        shutil.copy(ROOT / ".dvc" / name, folder / ".dvc" / name)
+    relief = folder / "regvit/relief.py"  # fewer and smaller rooms
+    text, fewer = re.subn(
+        r"^COUNTS = .*$", 'COUNTS = {"train": 4, "val": 2, "test": 3}', relief.read_text(), flags=re.M
+    )
+    text, smaller = re.subn(r"^SIZE = .*$", "SIZE = 48", text, flags=re.M)
+    assert fewer == smaller == 1
+    relief.write_text(text)
+    for seed, name in enumerate(("plain", "shifted", "later")):
+        draw(folder / "images" / name, seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = timm.create_model("test_vit", num_classes=0)
+    save_file(model.state_dict(), folder / "weights.safetensors")
+    YAML_FILE.dump(small_parameters() | changes, folder / "params.yaml")
+    subprocess.run(["git", "init", "--quiet", "--initial-branch=main"], cwd=folder, check=True)
+
+
+def small_parameters() -> dict:
+    """Those of this repository with two sets of drawings, one tiny backbone and little work in every stage."""
+    params = YAML_FILE.load(ROOT / "params.yaml")
+    params |= {
+        "in_distribution": "plain",
+        "datasets": {
+            "plain": {"source": "folder:images/plain", "role": "id"},
+            "shifted": {"source": "folder:images/shifted", "role": "ood"},
+        },
+        "scenes": {"rooms": {"source": "relief"}},
+        "backbones": {"tiny": {"source": "file:weights.safetensors", "architecture": "test_vit", "img_size": 48}},
+        "runs": {
+            "original": {"backbone": "tiny", "registers": "none", "num_registers": 0},
+            "cured": {"backbone": "tiny", "registers": "test_time", "num_registers": 1},
+        },
+        "verify": {"pictures": "rooms"},
+    }
+    for stage in ("tokens", "attention", "patches", "segment", "depth"):
+        params[stage] |= {"datasets": ["rooms"]} | ({"img_size": 48} if "img_size" in params[stage] else {})
+    for stage in ("segment", "depth"):
+        params[stage] |= {"learning_rates": [0.01], "steps": 2, "batch_size": 2}
+    params["depth"]["bins"] = 8
+    params["discover"]["datasets"] = []  # rooms have no boxes; tests/test_stages_discover.py runs that stage
+    params["identify"]["images"] = 8
+    params["probe"] |= {"readouts": ["cls"], "learning_rates": [0.1], "steps": 4, "batch_size": 8, "neighbours": [2]}
+    params["evaluate"] |= {"detectors": ["msp"], "bootstrap": 10}
+    return params

@@ -1,0 +1,383 @@
+"""Every command of README.md and docs/ is run, on a small project, or stands in a table with the reason why it cannot be.
+
+The project is this repository with small parameters and drawings (small_pipeline.py), built by the README's own first
+command. A command that is new in the text fails `test_every_command_is_run_or_has_a_reason` until it has an entry here.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import timm
+from documented import DRAWN, ROOT, blocks, calls, commands, iterate, pages, read
+from PIL import Image
+from ruamel.yaml import YAML
+from small_pipeline import lay_out, small_parameters, warm_python
+
+import regvit
+
+sys.path.insert(0, str(ROOT / "stages"))
+
+from params import faults_of
+from runtime import Runtime
+
+YAML_FILE = YAML(typ="safe", pure=True)
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a command is run.
+
+    Args:
+        says: pattern in what it prints.
+        leaves: files that it makes or changes.
+        instead: what stands in for a part of it that needs a network, other images, or hours.
+        copy: the copy of the project that it works in, because it changes it; commands of one copy follow each other.
+    """
+
+    says: str = ""
+    leaves: tuple[str, ...] = ()
+    instead: dict[str, str] = field(default_factory=dict)
+    copy: str = ""
+
+
+HUB = {"timm:vit_large_patch14_dinov2.lvd142m": "file:weights.safetensors --architecture test_vit"}
+SWEEP = """\
+python stages/sweep.py list
+python stages/sweep.py run patches
+python stages/sweep.py table patches"""
+SHARE = """\
+dvc remote add --default shared s3://bucket/regvit
+dvc push
+git commit --all --message "results" && git push
+git clone … && cd …
+make env && source .venv/bin/activate
+dvc pull"""
+CLUSTER = """\
+make choose NAME=imagenet IMAGES=/data/images && source .venv/bin/activate
+dvc repro download download_scenes
+for s in backbone identify compose; do dvc repro "$s"; done
+dvc stage list --all --name-only | grep '^extract@' | \
+xargs -P 8 --process-slot-var=GPU -I{} sh -c 'CUDA_VISIBLE_DEVICES=$GPU dvc --wait-for-lock repro -s {}'
+dvc stage list --all --name-only | grep '^probe@' | \
+xargs -P 8 --process-slot-var=GPU -I{} sh -c 'CUDA_VISIBLE_DEVICES=$GPU dvc --wait-for-lock repro -s {}'
+dvc repro""".replace("| \\\n", "| ")
+RUN = {
+    "make repro": Run(says="nothing reran: everything is up to date"),
+    "make test": Run(says=r"\d+ passed"),  # tests/ holds those of one module
+    "source .venv/bin/activate": Run(),
+    "regvit COMMAND --help": Run(says="examples:\n  regvit neurons", instead={"COMMAND": "neurons"}),
+    "regvit look cat.jpg": Run(says="patches", leaves=("look.png",)),
+    "regvit neurons timm:vit_large_patch14_dinov2.lvd142m photos/": Run(leaves=("neurons.json",), instead=HUB),
+    "regvit export focus_planted --neurons features/neurons/focus_planted.json --out cured --onnx": Run(
+        says=r"onnx +differs from the hooked model by \d", leaves=("cured/weights.safetensors", "cured/model.onnx")
+    ),
+    "regvit classify test_time_reg cat.jpg": Run(says=r"\d%  (one|other) +energy .*cat.jpg"),
+    "dvc repro": Run(says="Data and pipelines are up to date"),
+    "dvc plots show": Run(leaves=("dvc_plots/index.html",)),
+    "python stages/gate.py --against main": Run(says="No guarded metric fell"),
+    "make choose": Run(says="(?s)cifar10 .*imagenet "),
+    "make choose NAME=cifar10 IMAGES=/data/images": Run(says="in_distribution: plain -> cifar10", copy="chosen"),
+    "make choose NAME=emoji": Run(says="in_distribution: cifar10 -> twemoji", copy="chosen"),
+    SWEEP: Run(
+        says=r"(?s)patches +1 points.*patches\.md, \.csv, \.png", leaves=("metrics/sweeps/patches.png",), copy="swept"
+    ),
+    "python stages/sweep.py queue patches": Run(says="works the queue off", copy="queued"),
+    "dvc repro -f download@mine": Run(says="Running stage 'download@mine'", copy="changed"),
+    "dvc exp run -S probe.steps=2000": Run(says="Ran experiment", instead={"2000": "5"}, copy="changed"),
+    "dvc metrics diff": Run(says=r"metrics/probe/original\.json", copy="changed"),
+    "dvc params diff": Run(says=r"probe\.steps +4 +5", copy="changed"),
+    SHARE: Run(
+        says="(?s)(?!.*Running stage).*Data and pipelines are up to date",
+        copy="shared",
+        instead={
+            "s3://bucket/regvit": "{folder}/remote",
+            "git commit": "git init --quiet --bare {folder}/hub && git remote add origin {folder}/hub && git commit",
+            "git push": "git push --quiet --set-upstream origin main",
+            "git clone … && cd …": "git clone --quiet --branch main {folder}/hub {folder}/colleague && cd {folder}/colleague",
+            "make env && source .venv/bin/activate": ":",  # the environment is there
+            "dvc pull": "dvc pull && dvc repro && cmp metrics/report.html {folder}/project/metrics/report.html",
+        },
+    ),
+    CLUSTER: Run(says="Running stage 'report'", copy="cluster", instead={"/data/images": "{folder}/project/images"}),
+}
+# Commands that cannot be run here, by their first line, and why.
+CANNOT = {
+    "make audit": "asks a database of vulnerabilities (tests/audit.py)",
+    "python stages/sweep.py start --jobs 2": "leaves workers of DVC's queue behind; tests/test_sweeps.py holds what it starts",
+    "python -m benchmarks": "takes many minutes; tests/test_benchmarks.py runs it at tiny sizes",
+    "python -m benchmarks.extraction": "takes minutes; tests/test_benchmarks.py runs it at tiny sizes",
+    "pip install 'regvit[cluster]'": "fetches packages; tests/test_engine.py runs extraction on Ray",
+    "cd /shared/regvit && source .venv/bin/activate": "needs SLURM and GPUs; tests/test_engine.py runs extraction on two nodes",
+}
+PYTHON_CANNOT = {
+    "docs/scaling.md": "writes to object storage from a cluster; tests/test_store.py and others do so locally"
+}
+# Steps of the workflow that are not run, by a part of each, and why.
+NOT_HERE = {
+    "gh pr comment": "talks to GitHub",
+    "-k tour": "tests/test_report_browser.py runs it",
+}
+# Text of the docs that calls a library, and what stands in for its names.
+CALLS = {
+    'regvit.load("cured")': {},
+    "regvit.load(folder)": {"folder": "'cured'"},
+    'zarr.open_group("….zarr", mode="r")["cls"][:]': {"….zarr": "features/test_time_reg/plain.zarr"},
+}
+# One short experiment, and a choice of drawings under the name of the paper's.
+PATCHES = """\
+title: Treatment of the patches
+vary: {register.patches: [mean]}
+measure:
+  attention@test_time_reg-rooms: {file: metrics/attention/test_time_reg/rooms.json, columns: [heads.entropy]}
+"""
+IMAGENET = """\
+# Drawings instead of ImageNet.
+in_distribution: imagenet
+datasets:
+  imagenet: {source: "folder:{images}/plain", role: id}
+backbones:
+  large: {source: "file:weights.safetensors", architecture: test_vit, img_size: 48}
+runs:
+  large: {backbone: large, registers: none, num_registers: 0}
+  also: {backbone: large, registers: none, num_registers: 0}
+probe:
+  readouts: [cls]
+  learning_rates: [0.1]
+  steps: 4
+evaluate:
+  detectors: [msp]
+attention:
+  datasets: []
+"""
+
+
+@dataclass(frozen=True)
+class Project:
+    """A built project, and the copies in which commands change something."""
+
+    folder: Path
+
+    def copied(self, name: str) -> Path:
+        """The copy of that name; the project itself where there is no name."""
+        folder = self.folder.with_name(name) if name else self.folder
+        if not folder.exists():
+            shutil.copytree(self.folder, folder, symlinks=True)
+        return folder
+
+    def shell(self, script: str, copy: str = "") -> str:
+        """What a script says; it must end well."""
+        folder = self.copied(copy)
+        environment = os.environ | {
+            "PATH": f"{folder}/.venv/bin{os.pathsep}{os.environ['PATH']}",
+            "MAKEFLAGS": "",
+            "GIT_CONFIG_GLOBAL": os.devnull,
+            **{f"GIT_{role}_NAME": "tester" for role in ("AUTHOR", "COMMITTER")},
+            **{f"GIT_{role}_EMAIL": "tester@example.org" for role in ("AUTHOR", "COMMITTER")},
+        }
+        done = subprocess.run(["bash", "-eu", "-o", "pipefail", "-c", script], cwd=folder, env=environment, text=True,
+                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+        assert done.returncode == 0, f"{script}\nended with {done.returncode}:\n{done.stdout[-4000:]}"
+        assert "Traceback" not in done.stdout, done.stdout[-4000:]
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Iterator[Project]:
+    """The small project, after `make repro`; the names are those of the default run."""
+    folder = tmp_path_factory.mktemp("docs") / "project"
+    small = small_parameters()
+    tiny = small["backbones"]["tiny"]
+    lay_out(folder, {
+        "datasets": {"plain": small["datasets"]["plain"], "mine": {"source": "folder:images/later", "role": "ood"}},
+        "backbones": {"focus_planted": tiny},
+        "runs": {"original": {"backbone": "focus_planted", "registers": "none", "num_registers": 0},
+                 "test_time_reg": {"backbone": "focus_planted", "registers": "test_time", "num_registers": 1}},
+        "identify": small["identify"] | {"layer": 3, "top_k": 5},
+        **{stage: small[stage] | {"datasets": []} for stage in ("tokens", "patches", "segment", "depth")},
+    })  # fmt: skip
+    shutil.copytree(folder / "images/plain/test", folder / "photos")
+    Image.open(folder / "photos/one/0.png").save(folder / "cat.jpg")
+    (folder / "tests").mkdir()
+    shutil.copy(ROOT / "tests/test_progress.py", folder / "tests")
+    (folder / "sweeps/patches.yaml").write_text(PATCHES)
+    (folder / "choices/imagenet.yaml").write_text(IMAGENET)
+    rules = read(folder / "guard.yaml").splitlines(keepends=True)  # the others guard what only planted backbones have
+    (folder / "guard.yaml").write_text("".join(line for line in rules if "id.top1" in line))
+    with warm_python(folder.with_name("bin")) as programs:
+        environment(folder, programs)
+        built = Project(folder)
+        built.shell("git add --all && git commit --quiet --message parameters && make repro")
+        built.shell("git add --all && git commit --quiet --message results")
+        yield built
+
+
+def environment(folder: Path, programs: Path) -> None:
+    """What `make env` leaves, with the programs of this environment."""
+    (folder / ".venv/bin").mkdir(parents=True)
+    for name in ("python", "dvc", "regvit"):
+        (folder / ".venv/bin" / name).symlink_to(programs / name)
+    (folder / ".venv/bin/ruff").symlink_to(Path(sys.executable).with_name("ruff"))
+    (folder / ".venv/bin/activate").write_text('export VIRTUAL_ENV="$PWD/.venv" PATH="$PWD/.venv/bin:$PATH"\n')
+    subprocess.run([programs / "python", "stages/plots_template.py"], cwd=folder, check=True)
+    (folder / ".venv/.complete").touch()
+
+
+def test_every_command_is_run_or_has_a_reason():
+    unknown = {command: page for command, page in commands().items() if not is_run(command) and not cannot(command)}
+    assert unknown == {}, "a command of the docs is neither run nor has a reason: give it an entry in RUN or CANNOT"
+
+
+def test_no_entry_is_left_of_a_command_that_the_docs_do_not_have_any_more():
+    assert RUN.keys() - commands().keys() == set()
+    assert CANNOT.keys() - {command.splitlines()[0] for command in commands()} == set()
+    assert PYTHON_CANNOT.keys() - {block.page for block in iterate("python")} == set()
+    assert not [command for command in RUN if cannot(command)]
+    assert all(len(reason) > 10 for reason in CANNOT.values())
+
+
+@pytest.mark.parametrize("command", RUN)
+def test_a_command_does_what_its_text_says(project, command):
+    run, script = RUN[command], command
+    for text, other in run.instead.items():
+        assert text in script
+        script = script.replace(text, other.format(folder=project.folder.parent))
+    before = {name: stamp(project.copied(run.copy) / name) for name in run.leaves}
+    said = project.shell(script, run.copy)
+    assert re.search(run.says, said), said[-3000:]
+    for name, was in before.items():
+        assert stamp(project.copied(run.copy) / name) not in (None, was), f"{name} was not written:\n{said[-3000:]}"
+
+
+def workflow_steps() -> list[str]:
+    """What the workflow of pull requests runs, step by step."""
+    jobs = YAML_FILE.load(read(ROOT / ".github/workflows/metrics.yml"))["jobs"]
+    return [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+
+
+def test_the_steps_of_the_workflow_end_in_a_comment_with_intervals(project):
+    mine = [step for step in workflow_steps() if not any(part in step for part in NOT_HERE)]
+    assert len(mine) == 4
+    steps = "\n".join(mine).replace("origin/${{ github.base_ref }}", "main")
+    folder = project.copied("workflow")
+    metrics = folder / "metrics/evaluate/original.json"  # as if the pull request had changed a probe
+    before = re.search(r'"top1": ([\d.]+)', read(metrics))[1]
+    metrics.write_text(read(metrics).replace(f'"top1": {before}', '"top1": 0.123', 1))
+    steps = steps.replace("make repro", "true", 1)  # which would put the number right; a test above runs it
+    with pytest.raises(AssertionError, match="ended with 1"):
+        project.shell(f"export GITHUB_STEP_SUMMARY=$PWD/summary.md\n{steps}", "workflow")
+    comment = read(folder / "comment.md")
+    assert re.search(r"original\.json:cls\.id\.top1` \| [\d.]+ \[[\d.]+, [\d.]+\] \| 0\.123 ", comment), comment
+    assert "1 guarded metric(s) fell" in comment
+    assert read(folder / "summary.md").strip() == comment.strip()
+
+
+def test_every_part_of_the_workflow_that_is_not_run_is_there():
+    assert all(any(part in step for step in workflow_steps()) for part in NOT_HERE)
+    for target in re.findall(r"make (\w+)", "\n".join(workflow_steps())):
+        assert re.search(rf"^{target}:", read(ROOT / "Makefile"), re.M), f"the workflow calls `make {target}`"
+    (chosen,) = re.findall(r"pytest -q (tests/\w+\.py) -k (\w+)", "\n".join(workflow_steps()))
+    assert re.search(rf"^def test_\w*{chosen[1]}", read(ROOT / chosen[0]), re.M)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_call_in_the_text_works(project, call):
+    code = call
+    for name, value in CALLS[call].items():
+        assert name in code
+        code = code.replace(name, value)
+    export = "regvit export focus_planted --neurons features/neurons/focus_planted.json --out cured"
+    if "cured" in code and not (project.folder / "cured").exists():
+        project.shell(export)
+    library = re.match("[a-z]+", code)[0]
+    (project.folder / "call.py").write_text(f"import {library}\nassert {code} is not None\n")
+    project.shell("python call.py")
+
+
+@pytest.mark.parametrize(
+    "block", list(iterate("python")), ids=lambda block: f"{block.page}:{block.text.splitlines()[0]}"
+)
+def test_python_of_the_pages_in_docs_runs_as_it_stands(project, block, monkeypatch):
+    if block.page == "README.md":
+        pytest.skip("tests/test_readme.py runs it and looks at what comes out")
+    if block.page in PYTHON_CANNOT:
+        compile(block.text, block.page, "exec")
+        exec("\n".join(re.findall(r"^(?:from|import) .*$", block.text, re.M)), {})  # what it imports is there
+        return
+    monkeypatch.chdir(project.folder)
+    exec(block.text.replace("twemoji", "plain"), {})
+
+
+def test_every_call_in_the_text_is_run():
+    assert calls().keys() == CALLS.keys()
+
+
+@pytest.mark.parametrize("block", list(iterate("yaml")), ids=lambda block: block.text.splitlines()[1].strip()[:40])
+def test_parameters_in_the_text_make_a_whole_experiment_and_name_weights_that_timm_has(block):
+    shown = YAML_FILE.load(block.text)
+    params = YAML_FILE.load(read(ROOT / "params.yaml"))
+    if "apiVersion" in shown:  # for Kubernetes
+        assert {"kind", "metadata", "spec"} <= shown.keys()
+        return
+    if "zeroshot" in shown:  # its data set is the reader's
+        params["datasets"]["imagenet"] = {"source": "folder:/data/imagenet", "role": "anomaly"}
+    for key, value in shown.items():
+        params[key] = params[key] | value
+    assert list(faults_of(params)) == []
+    for backbone in shown["backbones"].values():
+        assert backbone["source"].removeprefix("timm:") in timm.list_pretrained()
+
+
+def test_an_entry_of_the_readers_own_images_is_one_that_works(project):
+    (entry,) = re.findall(r"`(mine: \{source: .*?\})`", read(ROOT / "README.md"))
+    params = YAML_FILE.load(read(ROOT / "params.yaml"))
+    params["datasets"] = params["datasets"] | YAML_FILE.load(entry)
+    del params["datasets"]["twemoji"]
+    assert list(faults_of(params | {"in_distribution": "mine"})) == []
+
+
+def test_what_the_readme_says_of_the_machine_can_be_put_into_runtime_yaml(tmp_path, monkeypatch):
+    text = read(ROOT / "README.md")
+    (example,) = re.findall(r"`runtime\.yaml` \(`(\{.*?\})`\)", text)
+    (tmp_path / "runtime.yaml").write_text(example.replace("cuda", "cpu"))
+    loaded = Runtime.load(tmp_path)
+    assert {key: getattr(loaded, key) for key in ("batch_size", "workers")} == {"batch_size": 256, "workers": 8}
+    for name in re.findall(r"`(REGVIT_[A-Z_]+)`", text):
+        assert hasattr(loaded, name.removeprefix("REGVIT_").lower())
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+def test_files_that_a_page_links_to_and_modules_that_it_names_are_there(page):
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", read(page)) if not link.startswith("http")]
+    assert [link for link in links if not (page.parent / link).exists()] == []
+    named = re.findall(r"`(regvit|stages|benchmarks|tests)[./](\w+)(?:\.\w+)*`", read(page))
+    files = [f"{folder}/{name}.py" for folder, name in named if not hasattr(regvit, name)]
+    assert [file for file in files if not (ROOT / file).exists()] == []
+
+
+@pytest.mark.parametrize(
+    "block", [one for one in blocks() if not one.language and not one.is_shell], ids=lambda b: b.page
+)
+def test_a_block_that_is_neither_code_nor_commands_is_a_drawing(block):
+    assert DRAWN.search(block.text), "say its language, or begin its lines with the programs that documented.py knows"
+
+
+def is_run(command: str) -> bool:
+    """Whether a command is run: by itself, or, where the text only names it, as a line that goes on with arguments."""
+    return command in RUN or any(line.startswith(f"{command} ") or line == command
+                                 for script in RUN for line in re.split(r"\n| && ", script))  # fmt: skip
+
+
+def cannot(command: str) -> str | None:
+    """Why a command cannot be run here; None where it can."""
+    return CANNOT.get(command.splitlines()[0])
+
+
+def stamp(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
