@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from .compare import MARKS, SMALLER_IS_BETTER, Table
 from .comparisons import Measurements, Value, value_of
 from .evaluation import Drawn, Plan, compared
+from .files import replacing
 from .measurements import number, patch_measures, show, show_change
 
 UNPAIRED = " †"
@@ -226,7 +227,7 @@ def _show_change(change: Change | None, row: Row) -> str:
 
 def write_rows(path: Path, experiments: Sequence[Experiment], rows: Sequence[Row]) -> None:
     """The rows as CSV, a line a figure: `run, measure, data_set, experiment, value, lo, hi, difference, …, paired`."""
-    with open(path, "w", newline="") as file:
+    with replacing(path) as beside, open(beside, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         ends = ("value", "lo", "hi", "n", "difference", "difference_lo", "difference_hi", "paired")
         writer.writerow(["run", "measure", "data_set", "experiment", *ends])
@@ -285,4 +286,5 @@ def plot_experiments(path: Path, experiments: Sequence[Experiment], rows: Sequen
         f"Above: difference to {names[0]}. Green: better, red: worse, its 95 % interval leaves out zero. †: not paired."
     )
     figure.suptitle("\n".join(textwrap.wrap(meaning, 24 + 40 * (across - 1))), fontsize=8)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=110, metadata={"Software": None})

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from .durable import sync, sync_folder
 
+DEVICES = ("/dev", "/dev/fd", "/proc/self/fd")  # but not /dev/shm, a place for files
+
 
 @contextmanager
 def replacing(path: Path | str) -> Iterator[Path]:
@@ -27,10 +29,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
             same one at the same time. What was in the final place stays.
     """
     path = Path(path)
-    if path.absolute().parts[1:2] in (
-        ("dev",),
-        ("proc",),
-    ):  # /dev/stdout is a link: it would become a file, for everyone
+    if str(path.absolute().parent) in DEVICES:  # /dev/stdout is a link: it would become a file, for everyone
         raise OSError(f"{path} is no place for a file, which replaces what is there; give a path in a folder of yours")
     folder = path.with_name(f"{path.name}.partial")
     if folder.exists():  # of a process that was killed

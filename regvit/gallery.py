@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .attention import query_names, watch_cls_attention, watch_prefix_attention
 from .feature_colours import Palette
+from .files import replacing
 from .hooks import blocks, watch_outputs
 from .images import Transform
 from .manifest import Dataset
@@ -106,7 +107,8 @@ def draw_maps(path: Path, images: Float[np.ndarray, "b h w 3"], maps: Mapping[st
             if row == 0:
                 axis.set_title(columns[column], fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90, metadata={"Software": None})
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=90, metadata={"Software": None})
 
 
 @torch.inference_mode()
@@ -152,7 +154,8 @@ def draw_attention(
     for axis, title in zip(axes[0], ["image", *columns], strict=True):
         axis.set_title(title, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=80, metadata={"Software": None})
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=80, metadata={"Software": None})
 
 
 def norm_colours(norms: Float[np.ndarray, "b i j"], least: float, threshold: float) -> Float[np.ndarray, "b i j 3"]:
@@ -209,4 +212,5 @@ def save_strip(path: Path, tiles: Float[np.ndarray, "b h w 3"], enlarged: int = 
     """
     row = np.concatenate(list(tiles), axis=1).repeat(enlarged, 0).repeat(enlarged, 1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.rint(255 * row).astype(np.uint8)).save(path, quality=88, optimize=True)
+    with replacing(path) as beside:
+        Image.fromarray(np.rint(255 * row).astype(np.uint8)).save(beside, quality=88, optimize=True)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .attention import watch_prefix_attention
 from .feature_colours import fit_palette
+from .files import replacing
 from .hooks import blocks, watch_outputs
 from .outliers import Detection
 from .registers import add_test_time_registers
@@ -195,7 +196,8 @@ def draw_look(path: Path, look: Look, title: str) -> None:
                 _colour_bar(sheet, *part.bar, beyond=look.threshold is not None)
         sheet.down(SIDE)
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.figure.savefig(path, dpi=DPI, metadata={"Software": None})
+    with replacing(path) as beside:
+        sheet.figure.savefig(beside, dpi=DPI, metadata={"Software": None})
 
 
 @dataclass(frozen=True)

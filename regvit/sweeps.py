@@ -27,6 +27,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from .files import replacing
+
 KEYS = ("title", "expect", "points", "vary", "measure", "slow", "set")
 PANELS_PER_ROW = 3
 
@@ -218,7 +220,7 @@ def _cell(value: Value) -> str:
 
 def write_csv(path: Path, sweep: Sweep, rows: Sequence[Row]) -> None:
     """The table with a line a point and column: `point, stage, key, value, lo, hi`; unmeasured values are left out."""
-    with open(path, "w", newline="") as file:
+    with replacing(path) as beside, open(beside, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["point", "stage", "key", "value", "lo", "hi"])
         for row in rows:
@@ -287,7 +289,8 @@ def plot(path: Path, sweep: Sweep, rows: Sequence[Row]) -> None:
     for panel in list(figure.axes)[len(shown) :]:
         panel.set_axis_off()
     figure.suptitle(sweep.title, fontsize=11)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=110, metadata={"Software": None})
 
 
 def _draw(panel, column: Column, values: Sequence[tuple[str, Value]]) -> None:

@@ -23,6 +23,7 @@ from regvit.compare import (
     outlier_table,
     self_checks,
 )
+from regvit.files import write_text
 from regvit.measurements import measurement_table
 from regvit.references import references
 
@@ -52,7 +53,7 @@ def write_readme(path: Path, tables: list[Table]) -> None:
         sys.exit(f"{path} must hold the lines {BEGIN!r} and {END!r} once each: the tables go between them")
     head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
     blocks = (f"{table.title}:\n\n{table.markdown()}\n" for table in tables)
-    path.write_text(head + "\n\n" + "\n".join(blocks) + "\n" + tail)
+    write_text(path, head + "\n\n" + "\n".join(blocks) + "\n" + tail)
 
 
 def compare(params: dict) -> tuple[list[Table], list[Check]]:

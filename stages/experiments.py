@@ -21,6 +21,7 @@ from evaluate import plan_of
 from experiment_trees import commit_of, open_predictions, read_experiment, unpack
 from regvit.evaluation import Plan
 from regvit.experiments import Experiment, compare_experiments, experiment_table, plot_experiments, write_rows
+from regvit.files import write_text
 
 WORKSPACE = "workspace"
 SUMMARY = "metrics/summary.json"
@@ -75,7 +76,7 @@ def write_comparison(names: list[str], out: Path, everything: bool) -> None:
         sys.exit(f"compare: {error}")
     table = experiment_table(found, rows, everything)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "compare.md").write_text(f"{table.title}:\n\n{table.markdown()}\n")
+    write_text(out / "compare.md", f"{table.title}:\n\n{table.markdown()}\n")
     write_rows(out / "compare.csv", found, rows)
     written = ".md, .csv"
     if any(row.differs for row in rows):

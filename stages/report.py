@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+from command import command
 from compare import compare, read_runs
 from measurements import read_columns, read_measurements
 from params import load_params
+from regvit.files import write_json, write_text
 from regvit.measurements import TITLE
 from regvit.report_sections import Material, Search, report
 from regvit.summary import summary
@@ -28,10 +30,10 @@ def main() -> None:
         {name: read_search(name) for name in params["backbones"]},
         sweeps=[read_kept(path) for path in sorted(Path("metrics/sweeps").glob("*.csv"))],
     )
-    Path("metrics/report.html").write_text(report(material), encoding="utf-8")
+    write_text("metrics/report.html", report(material))
     ood = [name for name, entry in params["datasets"].items() if entry["role"] == "ood"]
     figures = summary(runs, ood, params["evaluate"]["detectors"][0])
-    Path("metrics/summary.json").write_text(json.dumps(figures, indent=1) + "\n")
+    write_json("metrics/summary.json", figures)
 
 
 def read_search(backbone: str) -> Search:
@@ -47,4 +49,4 @@ def read_numbers(path: Path) -> dict[str, list[float]]:
 
 
 if __name__ == "__main__":
-    main()
+    command(main, interrupted="metrics/report.html is not finished")

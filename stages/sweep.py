@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
+from regvit.files import write_text
 from regvit.sweeps import Sweep, assignments, markdown, plot, read_row, sweep_of, write_csv
 
 DVC = [sys.executable, "-m", "dvc"]
@@ -107,7 +108,7 @@ def write_table(sweep: Sweep, folder: Path) -> None:
             f"no experiment of sweep {sweep.name} belongs to this commit: `python stages/sweep.py run {sweep.name}`"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{sweep.name}.md").write_text(text)
+    write_text(folder / f"{sweep.name}.md", text)
     write_csv(folder / f"{sweep.name}.csv", sweep, rows)
     plot(folder / f"{sweep.name}.png", sweep, rows)
     print(f"{folder}/{sweep.name}.md, .csv, .png")

@@ -1,12 +1,12 @@
 """verify@<run>: holds a run on a planted backbone against the model before planting; metrics/verify/<run>.json,
 .png and a folder of the same name with the parts of the picture."""
 
-import json
-import sys
 from pathlib import Path
 
+from command import command
 from params import load_params
 from regvit.batches import Batches
+from regvit.files import write_json
 from regvit.manifest import read_dataset
 from regvit.verification import draw_verification, open_models, verify
 from runtime import Runtime
@@ -25,11 +25,11 @@ def main(name: str) -> None:
         images, models.run.transform, runtime.batch_size, runtime.workers, runtime.device, f"verify {name}"
     )
     metrics = verify(models, batches, params["seed"])
-    out.write_text(json.dumps(metrics, indent=1) + "\n")
+    write_json(out, metrics)
     scenes = read_dataset(Path("data") / params["verify"]["pictures"]).subset("test")
     draw_verification(out.with_suffix(".png"), name, models, scenes, PICTURES)
     print(f"{name}: " + (", ".join(f"{k} {metrics[k]:.4g}" for k in metrics if f"{k}_lo" in metrics) or metrics["why"]))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    command(main, "run", interrupted="metrics/verify/{0}.json is not finished")

@@ -143,5 +143,5 @@ def test_a_set_without_ground_truth_is_refused(work):
     rows = [dataclasses.replace(row, mask="", depth="") for row in dataset.rows]
     write_dataset(folder, "blind", rows, dataset.classes, {})
     run("extract_patches", work, "plain", "blind")
-    with pytest.raises(ValueError, match="data set blind has no train image with a mask"):
+    with pytest.raises(SystemExit, match="segment: data set blind has no train image with a mask"):
         run("segment", work, "plain", "blind")

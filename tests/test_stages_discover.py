@@ -112,5 +112,5 @@ def test_a_set_without_boxes_is_refused(work):
     (work / "data/blank").mkdir(exist_ok=True)
     Image.new("RGB", (96, 96)).save(work / "data/blank/a.png")
     write_dataset(work / "data/blank", "blank", [Row("a", "a.png", "", "test")], (), {"source": "drawn"})
-    with pytest.raises(ValueError, match=r"data set blank has no .* images with boxes"):
+    with pytest.raises(SystemExit, match=r"discover: data set blank has no .* images with boxes"):
         discover(work, "plain", "blank")
