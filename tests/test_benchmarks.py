@@ -29,6 +29,12 @@ def test_the_runner_makes_one_table_and_says_what_is_below(tmp_path, capsys, mon
     assert runner.main(["--quick", "--only", "probes", "stores"]) == 0  # tiny sizes say nothing, and write nothing
 
 
+def test_a_ratio_without_an_aim_is_shown_and_misses_nothing():
+    price = row(0.03, wanted=None)
+    assert runner.table([price]).splitlines()[-1] == "| a / b | 0.03 | – | of 3 |"
+    assert not runner.is_below(price) and runner.is_below(row(0.5)) and not runner.is_below(row(1.0))
+
+
 def test_a_row_with_other_keys_is_refused():
     with pytest.raises(ValueError, match=r"benchmarks\.x gave a row with \['ratio'\]; expected name, ratio, wanted"):
         runner.run({"x": lambda quick: [{"ratio": 1}]}, True)

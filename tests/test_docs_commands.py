@@ -81,6 +81,8 @@ RUN = {
     "regvit classify test_time_reg cat.jpg": Run(says=r"\d%  (one|other) +energy .*cat.jpg"),
     "dvc repro": Run(says="Data and pipelines are up to date"),
     "dvc plots show": Run(leaves=("dvc_plots/index.html",)),
+    "make experiments": Run(),
+    'make compare EXPS="main my-experiment"': Run(leaves=("work/compare",), instead={"my-experiment": "workspace"}),
     "python stages/gate.py --against main": Run(says="No guarded metric fell"),
     "make choose": Run(says="(?s)cifar10 .*imagenet "),
     "make choose NAME=cifar10 IMAGES=/data/images": Run(says="in_distribution: plain -> cifar10", copy="chosen"),
@@ -121,6 +123,7 @@ PYTHON_CANNOT = {
 }
 # Steps of the workflow that are not run, by a part of each, and why.
 NOT_HERE = {
+    "make audit": "asks a database of vulnerabilities",
     "gh pr comment": "talks to GitHub",
     "-k tour": "tests/test_report_browser.py runs it",
 }
