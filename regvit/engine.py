@@ -38,6 +38,7 @@ QUEUE = 2  # units in the hands of a worker: the one at work, and the next, so t
 ATTEMPTS = 5  # workers that may die over one unit before it is the unit's fault
 PATIENCE = 600.0  # seconds without a single node on which a worker fits: a cluster may have to start it first
 LOOK_EVERY = 2.0  # seconds between two looks at which nodes there are
+NODE_DIED = "its node has died"  # how Ray says that a worker is not the cause of its own end
 SPARE = 128 << 20  # bytes of Ray's object store beyond the model, all that is put there; its minimum is 75 MB
 
 
@@ -214,6 +215,8 @@ class _Crew:
             self._stillborn = 0
         except self._ray.exceptions.RayActorError as error:
             del self._workers[number]
+            if NODE_DIED in str(error):  # Ray goes on placing workers on a dead node until it misses the node's heartbeat
+                return
             self._stillborn += 1
             if self._stillborn == ATTEMPTS:
                 raise EngineError(f"{ATTEMPTS} workers could not start, the last one so: {_reason(error)}") from error

@@ -112,6 +112,8 @@ RUN = {
 # Commands that cannot be run here, by their first line, and why.
 CANNOT = {
     "make audit": "asks a database of vulnerabilities (tests/audit.py)",
+    "make mutation MODULE=metrics": "takes an hour; tests/test_mutation.py runs the tool on a small module",
+    "make coverage": "runs the whole suite under a tracer",
     "python stages/sweep.py start --jobs 2": "leaves workers of DVC's queue behind; tests/test_sweeps.py holds what it starts",
     "python -m benchmarks": "takes many minutes; tests/test_benchmarks.py runs it at tiny sizes",
     "python -m benchmarks.extraction": "takes minutes; tests/test_benchmarks.py runs it at tiny sizes",
