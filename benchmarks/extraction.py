@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="side of the input, pixels")
     parser.add_argument("--precision", default="float32", choices=PRECISIONS)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--batch-size", type=int, help="default: 32 on a CPU, looked for on a GPU")
+    parser.add_argument("--batch-size", type=int, help="default: 8 on a CPU, looked for on a GPU")
     parser.add_argument("--workers", type=int, help="decoding threads; default: 0 on a CPU, a thread a core on a GPU")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--compile", action="store_true", help="both ways")
@@ -107,7 +107,7 @@ def run(given: argparse.Namespace, say: Callable[[str], None]) -> dict:
     backbone = backbone_of(given)
     with tempfile.TemporaryDirectory() as folder:
         dataset = files_of(Path(folder), given)
-        batch_size = given.batch_size or (fitting(backbone, given, device) if gpu else 32)
+        batch_size = given.batch_size or (fitting(backbone, given, device) if gpu else lanes.usual_batch_size(device))
         batches = decoded(backbone, dataset, batch_size, device)
         forward = backbone.model.to(device).forward_features
         if given.compile:

@@ -36,7 +36,7 @@ from regvit.neurons import RegisterNeurons, find_register_neurons
 from regvit.planting import plant
 
 BACKBONE, DATASET = Path("data/backbones/focus_planted"), Path("data/twemoji")
-BATCH, IMAGES = 32, 512
+BATCH, IMAGES = 8, 512
 WANTED = {"cpu": 1.2, "cuda": 20.0}  # times as fast in the same precision
 WANTED_FAST = {"cpu": 3.0, "cuda": 20.0}  # in the fastest precision that selects the same neurons
 SAME_SCORES = 1e-4  # relative; sums in another order

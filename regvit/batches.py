@@ -25,7 +25,7 @@ class Batches:
 
     dataset: Dataset
     transform: Transform
-    batch_size: int = 32
+    batch_size: int = 8
     workers: int = 0
     device: str = "cpu"
     label: str = "images"

@@ -28,6 +28,7 @@ from .backbones import Backbone
 from .detectors import energy
 from .extraction import readouts
 from .images import Transform, UnreadableImage, in_order, to_rgb
+from .lanes import usual_batch_size
 from .probes import InvalidProbes, Probe, ProbeSet, load_probes
 from .progress import progress as Progress
 from .readouts import InMemory, arrays_needed, readout
@@ -123,12 +124,12 @@ class Classifier:
         return cls(backbone, chosen, trained.classes, torch.device(device))
 
     def classify(
-        self, images: Iterable[Path | str | Image.Image], batch_size: int = 32, workers: int = 0
+        self, images: Iterable[Path | str | Image.Image], batch_size: int | None = None, workers: int = 0
     ) -> list[Classified]:
         """Classifies paths and images, in their order.
 
         Args:
-            batch_size: images a forward.
+            batch_size: images a forward; None is 8 on a CPU, else 32.
             workers: decoding threads; 0 decodes in between.
         Raises:
             UnreadableImage: an image cannot be decoded; `stream` and `classify_folder` go on instead.
@@ -143,7 +144,7 @@ class Classifier:
     def classify_folder(
         self,
         folder: Path | str,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         workers: int = 0,
         progress: Progress | None = None,
     ) -> FolderClassified:
@@ -161,7 +162,7 @@ class Classifier:
         return FolderClassified(tuple(images), tuple(sorted(unreadable, key=lambda error: error.path)))
 
     def stream(
-        self, images: Iterable[Path | str | Image.Image], batch_size: int = 32, workers: int = 0
+        self, images: Iterable[Path | str | Image.Image], batch_size: int | None = None, workers: int = 0
     ) -> Iterator[Classified | UnreadableImage]:
         """Classifies one batch after another, so that memory does not grow with the images.
 
@@ -170,6 +171,7 @@ class Classifier:
         Raises:
             ValueError: batch_size below 1 or workers below 0.
         """
+        batch_size = usual_batch_size(self.device) if batch_size is None else batch_size
         if batch_size < 1 or workers < 0:
             raise ValueError(f"batch_size {batch_size} must be at least 1 and workers {workers} at least 0")
         decoded = in_order(_Decode(self.backbone.transform), images, workers, ahead=2 * batch_size)

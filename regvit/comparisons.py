@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float
 
+from . import miou
 from .compare import Measured
 from .intervals import mean_with_interval
 
@@ -124,6 +125,29 @@ def paired_difference(
     draws = np.random.default_rng(seed).integers(len(gained), size=(RESAMPLES, len(gained)))
     low, high = np.percentile(gained[draws].sum(1) / weights[draws].sum(1), [2.5, 97.5])
     return Value(float(gained.sum() / weights.sum()), float(low), float(high), len(gained))
+
+
+def paired_miou_difference(a: Measurements, b: Measurements, dataset: str, seed: int = 0) -> Value | None:
+    """mIoU of run a minus that of run b over the images that both have; None where they share none, or their masks differ."""
+    tables = [run.tables.get(("segment", dataset, "pixels"), {}) for run in (a, b)]
+    if not all(tables):
+        return None
+    images = {image: i for i, image in enumerate(sorted(set(tables[0]["image_id"]) & set(tables[1]["image_id"])))}
+    values = 1 + max(int(value) for table in tables for value in table["mask_value"])
+
+    def counts(table: Columns) -> miou.ClassCounts:
+        found = np.zeros((3, len(images), values), dtype=np.int64)
+        columns = (table[name] for name in ("image_id", "mask_value", "right", "predicted", "actual"))
+        for image, value, *pixels in zip(*columns, strict=True):
+            if image in images:
+                found[:, images[image], int(value)] = [int(cell) for cell in pixels]
+        return miou.ClassCounts(*found)
+
+    first, second = (counts(table) for table in tables)
+    if not images or not np.array_equal(first.actual, second.actual):
+        return None
+    found = miou.paired_miou_difference(first, second, seed, RESAMPLES)
+    return Value(found.value, found.lo, found.hi, found.n)
 
 
 def numbers(cells: Sequence[str]) -> Float[np.ndarray, " b"]:

@@ -41,7 +41,6 @@ from .dense import (
     statistics,
 )
 from .intervals import mean_with_interval
-from .metrics import Difference
 
 EPSILON = 0.1  # added to each bin before they are normalised (AdaBins, DINOv2): no sum is 0
 ETA = 0.001  # metres, inside logarithms
@@ -254,25 +253,6 @@ def abs_rel_within(measured: Measured, where: Bool[np.ndarray, "b p"]) -> Float[
     """Mean relative error of each image over the pixels of some of its patches; nan where there are none."""
     counted = (measured.counted * where).sum(1)
     return np.where(counted > 0, (measured.relative * where).sum(1) / np.maximum(counted, 1), np.nan)
-
-
-def paired_mean_difference(
-    a: Float[np.ndarray, " b"], b: Float[np.ndarray, " b"], seed: int = 0, resamples: int = 1000
-) -> Difference | None:
-    """Mean over images of a − b, values of the same images in the same order, resampling images.
-
-    Args:
-        a, b: nan where an image has no value; such images are left out. None is returned where all are.
-    """
-    gained = a - b
-    gained = gained[~np.isnan(gained)]
-    if not len(gained):
-        return None
-    draws = np.random.default_rng(seed).integers(len(gained), size=(resamples, len(gained)))
-    means = gained[draws].mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    p = min(1.0, 2 * (1 + int(min((means <= 0).sum(), (means >= 0).sum()))) / (1 + resamples))
-    return Difference(float(gained.mean()), float(low), float(high), p, len(gained))
 
 
 def summary(

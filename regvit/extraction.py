@@ -40,7 +40,7 @@ from .arithmetic import arithmetic, check_precision
 from .backbones import Backbone
 from .bucket_writer import store_writer
 from .images import in_order
-from .lanes import Mark, Upload, best_batch_size, lane_of, seconds_of
+from .lanes import Mark, Upload, best_batch_size, lane_of, seconds_of, usual_batch_size
 from .manifest import Dataset
 from .progress import progress as Progress
 from .store import StoreWriter, UnstorableFeature, default_rows_per_unit, image_ids_digest, unfinished
@@ -48,7 +48,7 @@ from .tokens import TokenLayout
 
 ARRAYS = ("cls", "registers", "patch_mean")  # what is stored where nothing else is asked for
 UNITS_IN_FLIGHT = 2  # computed and waiting for the disk; more would only cost memory
-BATCH_SIZE, LARGEST_BATCH = 32, 1024  # images; where none is given: on a CPU, and the largest that is tried on a GPU
+LARGEST_BATCH = 1024  # images; that is tried on a GPU
 CLUSTER_BATCH_SIZE = 64  # on GPUs that the driver cannot try itself
 # torch.compile takes about a minute and saves some 0.1 ms of a ViT-L image on a fast GPU: about as many images must come
 # before it pays. On a CPU it gains nothing (measured: 2 %).
@@ -81,7 +81,7 @@ class Extractor:
         backbone: with its test-time registers in place; its model is moved to `device`.
         precision: see `regvit.arithmetic`; it is part of what makes the features.
         device: where the forward runs.
-        batch_size: images a forward, lowered to a divisor of `rows_per_unit`.
+        batch_size: images a forward, lowered to a divisor of `rows_per_unit`; None is `usual_batch_size`.
         workers: decoding threads, which run ahead of the forward; 0 decodes in between.
         arrays: what to compute, see the module; what the model does not have is left out.
         rows_per_unit: rows that a batch must not straddle; by default those of a store's unit.
@@ -100,7 +100,7 @@ class Extractor:
         dataset: Dataset,
         precision: str = "float32",
         device: torch.device | str = "cpu",
-        batch_size: int = BATCH_SIZE,
+        batch_size: int | None = None,
         workers: int = 0,
         arrays: Sequence[str] = ARRAYS,
         rows_per_unit: int | None = None,
@@ -108,6 +108,7 @@ class Extractor:
         shapes: Mapping[str, tuple[int, ...]] | None = None,
     ):
         check_precision(precision)
+        batch_size = usual_batch_size(device) if batch_size is None else batch_size
         _check_numbers(batch_size, workers)
         self.backbone, self.dataset, self.precision, self.workers = backbone, dataset, precision, workers
         self.device, self.arrays = torch.device(device), tuple(arrays)
@@ -288,7 +289,7 @@ def extract(
     attributes: Mapping,
     precision: str = "float32",
     device: torch.device | str = "cpu",
-    batch_size: int | None = BATCH_SIZE,
+    batch_size: int | None = None,
     workers: int = 0,
     rows_per_unit: int | None = None,
     progress: Progress | None = None,
@@ -312,7 +313,7 @@ def extract(
         attributes: of the store: those of `describe` and what describes the run.
         precision: see `regvit.arithmetic`; it is part of what makes the features.
         device, batch_size, workers: where and how fast; images per forward (lowered to a divisor of the rows of a
-            unit), and decoding threads, which run ahead of the forward (0 decodes in between). `batch_size` None is 32
+            unit), and decoding threads, which run ahead of the forward (0 decodes in between). `batch_size` None is 8
             on a CPU; on a GPU the smallest is looked for that keeps it busy, and kept with the unfinished work.
         progress: is told of every image, and of what was resumed; None is silent.
         arrays: what to store, see `readouts`; what the model does not have is left out.
@@ -327,7 +328,7 @@ def extract(
         KeyboardInterrupt: passed on; finished units stay in `partial`, and calling again goes on from there.
     """
     check_precision(precision)
-    _check_numbers(BATCH_SIZE if batch_size is None else batch_size, workers)
+    _check_numbers(1 if batch_size is None else batch_size, workers)
     device = torch.device(device)
     here = device if engine is None else torch.device("cpu")
     shapes = row_shapes(backbone, precision, here, arrays)
@@ -436,7 +437,7 @@ def _batch_size_for(
 ) -> int:
     """The batch size where none is given."""
     if device.type != "cuda":
-        return BATCH_SIZE
+        return usual_batch_size(device)
     if engine is not None:
         return CLUSTER_BATCH_SIZE
     forward = backbone.model.to(device).forward_features

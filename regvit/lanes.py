@@ -133,6 +133,15 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def usual_batch_size(device: torch.device | str) -> int:
+    """Images a forward where none are given: 8 on a CPU, 32 elsewhere.
+
+    On a CPU more of them are slower: the hidden activations of a block outgrow 32 MiB, and what is larger glibc takes from
+    the system and gives back again each time (ViT-S/14, 224 px, two cores: 24 images/s with 8, 13 with 32).
+    """
+    return 8 if torch.device(device).type == "cpu" else 32
+
+
 def best_batch_size(seconds: Callable[[int], float], largest: int) -> int:
     """The batch size to compute with: doubled from 8 until memory runs out or it gains nothing more.
 

@@ -10,7 +10,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from .compare import MARKS, Table
-from .comparisons import Measurements, Value, column_mean, datasets_of, paired_difference, value_of
+from .comparisons import (
+    Measurements,
+    Value,
+    column_mean,
+    datasets_of,
+    paired_difference,
+    paired_miou_difference,
+    value_of,
+)
 
 TITLE = "What registers change"
 NONE = "–"
@@ -205,7 +213,10 @@ def _segmentation(name: str, seed: int) -> Iterator[Measure]:
     def by_image(run: Measurements) -> Value | None:
         return column_mean(run, "segment", name, "miou", seed)
 
-    yield Measure("segmentation mIoU, %", name, 100, 1, 1, of("miou"))  # not a mean over images: no pair
+    yield _by_images(
+        "segmentation mIoU, %", name, 100, 1, 1, of("miou"),
+        lambda run, other: paired_miou_difference(run, other, name, seed),
+    )  # fmt: skip
     yield _by_images(
         "segmentation mIoU by image, %", name, 100, 1, 1, by_image,
         lambda run, other: paired_difference(run, other, "segment", name, "miou", seed=seed),

@@ -112,7 +112,7 @@ def plant(
     num_amplifiers: int = 3,
     edit_keys: bool = False,
     seed: int = 0,
-    batch_size: int = 32,
+    batch_size: int = 8,
 ) -> Planted:
     """Plants register neurons into a timm ViT, in place.
 
@@ -172,7 +172,7 @@ def unplant(model: nn.Module, replaced: Mapping[str, Tensor]) -> None:
         own[name].copy_(value)
 
 
-def low_information(model: nn.Module, images: Float[Tensor, "b 3 s s"], batch_size: int = 32) -> Float[Tensor, "b p"]:
+def low_information(model: nn.Module, images: Float[Tensor, "b 3 s s"], batch_size: int = 8) -> Float[Tensor, "b p"]:
     """Mean cosine similarity of each patch embedding to its (up to four) neighbours, embeddings centred over all.
 
     Source: Darcet et al. 2024, arXiv:2309.16588: outliers appear where a patch resembles its neighbours.

@@ -13,7 +13,7 @@ TABLES = {  # files beside the metrics that are read, by stage
     "tokens": ("norms", "positions"),
     "attention": ("layers",),
     "discover": ("images",),
-    "segment": ("images",),
+    "segment": ("images", "pixels"),
     "depth": ("images",),
     "zeroshot": (),
 }

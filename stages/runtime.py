@@ -6,7 +6,7 @@ defaults: here, on a GPU where there is one.
 | knob | what | default |
 |---|---|---|
 | `device` | `cpu`, `cuda`, `cuda:1`, … | `auto`: a GPU where there is one |
-| `batch_size` | images a forward | `auto`: 32; extraction on a GPU looks for the smallest that keeps it busy |
+| `batch_size` | images a forward | `auto`: 8 on a CPU, else 32; extraction on a GPU looks for the smallest that keeps it busy |
 | `workers` | decoding threads | `auto`: with a GPU one for each usable core, else 0, which decodes in between |
 | `threads` | of torch on the CPU | torch's own choice |
 | `compile` | whether extraction runs the model under torch.compile | `auto`: on a GPU from 500,000 images on |
@@ -23,9 +23,8 @@ from pathlib import Path
 import torch
 from ruamel.yaml import YAML
 
-from regvit.lanes import usable_cores
+from regvit.lanes import usable_cores, usual_batch_size
 
-BATCH_SIZE = 32
 NUMBERS = {"batch_size": 1, "workers": 0, "threads": 1, "cpus_per_worker": 1}  # whole ones, and the least of each
 WORDS = {"engine": ("local", "ray"), "worker_device": ("cpu", "cuda"), "compile": ("true", "false")}
 AUTO = ("device", "batch_size", "workers", "compile")  # may be left to the machine by that word
@@ -36,13 +35,13 @@ class Runtime:
     """The knobs, with `auto` resolved.
 
     Attributes:
-        batch_size: images; 32 where it was left open, which `batch_size_given` says.
+        batch_size: images; `batch_size_given` says whether it was left open.
         threads, cpus_per_worker, address, worker_device: None for the default.
         compile: None for the default.
     """
 
     device: str = "auto"
-    batch_size: int = BATCH_SIZE
+    batch_size: int = 8
     workers: int = 0
     threads: int | None = None
     compile: bool | None = None
@@ -79,7 +78,9 @@ class Runtime:
         open_ones = [name for name, value in chosen.items() if value is None or (value == "auto" and name in AUTO)]
         values = {name: _value(name, chosen[name], places[name]) for name in chosen.keys() - open_ones}
         values.setdefault("workers", usable_cores() if torch.device(device).type == "cuda" else 0)
-        runtime = cls(device=device, batch_size_given="batch_size" in values, **values)
+        given = "batch_size" in values
+        values.setdefault("batch_size", usual_batch_size(device))
+        runtime = cls(device=device, batch_size_given=given, **values)
         if runtime.threads:
             torch.set_num_threads(runtime.threads)
         return runtime

@@ -14,17 +14,9 @@ from params import load_params
 from regvit import dense_sets
 from regvit.dense import ImageValues, save_image_values
 from regvit.files import write_json
+from regvit.miou import Counts, class_ious_with_interval, image_miou
 from regvit.progress import progress
-from regvit.segmentation import (
-    Counts,
-    Segmenter,
-    class_ious_with_interval,
-    count,
-    image_miou,
-    read_classes,
-    summary,
-    train,
-)
+from regvit.segmentation import Segmenter, count, read_classes, summary, train
 from runtime import Runtime
 
 
@@ -73,8 +65,9 @@ def measure(run: str, of: DenseSet, knobs: dict, seed: int, runtime: Runtime) ->
 
 
 def write_tables(out: Path, of: DenseSet, counts: Counts, outliers: np.ndarray | None, seed: int) -> None:
-    """classes.csv, and images.csv: right and counted pixels, all and at outliers."""
-    found = zip(("background", *of.dataset.classes), class_ious_with_interval(counts, seed), strict=True)
+    """classes.csv; images.csv: right and counted pixels, all and at outliers; pixels.csv: those of each class in each image."""
+    names = ("background", *of.dataset.classes)
+    found = zip(names, class_ious_with_interval(counts, seed), strict=True)
     rows = [(name, one.value, one.lo, one.hi, one.n) for name, one in found if one is not None]
     write_table(out / "classes.csv", ("class", "iou", "iou_lo", "iou_hi", "images"), rows)
     at = np.zeros_like(counts.counted) if outliers is None else outliers
@@ -82,6 +75,9 @@ def write_tables(out: Path, of: DenseSet, counts: Counts, outliers: np.ndarray |
     columns = (image_miou(counts), right, counted, (counts.right * at).sum(1), (counts.counted * at).sum(1))
     rows = [(row.image_id, *values) for row, *values in zip(of.tested, *columns, strict=True)]
     write_table(out / "images.csv", ("image_id", "miou", "right", "pixels", "right_at_outliers", "at_outliers"), rows)
+    by_class = np.stack([counts.intersection, counts.predicted, counts.actual], axis=2)  # (b, c, 3)
+    rows = [(of.tested[b].image_id, names[c], c, *by_class[b, c]) for b, c in np.argwhere(by_class.any(2))]
+    write_table(out / "pixels.csv", ("image_id", "class", "mask_value", "right", "predicted", "actual"), rows)
 
 
 if __name__ == "__main__":

@@ -77,6 +77,10 @@ def measured(
             "image_id": ids, "miou": ["0.5", "0.6", "0.4", ""], "right": ["8", "9", "7", "8"], "pixels": ["10"] * 4,
             "right_at_outliers": ["1", "2", "0", "0"], "at_outliers": ["2", "2", "0", "0"] if outliers else ["0"] * 4,
         },
+        ("segment", "scenes", "pixels"): {
+            "image_id": ids, "mask_value": ["0", "1", "0", "1"], "right": ["8", "9", "7", "8"] if shift else ["9"] * 4,
+            "predicted": ["10"] * 4, "actual": ["10"] * 4,
+        },
         ("depth", "scenes", "images"): {
             "image_id": ids, "rmse": ["0.5", "0.6", "0.7", "0.6"],
             "rmse_at_outliers": ["0.9", "1.1", "", ""] if outliers else empty,

@@ -3,7 +3,7 @@
 import pytest
 
 from regvit.compare import Measured
-from regvit.comparisons import Measurements, Value, column_mean, paired_difference, value_of
+from regvit.comparisons import Measurements, Value, column_mean, paired_difference, paired_miou_difference, value_of
 
 
 def run(columns: dict, name: str = "a") -> Measurements:
@@ -72,3 +72,29 @@ def test_a_figure_comes_with_its_interval_and_number_of_images():
 @pytest.mark.parametrize(("lo", "hi", "side"), [(0.1, 0.2, 1), (-0.2, -0.1, -1), (-0.1, 0.1, 0), (0, 0.2, 0), (None, None, 0)])  # fmt: skip
 def test_a_difference_has_a_side_where_its_interval_leaves_out_zero(lo, hi, side):
     assert Value(0.1, lo, hi).side == side
+
+
+def of_pixels(name: str, rows: list[tuple]) -> Measurements:
+    columns = dict(
+        zip(("image_id", "mask_value", "right", "predicted", "actual"), zip(*rows, strict=True), strict=True)
+    )
+    tables = {("segment", "scenes", "pixels"): {key: [str(cell) for cell in cells] for key, cells in columns.items()}}
+    return Measurements(Measured(name, "none", 0, {}, {}, {}), "vit", {}, tables)
+
+
+def test_miou_is_paired_over_the_images_that_both_runs_have():
+    better = [("a", 0, 8, 8, 8), ("a", 2, 2, 2, 2), ("b", 0, 5, 6, 5), ("b", 2, 4, 4, 5), ("c", 0, 9, 9, 9)]
+    worse = [("b", 0, 5, 9, 5), ("a", 0, 8, 10, 8), ("a", 2, 0, 0, 2), ("b", 2, 1, 1, 5)]
+    found = paired_miou_difference(of_pixels("better", better), of_pixels("worse", worse), "scenes")
+    of = [(13 / 14 + 6 / 7) / 2, (13 / 19 + 1 / 7) / 2]
+    assert found.value == pytest.approx(of[0] - of[1]) and found.n == 2
+    of_a, of_b = 1 - (8 / 10) / 2, (5 / 6 + 4 / 5) / 2 - (5 / 9 + 1 / 5) / 2  # all draws of a alone, of b alone
+    assert (found.lo, found.hi) == (pytest.approx(min(of_a, of_b)), pytest.approx(max(of_a, of_b)))
+
+
+def test_miou_is_not_paired_over_other_masks_nor_over_other_images():
+    one = of_pixels("one", [("a", 0, 8, 8, 8), ("a", 1, 2, 2, 2)])
+    other_mask = of_pixels("other", [("a", 0, 8, 8, 9), ("a", 1, 1, 2, 1)])
+    assert paired_miou_difference(one, other_mask, "scenes") is None
+    assert paired_miou_difference(one, of_pixels("other", [("b", 0, 8, 8, 8)]), "scenes") is None
+    assert paired_miou_difference(one, one, "rooms") is None

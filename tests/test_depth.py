@@ -15,7 +15,6 @@ from regvit.depth import (
     errors,
     losses,
     measure,
-    paired_mean_difference,
     rmse_within,
     summary,
     train,
@@ -172,16 +171,6 @@ def test_the_summary_holds_every_error_and_what_it_is_at_outliers(tmp_path):
     assert found["delta1_lo"] <= found["delta1"] <= found["delta1_hi"]
     assert summary(model, measured, None)["rmse_at_outliers"] is None
     assert summary(model, measured, None)["rmse_elsewhere"] is None
-
-
-def test_two_runs_are_compared_image_by_image_where_both_have_a_value():
-    a, b = np.array([1.0, 2.0, np.nan, 4.0]), np.array([0.5, 1.5, 3.0, 3.5])
-    found = paired_mean_difference(a, b)
-    assert (found.value, found.lo, found.hi, found.n) == (0.5, 0.5, 0.5, 3)
-    assert found.p == pytest.approx(2 / 1001)
-    assert paired_mean_difference(a[2:3], b[2:3]) is None
-    mixed = paired_mean_difference(np.array([1.0, -1.0] * 10), np.zeros(20))
-    assert mixed.lo < 0 < mixed.hi and mixed.p > 0.5
 
 
 @pytest.mark.parametrize(

@@ -464,7 +464,7 @@ def test_a_batch_size_that_was_looked_for_is_kept_with_the_unfinished_work(tmp_p
 
 def test_a_batch_size_is_looked_for_only_on_a_gpu_that_is_here():
     backbone = backbone_of()
-    assert extraction._batch_size_for(backbone, "float32", torch.device("cpu"), ["cls"], None) == 32
+    assert extraction._batch_size_for(backbone, "float32", torch.device("cpu"), ["cls"], None) == 8
     assert extraction._batch_size_for(backbone, "float32", torch.device("cuda"), ["cls"], Backwards()) == 64
 
 

@@ -54,6 +54,12 @@ def test_differences_of_images_are_paired():
     assert rows(ORIGINAL, cured)["depth RMSE at outliers, m"][-1] == "±0.000 [±0.000, ±0.000]"
 
 
+def test_the_miou_is_paired_though_it_is_no_mean_over_images():
+    found = rows(INTACT, ORIGINAL)["segmentation mIoU, %"][-1]
+    expected = 100 * ((15 / 25 + 17 / 23) / 2 - 18 / 22)
+    assert found.startswith(f"−{-expected:.1f} [−") and found.endswith("▼")
+
+
 def test_attention_is_compared_only_where_the_stage_saw_both():
     elsewhere = dataclasses.replace(CURED, backbone="another")
     assert rows(ORIGINAL, elsewhere)["CLS attention on outliers, %"][-1] == NONE

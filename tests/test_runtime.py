@@ -41,15 +41,15 @@ def gpu(monkeypatch):
     monkeypatch.setattr(module, "usable_cores", lambda: 12)
 
 
-def test_on_a_cpu_images_are_decoded_in_between_and_batches_are_of_32(bare):
+def test_on_a_cpu_images_are_decoded_in_between_and_batches_are_of_8(bare):
     runtime = written(bare, "device: cpu\n")
-    assert (runtime.batch_size, runtime.batch_size_given, runtime.workers, runtime.compile) == (32, False, 0, None)
+    assert (runtime.batch_size, runtime.batch_size_given, runtime.workers, runtime.compile) == (8, False, 0, None)
     assert (runtime.engine, runtime.address, runtime.worker_device) == ("local", None, None)
 
 
 def test_with_a_gpu_every_usable_core_decodes(bare, gpu):
     runtime = Runtime.load(bare)
-    assert (runtime.device, runtime.workers, runtime.batch_size_given) == ("cuda", 12, False)
+    assert (runtime.device, runtime.workers, runtime.batch_size, runtime.batch_size_given) == ("cuda", 12, 32, False)
     assert written(bare, "workers: 3").workers == 3
     assert written(bare, "workers: 0").workers == 0
 

@@ -9,22 +9,17 @@ from sklearn.metrics import jaccard_score
 
 from regvit.dense import LinearLayer, PatchTokens
 from regvit.images import UnreadableImage
-from regvit.segmentation import (
+from regvit.miou import (
     Counts,
-    Segmenter,
     accuracy,
     class_ious,
     class_ious_with_interval,
-    count,
     image_miou,
     miou,
     miou_with_interval,
-    paired_accuracy_difference,
     paired_miou_difference,
-    read_classes,
-    summary,
-    train,
 )
+from regvit.segmentation import Segmenter, count, read_classes, summary, train
 from regvit.store import FeatureStore, StoreWriter
 
 SIDE, CLASSES = 4, 3
@@ -209,10 +204,6 @@ def test_accuracy_at_some_patches_looks_at_their_pixels_alone():
     assert (found.value, found.n) == (pytest.approx(3 / 20), 2)
     assert accuracy(counts).value == pytest.approx(26 / 60)
     assert accuracy(counts, np.zeros_like(where)) is None
-    other = dataclasses.replace(counts, right=counts.right + np.array([5, 0]))
-    difference = paired_accuracy_difference(other, counts, where)
-    assert (difference.value, difference.lo, difference.hi, difference.n) == (0.5, 0.5, 0.5, 2)
-    assert paired_accuracy_difference(other, counts, np.zeros_like(where)) is None
     with pytest.raises(ValueError, match=r"shape \(3, 5\).*\(3, 2\)"):
         accuracy(counts, np.zeros((3, 5), bool))
 

@@ -117,6 +117,20 @@ def test_metrics_have_intervals_and_tables_a_row_an_image(work, stage, value, im
         assert all(row[image_value] for row in rows)
 
 
+def test_the_pixels_of_each_class_give_the_miou_again(work):
+    with open(work / "metrics/segment/cured/rooms/pixels.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["image_id"] for row in rows} == {f"relief_test_{i:03}" for i in range(5)}
+    sums = {}
+    for row in rows:
+        found = sums.setdefault((row["mask_value"], row["class"]), np.zeros(3, int))
+        found += [int(row[name]) for name in ("right", "predicted", "actual")]
+    assert len(sums) == len({value for value, _ in sums}) > 1
+    ious = [right / (predicted + actual - right) for right, predicted, actual in sums.values() if actual]
+    metrics = json.loads((work / "metrics/segment/cured/rooms.json").read_text())
+    assert np.mean(ious) == pytest.approx(metrics["miou"], abs=1e-6)
+
+
 def test_both_runs_are_looked_at_where_the_model_without_registers_has_its_outliers(work):
     for stage, kind in (("segment", "segmentation"), ("depth", "depth")):
         plain, cured = (
@@ -129,7 +143,7 @@ def test_both_runs_are_looked_at_where_the_model_without_registers_has_its_outli
 def test_the_same_input_gives_the_same_bytes(work):
     kept = {path: path.read_bytes() for path in sorted((work / "metrics").rglob("*")) if path.is_file()}
     kept |= {path: path.read_bytes() for path in sorted((work / "features").rglob("*.safetensors"))}
-    assert len(kept) == 2 * (1 + 1 + 2 + 2 + 2)
+    assert len(kept) == 2 * (1 + 1 + 3 + 2 + 2)
     for stage in ("segment", "depth"):
         run(stage, work, "cured", "rooms")
     assert {path: path.read_bytes() for path in kept} == kept
