@@ -47,9 +47,9 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Float, Int
 
-CELLS_AT_ONCE = 1 << 23  # float64 held beside the features: 64 MiB
+CELLS_AT_ONCE = 1 << 21  # float64 held beside the features: 16 MiB
 CLIP_PERCENTILE = 90  # of ReAct
-CLIP_VALUES = 1 << 26  # activations that the percentile is taken of; beyond, of images drawn at random
+CLIP_VALUES = 1 << 23  # activations that the percentile is taken of; beyond, of images drawn at random
 
 Scorer = Callable[[Float[np.ndarray, "b d"], Float[np.ndarray, "b c"]], Float[np.ndarray, " b"]]
 

@@ -28,7 +28,7 @@ from .stored import blocks
 K = (10, 20, 100, 200)  # and the temperature: DINOv2's protocol
 TEMPERATURE = 0.07
 FLOOR = 1e-30  # of a vote share: a class without a neighbour gets the logit −69, and not −∞
-TEST_ROWS, TRAIN_ROWS = 256, 1 << 14  # similarities held at once: 16 MiB of float32
+TEST_ROWS, TRAIN_ROWS = 256, 1 << 12  # similarities held at once: 4 MiB of float32
 TEST_ROWS_A_PASS = 1 << 14  # images whose neighbours are looked for in one pass over the training images
 
 
