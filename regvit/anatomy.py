@@ -28,6 +28,7 @@ from .outliers import MIN_RATIO, Detection, otsu, patch_norms, read_detection
 from .runs import open_run, read_run
 from .tokens import TokenLayout
 
+LOW_INFORMATION = 0.25  # of an image's patches: those that resemble their neighbours most
 EM_STEPS = 300  # of the mixture; at two modes that stand apart a dozen are enough
 SMALLEST = np.finfo(np.float32).tiny  # norms are cut off below it before their logarithm is taken
 
@@ -310,6 +311,8 @@ def summary(anatomy: Anatomy, detection: Detection | None, seed: int = 0) -> dic
 
     `appears_in_layer` is the first block after which the outliers' median norm is at least twice that of the other
     patches, and `peak_layer` the one where it is the most times that; both None where it never is.
+    `outlier_on_low_information` is the share of an image's outliers among its patches of low information, the quarter
+    whose centred embeddings resemble their neighbours most: a quarter by chance.
     Intervals are over images; a difference is within the images that have outliers.
     """
     table, mask = norm_table(anatomy, detection), anatomy.outliers
@@ -339,7 +342,10 @@ def summary(anatomy: Anatomy, detection: Detection | None, seed: int = 0) -> dic
     found |= mean_with_interval("outlier_on_border", image_means(border.ravel() * np.ones(mask.shape), mask), seed)
     for name, values in (means | {"difference": means["outlier"] - means["normal"]}).items():
         found |= mean_with_interval(f"neighbour_cosine_{name}", values, seed)
-    return found | mean_with_interval("outlier_information_rank", image_means(anatomy.information_rank, mask), seed)
+    found |= mean_with_interval("outlier_information_rank", image_means(anatomy.information_rank, mask), seed)
+    low = anatomy.information_rank > 1 - LOW_INFORMATION
+    found |= {"low_information_patches": LOW_INFORMATION}
+    return found | mean_with_interval("outlier_on_low_information", image_means(low, mask), seed)
 
 
 def image_means(values: Float[np.ndarray, "b p"], chosen: Bool[np.ndarray, "b p"]) -> Float[np.ndarray, " b"]:

@@ -21,7 +21,7 @@ Shape letters: b image, l layer, h head, q query (CLS, then registers), n token,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -329,29 +329,45 @@ def _estimates(values: Mapping[str, Mapping[str, np.ndarray]], seed: int) -> dic
     }
 
 
-def write_tables(folder: Path, quality: AttentionQuality | None, seed: int = 0) -> None:
-    """Writes `heads.csv`, a row a query, block and head, and `layers.csv`, a row a query and block (mean over heads).
+def write_tables(folder: Path, quality: AttentionQuality | None, image_ids: Sequence[str], seed: int = 0) -> None:
+    """Writes what the first query attends to, CLS where there is one, and beside it the same of the other prefix tokens.
 
-    Each metric has its mean over images and its 95 % bootstrap interval; empty where it is not defined. Without a
-    quality (a model that has no prefix token) the tables have a header only.
+    - `layers.csv`, `heads.csv`: a row a block (mean over heads), a row a block and head; `registers.csv`: a row a query,
+      block and head of the other queries. Each metric has its mean over images and its 95 % bootstrap interval.
+    - `images.csv`: a row an image, with the metrics that `heads` of `summary` is the mean of.
+
+    Cells are empty where a metric is not defined. Without a quality (a model that has no prefix token) there are headers only.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    heads = {} if quality is None else quality.heads
-    layers = {name: values.mean(2, keepdims=True) for name, values in heads.items()}
-    for file, tables, keys in (
-        ("heads.csv", heads, ["query", "layer", "head"]),
-        ("layers.csv", layers, ["query", "layer"]),
-    ):
-        rows = []
-        if quality is not None:
-            stacked = np.stack([_means_with_intervals(tables[name], seed) for name in METRICS], axis=-1)
-            for q, query in enumerate(quality.queries):
-                for layer, head in np.ndindex(stacked.shape[1:3]):
-                    estimates = stacked[:, layer, head, q].T.ravel()  # (metric, 3) row by row
-                    cells = [f"{v:.6g}" if np.isfinite(v) else "" for v in estimates]
-                    rows.append([query, layer, head][: len(keys)] + cells)
-        header = [*keys, *(f"{name}{end}" for name in METRICS for end in ("", "_lo", "_hi"))]
-        write_table(folder / file, header, rows)
+    estimates = [f"{name}{end}" for name in METRICS for end in ("", "_lo", "_hi")]
+    layers, heads, others, images = [], [], [], []
+    if quality is not None:
+        by_layer = {name: values.mean(2, keepdims=True) for name, values in quality.heads.items()}
+        layers = [row[1:2] + row[3:] for row in _rows(quality.queries[:1], by_layer, seed)]
+        rows = list(_rows(quality.queries, quality.heads, seed))
+        heads = [row[1:] for row in rows if row[0] == quality.queries[0]]
+        others = [row for row in rows if row[0] != quality.queries[0]]
+        columns = _by_image(quality)["heads"]
+        values = zip(image_ids, *(columns[name] for name in METRICS), strict=True)
+        images = [[image, *map(_cell, row)] for image, *row in values]
+    write_table(folder / "layers.csv", ["layer", *estimates], layers)
+    write_table(folder / "heads.csv", ["layer", "head", *estimates], heads)
+    write_table(folder / "registers.csv", ["query", "layer", "head", *estimates], others)
+    write_table(folder / "images.csv", ["image_id", *METRICS], images)
+
+
+def _rows(
+    queries: Sequence[str], tables: Mapping[str, Float[np.ndarray, "b l h q"]], seed: int
+) -> Iterator[list[str | int]]:
+    """Query, block, head and the estimates of every metric."""
+    stacked = np.stack([_means_with_intervals(tables[name], seed) for name in METRICS], axis=-1)
+    for q, query in enumerate(queries):
+        for layer, head in np.ndindex(stacked.shape[1:3]):
+            yield [query, layer, head, *map(_cell, stacked[:, layer, head, q].T.ravel())]  # (metric, 3) row by row
+
+
+def _cell(value: float) -> str:
+    return f"{value:.6g}" if np.isfinite(value) else ""
 
 
 def _means_with_intervals(values: Float[np.ndarray, "b ..."], seed: int) -> Float[np.ndarray, "3 ..."]:

@@ -3,8 +3,8 @@
 A cure by test-time registers says little until its controls fail. Four are known by name:
 
 - `empty`: the registers are there, but nothing is moved into them. One more token alone can change what neurons near
-  their threshold do (here it halves the planted outliers): this, not the untreated model, is what the next two are
-  held against;
+  their threshold do, and draws some attention away from the outliers: this, not the untreated model, is what the next
+  two are held against;
 - `random`: as many neurons of each layer, drawn from those that were not selected. Should do no more than `empty`;
 - `same_activation`: in each layer the unselected neurons that fire most nearly as hard at outliers, but write less than
   `MIN_SHARE` of their excess. No more than `empty` either: it is not activity that matters, but what is written;

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
-from .attention import query_names, watch_cls_attention, watch_prefix_attention
+from .attention import query_names, watch_prefix_attention
 from .feature_colours import Palette
 from .files import replacing
 from .hooks import blocks, watch_outputs
@@ -63,7 +63,7 @@ def token_maps(model: nn.Module, images: Float[Tensor, "b 3 h w"], layer: int, a
     """
     layout = TokenLayout.of(model)
     norms: list[Tensor] = []
-    attended = watch_cls_attention(model, attention_layers) if layout.cls else nullcontext({})
+    attended = watch_prefix_attention(model, attention_layers) if layout.cls else nullcontext({})
     at = {layer: blocks(model)[layer]}
     with watch_outputs(at, lambda _, x: norms.append(layout.patches(x).norm(dim=-1))), attended as seen:
         tokens = model.forward_features(images)
@@ -74,7 +74,7 @@ def token_maps(model: nn.Module, images: Float[Tensor, "b 3 h w"], layer: int, a
 
     attention = None
     if layout.cls:
-        row = torch.stack([seen[at] for at in attention_layers]).mean(0)[..., None]  # (b, n, 1)
+        row = torch.stack([seen[at][:, :, 0].mean(1) for at in attention_layers]).mean(0)[..., None]  # (b, n, 1)
         attention = grid(layout.patches(row)[..., 0])
     return Maps(grid(norms[0]), attention, grid(layout.patches(tokens)))
 

@@ -96,7 +96,7 @@ def patch_measures(runs: Sequence[Measurements], in_distribution: str, seed: int
     label = "CLS cosine to the unplanted model"
     yield Measure(label, in_distribution, 1, 3, 1, lambda run: _verified(run, "cls_cosine"))
     for name in datasets_of(runs, "attention"):
-        yield from _attention(name)
+        yield from _attention(name, seed)
     for name in datasets_of(runs, "tokens"):
         yield from _tokens(name)
     for name in datasets_of(runs, "discover"):
@@ -105,6 +105,8 @@ def patch_measures(runs: Sequence[Measurements], in_distribution: str, seed: int
         yield from _segmentation(name, seed)
     for name in datasets_of(runs, "depth"):
         yield from _depth(name, seed)
+    for name in datasets_of(runs, "zeroshot"):
+        yield _zeroshot(name)
 
 
 def outliers(run: Measurements) -> Value | None:
@@ -159,27 +161,29 @@ def _verified(run: Measurements, key: str) -> Value | None:
     return value_of(run.run.verify, key, run.run.verify.get("images_with_outliers"))
 
 
-def _attention(name: str) -> Iterator[Measure]:
-    def of(key: str) -> Callable[[Measurements], Value | None]:
-        return lambda run: value_of(run.of("attention", name, "heads"), key, run.of("attention", name).get("n"))
+def _attention(name: str, seed: int) -> Iterator[Measure]:
+    def of(run: Measurements, key: str) -> Value | None:
+        metrics = run.of("attention", name)
+        return value_of(metrics.get("heads", {}), key, metrics.get("n_with_outliers" if key == "on_outliers" else "n"))
 
-    def change(key: str) -> Callable[[Measurements, Measurements], Value | None]:
-        """The stage measures a treated run and its untreated backbone on the same images."""
-
-        def paired(run: Measurements, other: Measurements) -> Value | None:
-            if run.backbone != other.backbone or not other.untouched:
-                return None
-            return value_of(run.of("attention", name, "change", "heads"), key)
-
-        return paired
+    def change(run: Measurements, other: Measurements, key: str) -> Value | None:
+        if key == "on_outliers" and run.backbone != other.backbone:  # whose outliers are at other places
+            return None
+        return paired_difference(run, other, "attention", name, key, seed=seed)
 
     for key, label, scale, digits, better in (
         ("on_outliers", "CLS attention on outliers, %", 100, 1, -1),
+        ("on_registers", "CLS attention on registers, %", 100, 1, 0),
+        ("largest", "largest weight of CLS attention, %", 100, 1, 0),
         ("entropy", "entropy of CLS attention, nats", 1, 2, 0),
         ("morans_i", "coherence of CLS attention", 1, 3, 1),
         ("object_auroc", "object AUROC of CLS attention, %", 100, 1, 1),
     ):
-        yield Measure(label, name, scale, digits, better, of(key), change(key))
+        yield _by_images(
+            label, name, scale, digits, better,
+            lambda run, key=key: of(run, key),
+            lambda run, other, key=key: change(run, other, key),
+        )  # fmt: skip
 
 
 def _tokens(name: str) -> Iterator[Measure]:
@@ -240,6 +244,18 @@ def _depth(name: str, seed: int) -> Iterator[Measure]:
             lambda run, key=key: _among(run.of("depth", name), key),
             lambda run, other, key=key: paired_difference(run, other, "depth", name, key, seed=seed),
         )  # fmt: skip
+
+
+def _zeroshot(name: str) -> Measure:
+    def change(run: Measurements, other: Measurements) -> Value | None:
+        """The stage measures a treated run and its untreated backbone on the same images."""
+        if run.backbone != other.backbone or not other.untouched:
+            return None
+        return value_of(run.of("zeroshot", name), "gain")
+
+    return Measure(
+        "zero-shot top-1, %", name, 100, 1, 1, lambda run: value_of(run.of("zeroshot", name), "top1"), change
+    )
 
 
 def _by_images(

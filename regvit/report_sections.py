@@ -249,17 +249,23 @@ def attention(of: Material, limit: int) -> str:
 
 def tokens(of: Material) -> str:
     """Position, pixels and class read from one token."""
-    kinds = {"cls": "CLS", "register": "register", "normal": "normal patch", "outlier": "outlier patch"}
+    patch = {"normal": "normal patch", "outlier": "outlier patch"}
+    image = {
+        "cls": "CLS",
+        "register": "register",
+        "normal_beside": "normal patch, images with outliers",  # others are easier or harder to class
+        "outlier": "outlier patch",
+    }
     parts = []
     for name in datasets_of(of.runs, "tokens"):
         parts.append(table(token_table(of.runs, name)))
         plots = []
-        for what, key, scale, label, caption in (
-            ("position", "top1", 100, "top-1, %", "Position of the patch, read from the token."),
-            ("pixels", "l2", 1, "L2 error", "Pixels of the patch, read from the token; less is better."),
-            ("class", "top1", 100, "top-1, %", "Class of the image, read from one token."),
+        for what, key, scale, label, kinds, caption in (
+            ("position", "top1", 100, "top-1, %", patch, "Position of the patch, read from the token."),
+            ("pixels", "l2", 1, "L2 error", patch, "Pixels of the patch, read from the token; less is better."),
+            ("class", "top1", 100, "top-1, %", image, "Class of the image, read from one token."),
         ):
-            rows = {(what, kind, key): label for kind, label in kinds.items()}
+            rows = {(what, kind, key): name for kind, name in kinds.items()}
             plot = _points(of, rows, _value("tokens", name), label, scale)
             plots += [(caption, plot)] if plot else []
         parts.append(figures(plots))
@@ -370,18 +376,16 @@ def _points(of: Material, rows: Mapping, value: Callable[..., Value | None], lab
 
 
 def _curves(of: Material, stage: str, dataset: str, name: str, column: str) -> dict[str, Curve]:
-    """A column by block of every run, of the first query where there are several; all nan where a run has none."""
+    """A column by block of every run; empty where a run has none."""
     curves = {}
     for run in of.runs:
         columns: Columns = run.tables.get((stage, dataset, name), {})
         if not columns.get(column):
             curves[run.name] = Curve((), (), (), ())
             continue
-        queries = columns.get("query", [""] * len(columns["layer"]))
-        rows = [i for i, query in enumerate(queries) if query == queries[0]]
-        values = {key: numbers(columns[key])[rows] for key in ("layer", column)}
+        values = {key: numbers(columns[key]) for key in ("layer", column)}
         ends = [
-            numbers(columns[f"{column}{end}"])[rows] if f"{column}{end}" in columns else values[column]
+            numbers(columns[f"{column}{end}"]) if f"{column}{end}" in columns else values[column]
             for end in ("_lo", "_hi")
         ]
         curves[run.name] = Curve(values["layer"], values[column], *ends)

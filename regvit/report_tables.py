@@ -77,12 +77,25 @@ def attention_table(runs: Sequence[Measurements], name: str) -> Table:
 
 def token_table(runs: Sequence[Measurements], name: str) -> Table:
     """What is read from a single token, a row a run and a kind of token."""
-    kinds = {"cls": "CLS", "register": "register", "normal": "normal patch", "outlier": "outlier patch", "difference": "outlier − normal, same images"}  # fmt: skip
+    kinds = {
+        "cls": "CLS",
+        "register": "register",
+        "normal": "normal patch",
+        "normal_beside": "normal patch, images with outliers",
+        "outlier": "outlier patch",
+        "difference": "outlier − normal, same images",
+    }
+    probes = (
+        ("position", "top1", 100, 1),
+        ("position", "distance", 1, 2),
+        ("pixels", "l2", 1, 2),
+        ("class", "top1", 100, 1),
+    )
     rows = []
     for run in runs:
         for kind, label in kinds.items():
             cells = []
-            for what, key, scale, digits in (("position", "top1", 100, 1), ("pixels", "l2", 1, 2), ("class", "top1", 100, 1)):  # fmt: skip
+            for what, key, scale, digits in probes:
                 value = value_of(run.of("tokens", name, what, kind), key)
                 cells.append(
                     show_change(value, scale, digits, 0) if kind == "difference" else show(value, scale, digits)
@@ -91,7 +104,7 @@ def token_table(runs: Sequence[Measurements], name: str) -> Table:
                 rows.append((run.name, label, *cells))
     return Table(
         f"What one token tells, {name}",
-        ("run", "token", "position top-1, %", "pixels, L2 error", "class top-1, %"),
+        ("run", "token", "position top-1, %", "off by, patches", "pixels, L2 error", "class top-1, %"),
         tuple(rows),
         "Linear probes on single tokens of the last layer. The class is read on the ID set, from one token of a kind drawn at random.",
     )
@@ -113,6 +126,11 @@ def anatomy_table(runs: Sequence[Measurements], name: str) -> Table:
             column("of them on the border, %", "outlier_on_border", 100, 1),
             column("cosine to neighbours, outlier", "neighbour_cosine_outlier", 1, 3),
             column("normal patch", "neighbour_cosine_normal", 1, 3),
+            column(
+                "outliers among the quarter of patches of least information, %", "outlier_on_low_information", 100, 1
+            ),
+            column("two modes of log norms apart (Ashman's D; > 2: two)", "ashman_d", 1, 1),
+            column("outliers appear in block", "appears_in_layer", 1, 0),
         ],
     )
 

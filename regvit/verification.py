@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
-from .attention import watch_cls_attention
+from .attention import watch_prefix_attention
 from .backbones import Backbone, load_backbone, unplanted
 from .feature_colours import fit_palette
 from .gallery import as_picture, draw_maps, first_images, save_strip, tile_colours, token_maps
@@ -228,6 +228,6 @@ def _tokens_and_attention(
     model: nn.Module, images: Float[Tensor, "b 3 h w"], layers: list[int]
 ) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "b n 1"]]:
     """Last-layer tokens, and CLS attention averaged over heads and `layers`, from one forward."""
-    with watch_cls_attention(model, layers) as seen:
+    with watch_prefix_attention(model, layers) as seen:
         tokens = model.forward_features(images)
-    return tokens, torch.stack([seen[layer] for layer in layers]).mean(0)[..., None]
+    return tokens, torch.stack([seen[layer][:, :, 0].mean(1) for layer in layers]).mean(0)[..., None]

@@ -16,7 +16,6 @@ from regvit.tokens import TokenLayout
 from runtime import Runtime
 
 PICTURES = 4
-REGISTERS_SHOWN = 4
 
 
 def main(run: str, dataset: str) -> None:
@@ -33,7 +32,7 @@ def main(run: str, dataset: str) -> None:
         batches = Batches(images, subject.run.transform, runtime.batch_size, runtime.workers, runtime.device, label)
         objects = object_shares(images, subject.run.transform, subject.patch_size)
         measured = measure_attention(subject, batches, later, objects)
-    write_tables(out, measured and measured.run, params["seed"])
+    write_tables(out, measured and measured.run, [row.image_id for row in images.rows], params["seed"])
     draw(out / "maps.png", subject, images, later, runtime.device)
     metrics = {"why": "the model has neither CLS nor registers whose attention could be measured"}
     if measured:
@@ -45,16 +44,15 @@ def main(run: str, dataset: str) -> None:
 
 
 def draw(path: Path, subject: Subject, images: Dataset, later: list[int], device: str) -> None:
-    """The first images with the attention maps of CLS, before and after, and of the registers."""
+    """The first images with the attention maps of CLS, before and after, and of each of the run's registers."""
     transform = subject.run.transform
     pixels = first_images(images, transform, PICTURES)
     normalised = transform.normalise(pixels.to(device))
     columns = {}
     if subject.treated:
         before = attention_maps(subject.untreated.model, normalised, later)
-        columns = {f"{name}\nuntreated": maps for name, maps in before.items()}
+        columns = {f"{name}\nuntreated": maps for name, maps in before.items() if name.startswith("cls")}
     columns |= attention_maps(subject.run.model, normalised, later)
-    columns = dict(list(columns.items())[: 2 + REGISTERS_SHOWN])
     draw_attention(path, as_picture(pixels), columns)
 
 

@@ -11,7 +11,7 @@ from regvit.comparisons import Measurements
 
 TABLES = {  # files beside the metrics that are read, by stage
     "tokens": ("norms", "positions"),
-    "attention": ("layers",),
+    "attention": ("layers", "images"),
     "discover": ("images",),
     "segment": ("images", "pixels"),
     "depth": ("images",),

@@ -12,7 +12,7 @@ from regvit.sweeps import Kept
 from regvit.sweeps import Value as Swept
 
 NAME = '<script>alert("a")</script> & $x_1$'  # of a run: shown, never obeyed
-ATTENTION = ("entropy", "on_outliers", "on_registers", "on_cls", "morans_i", "object_mass", "object_auroc")
+ATTENTION = ("entropy", "largest", "on_outliers", "on_registers", "on_cls", "morans_i", "object_mass", "object_auroc")
 
 
 def estimate(name: str, value: float | None, half: float = 0.05) -> dict:
@@ -45,9 +45,7 @@ def measured(
     verify |= estimate("cls_cosine", at(0.9))
     heads = {key: value for metric in ATTENTION for key, value in estimate(metric, 0.4 + shift).items()}
     heads |= estimate("on_outliers", at(0.3))
-    attention = {"heads": heads, "n": 20}
-    if registers == "test_time":
-        attention["change"] = {"heads": {k: v for m in ATTENTION for k, v in estimate(m, -0.2, 0.1).items()}}
+    attention = {"heads": heads, "n": 4, "n_with_outliers": 2 if outliers else 0}
     place = {"normal": estimate("top1", 0.3) | {"n": 20}, "outlier": estimate("top1", at(0.1)) | {"n": 12}}
     pixels = {"normal": estimate("l2", 13.5) | {"n": 20}, "outlier": estimate("l2", at(23.0)) | {"n": 12}}
     classes = {kind: estimate("top1", 0.5) | {"n": 30} for kind in ("cls", "normal")}
@@ -63,15 +61,19 @@ def measured(
     )
     depth = dense | estimate("rmse", 0.6 + shift) | estimate("rmse_at_outliers", at(0.9))
     blocks = [str(i) for i in range(3)]
-    layers = {"query": ["cls"] * 3, "layer": blocks}
+    layers = {"layer": blocks}
     for metric in ATTENTION:
         layers |= {f"{metric}{end}": ["0.1", "0.2", "0.3"] for end in ("", "_lo", "_hi")}
     ids = ["a", "b", "c", "d"]
     empty = [""] * 4
+    attended = ["0.1", "0.3", "0.1", "0.3"] if registers == "test_time" else ["0.4"] * 4
+    attentions = {"image_id": ids} | {metric: attended for metric in ATTENTION}
+    attentions["on_outliers"] = [*attended[:2], "", ""] if outliers else empty
     tables = {
         ("tokens", "scenes", "norms"): {"layer": blocks, "q99": ["1", "2", "40"]},
         ("tokens", "scenes", "positions"): {"share": ["0.5", "0", "0", "0.1"] if outliers else ["0"] * 4},
         ("attention", "scenes", "layers"): layers,
+        ("attention", "scenes", "images"): attentions,
         ("discover", "scenes", "images"): {"image_id": ids, "hit": ["1", "0", "1", "1"], "mean_over_features": ["0.5"] * 4},
         ("segment", "scenes", "images"): {
             "image_id": ids, "miou": ["0.5", "0.6", "0.4", ""], "right": ["8", "9", "7", "8"], "pixels": ["10"] * 4,

@@ -172,6 +172,9 @@ def read(path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
+IMAGES = [f"image {i}" for i in range(4)]
+
+
 def made_quality() -> AttentionQuality:
     heads = {name: np.full((4, 3, 2, 2), 9.0) for name in METRICS}
     heads["entropy"][:, 1:, :, 0] = np.array([1.0, 2.0, 3.0, 4.0])[:, None, None]
@@ -189,33 +192,41 @@ def test_the_summary_is_over_later_blocks_and_heads_of_the_first_query_and_its_i
     assert metrics["map"]["largest"] == 7 and metrics["query"] == "cls" and metrics["later_blocks"] == [1, 2]
 
 
-def test_tables_have_a_row_a_query_block_and_head_with_empty_cells_for_what_is_not_defined(tmp_path):
-    write_tables(tmp_path, made_quality())
+def test_tables_have_a_row_a_block_and_head_with_empty_cells_for_what_is_not_defined(tmp_path):
+    write_tables(tmp_path, made_quality(), IMAGES)
     rows = read(tmp_path / "heads.csv")
-    assert [(row["query"], row["layer"], row["head"]) for row in rows[:3]] == [
-        ("cls", "0", "0"),
-        ("cls", "0", "1"),
-        ("cls", "1", "0"),
-    ]
-    assert len(rows) == 2 * 3 * 2
+    assert [(row["layer"], row["head"]) for row in rows[:3]] == [("0", "0"), ("0", "1"), ("1", "0")]
+    assert len(rows) == 3 * 2
     assert float(rows[2]["entropy"]) == 2.0 and float(rows[2]["entropy_lo"]) < 2 < float(rows[2]["entropy_hi"])
     assert {row["on_outliers"] + row["on_outliers_lo"] for row in rows} == {""}
     by_layer = read(tmp_path / "layers.csv")
-    assert len(by_layer) == 6 and "head" not in by_layer[0]
+    assert len(by_layer) == 3 and "head" not in by_layer[0]
     assert float(by_layer[1]["entropy"]) == 2.25  # mean of 2.0 and 2.5
+    registers = read(tmp_path / "registers.csv")
+    assert len(registers) == 3 * 2 and {row["query"] for row in registers} == {"register_0"}
+
+
+def test_the_table_of_images_has_what_the_summary_is_the_mean_of(tmp_path):
+    quality = made_quality()
+    quality.heads["on_outliers"][:2] = 0.25
+    write_tables(tmp_path, quality, IMAGES)
+    rows, metrics = read(tmp_path / "images.csv"), summary(Measured(quality, None))
+    assert [row["image_id"] for row in rows] == IMAGES
+    assert [row["on_outliers"] for row in rows] == ["0.25", "0.25", "", ""]
+    assert np.mean([float(row["entropy"]) for row in rows]) == pytest.approx(metrics["heads"]["entropy"], rel=1e-5)
 
 
 def test_intervals_of_the_tables_leave_out_images_without_a_value(tmp_path):
     quality = made_quality()
     quality.heads["on_outliers"][:2] = 0.25
-    write_tables(tmp_path, quality)
+    write_tables(tmp_path, quality, IMAGES)
     row = read(tmp_path / "heads.csv")[0]
     assert [float(row[f"on_outliers{end}"]) for end in ("", "_lo", "_hi")] == [0.25] * 3
 
 
 def test_without_a_quality_the_tables_have_headers_only(tmp_path):
-    write_tables(tmp_path, None)
-    assert (tmp_path / "heads.csv").read_text().startswith("query,layer,head,entropy,entropy_lo,entropy_hi,")
+    write_tables(tmp_path, None, IMAGES)
+    assert (tmp_path / "heads.csv").read_text().startswith("layer,head,entropy,entropy_lo,entropy_hi,")
     assert len((tmp_path / "layers.csv").read_text().splitlines()) == 1
 
 

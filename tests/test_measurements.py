@@ -28,7 +28,8 @@ def test_there_is_a_column_for_each_run_and_one_for_each_run_held_against_anothe
 def test_every_measure_has_its_row():
     assert set(rows(ORIGINAL)) == {
         "outlier patches, %", "CLS cosine to the unplanted model",
-        "CLS attention on outliers, %", "entropy of CLS attention, nats", "coherence of CLS attention",
+        "CLS attention on outliers, %", "CLS attention on registers, %", "largest weight of CLS attention, %",
+        "entropy of CLS attention, nats", "coherence of CLS attention",
         "object AUROC of CLS attention, %", "position, normal patch, top-1 %", "position, outlier patch, top-1 %",
         "pixels, normal patch, L2 error", "pixels, outlier patch, L2 error",
         "CorLoc of the chosen setting, %", "CorLoc, mean over all features, %", "segmentation mIoU, %",
@@ -60,9 +61,21 @@ def test_the_miou_is_paired_though_it_is_no_mean_over_images():
     assert found.startswith(f"−{-expected:.1f} [−") and found.endswith("▼")
 
 
-def test_attention_is_compared_only_where_the_stage_saw_both():
-    elsewhere = dataclasses.replace(CURED, backbone="another")
-    assert rows(ORIGINAL, elsewhere)["CLS attention on outliers, %"][-1] == NONE
+def test_attention_on_outliers_is_compared_only_where_these_are_the_same():
+    elsewhere = rows(ORIGINAL, dataclasses.replace(CURED, backbone="another"))
+    assert elsewhere["CLS attention on outliers, %"][-1] == NONE
+    assert elsewhere["coherence of CLS attention"][-1] == "−0.200 [−0.300, −0.100] ▼"
+
+
+def test_zero_shot_accuracy_has_a_row_and_the_gain_that_the_stage_measured():
+    def with_clip(run, **metrics):
+        return dataclasses.replace(run, found={**run.found, "zeroshot": {"words": {"n": 9, **metrics}}})
+
+    untreated = with_clip(ORIGINAL, top1=0.5, top1_lo=0.4, top1_hi=0.6)
+    treated = with_clip(CURED, top1=0.6, top1_lo=0.5, top1_hi=0.7, gain=0.1, gain_lo=0.05, gain_hi=0.15)
+    found = rows(untreated, treated)["zero-shot top-1, %"]
+    assert found == ["words", "9", "50.0 [40.0–60.0]", "60.0 [50.0–70.0]", "+10.0 [+5.0, +15.0] ▲"]
+    assert rows(untreated, dataclasses.replace(treated, backbone="another"))["zero-shot top-1, %"][-1] == NONE
 
 
 def test_a_backbone_without_outliers_has_no_figure_at_outliers():
@@ -83,6 +96,8 @@ def test_measurements_that_were_not_made_have_no_row():
 def test_the_number_of_images_is_that_behind_the_figure():
     found = rows(INTACT, ORIGINAL)
     assert found["depth RMSE, m"][:2] == ["scenes", "4"]
+    assert found["coherence of CLS attention"][:2] == ["scenes", "4"]
+    assert found["CLS attention on outliers, %"][1] == "2"
     assert found["depth RMSE at outliers, m"][:2] == ["scenes", "2"]
     assert found["segmentation mIoU by image, %"][1] == "3"  # one image has no class to count
     assert found["top-1 from cls, %"][:2] == ["home", "100"]
