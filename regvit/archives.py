@@ -1,15 +1,19 @@
 """Archives of images at an address: fetched, verified, unpacked with care, then read like a folder.
 
 An archive is a stranger's: every name in it is checked before its file is written, links and devices are refused, and
-so is one that grows beyond what it may. It is unpacked beside its final place and renamed when all of it is there.
+so is one that grows beyond what it may, on the disk or in memory. It is unpacked beside its final place and renamed
+when all of it is there.
 """
 
+import lzma
 import os
 import re
 import shutil
 import stat
+import struct
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -23,11 +27,37 @@ from .workbench import Workbench
 GROWTH = 100  # times its own size that an archive of images may unpack to; those of JPEGs do not grow at all
 FLOOR = 1 << 30  # bytes that any archive may unpack to
 MEMBERS = 20_000_000
+FEW = 50_000  # members that any archive may have
+MEMBER_BYTES = 32  # packed bytes to each member beyond FEW: of images the least take some hundred
+NAME_BYTES, PART_BYTES, DEPTH = 1024, 255, 32  # longest name of a member, longest part of it, and its folders
+HEADER_BYTES = 1 << 20  # of a long name, or of extended attributes, which tarfile reads as a whole
+ANNOUNCING = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE,
+              tarfile.SOLARIS_XHDTYPE)  # fmt: skip
 BLOCK = 1 << 20  # bytes copied at once
+# What the standard library raises on a damaged archive, besides OSError without a number (gzip's and bzip2's checks).
+BROKEN = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    NotImplementedError,  # a compression that zipfile does not have
+    struct.error,
+    ValueError,  # numbers and texts of headers
+    OverflowError,
+    MemoryError,  # sizes that are nonsense
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+)
 
 
 class UnsafeArchive(ValueError):
     """An archive that would write where or what it must not; nothing of it is kept."""
+
+
+class NoArchive(ValueError):
+    """A file that is no archive of a known kind."""
 
 
 def archive(bench: Workbench, rest: str) -> None:
@@ -80,8 +110,10 @@ def unpack(file: Path, folder: Path, growth: float = GROWTH, floor: int = FLOOR)
         growth, floor: the files may hold `growth` times the archive's bytes, and `floor` bytes in any case.
     Raises:
         UnsafeArchive: a name is absolute, leaves the folder or occurs twice; a member is a link or a device, or is
-            encrypted; the files hold more than they may.
-        ValueError: it is no archive, or a broken one.
+            encrypted; a name is longer or deeper than any of a file; the files, or what stands before them, are more
+            than they may.
+        NoArchive: it is none.
+        ValueError: it is a broken one.
         OSError: the disk has no room.
     """
     limit = min(max(floor, int(growth * file.stat().st_size)), shutil.disk_usage(file.parent).free)
@@ -100,13 +132,15 @@ def unpack(file: Path, folder: Path, growth: float = GROWTH, floor: int = FLOOR)
 
 
 def _write_members(file: Path, folder: Path, limit: int) -> None:
-    written, seen = 0, set()
+    written, seen, most = 0, set(), min(MEMBERS, max(FEW, file.stat().st_size // MEMBER_BYTES))
     try:
         for member in _members(file):
             name = PurePosixPath(member.name).as_posix()
-            if name in seen or len(seen) >= MEMBERS:
-                raise UnsafeArchive(f"{file.name} has {'too many members' if name not in seen else f'{name!r} twice'}; "
-                                    "pack it anew")  # fmt: skip
+            if name in seen:
+                raise UnsafeArchive(f"{file.name} has {name!r} twice; pack it anew")
+            if len(seen) >= most:
+                raise UnsafeArchive(f"{file.name} has more than {most} files in {file.stat().st_size} bytes: too many to "
+                                    "be images; unpack it by hand and use folder:<path>")  # fmt: skip
             seen.add(name)
             if written + member.size > limit:
                 raise UnsafeArchive(
@@ -116,9 +150,20 @@ def _write_members(file: Path, folder: Path, limit: int) -> None:
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             written += _copy(member, target, file)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, NotImplementedError, FileExistsError,
-            NotADirectoryError, IsADirectoryError) as error:  # fmt: skip
-        raise ValueError(f"{file.name} is broken ({type(error).__name__}: {error}); pack it anew") from error
+    except (UnsafeArchive, NoArchive):
+        raise
+    except _Announced as error:
+        raise UnsafeArchive(f"{file.name} {error}; do not use this archive, or pack it anew") from error
+    except BROKEN as error:
+        raise _broken(file, error) from error
+    except OSError as error:
+        if error.errno is not None:  # of the disk
+            raise
+        raise _broken(file, error) from error
+
+
+def _broken(file: Path, error: Exception) -> ValueError:
+    return ValueError(f"{file.name} is broken ({type(error).__name__}: {error}); pack it anew")
 
 
 def _copy(member: _Member, target: Path, file: Path) -> int:
@@ -131,22 +176,60 @@ def _copy(member: _Member, target: Path, file: Path) -> int:
                 raise UnsafeArchive(f"{file.name}: {member.name!r} holds more than the {member.size} bytes it declares")
             out.write(block)
     if left:
-        raise ValueError(f"{file.name}: {member.name!r} ends {left} bytes early; fetch or pack it anew")
+        raise EOFError(f"{member.name!r} ends {left} bytes early")
     return member.size
+
+
+class _Announced(Exception):
+    """What a header announces is more than may be read into memory; the archive's name is missing in the message."""
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header, which does not make tarfile read gigabytes into memory before the member's name is known."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_Header":
+        """
+        Raises:
+            _Announced: it announces a name or attributes of more than HEADER_BYTES, or a map of a file's holes.
+        """
+        info = super().frombuf(buf, encoding, errors)
+        if info.type in ANNOUNCING and info.size > HEADER_BYTES:
+            raise _Announced(f"announces {info.size} bytes of name or attributes, more than {HEADER_BYTES}")
+        if info.type == tarfile.GNUTYPE_SPARSE:
+            raise _Announced(f"holds {info.name[:NAME_BYTES]!r}, a file with holes")
+        return info
+
+    def _proc_gnusparse_10(self, next: tarfile.TarInfo, *_: object) -> None:
+        """The map of holes that GNU tar writes today, of any length; a tarfile without this method reads no such map."""
+        raise _Announced(f"holds {next.name[:NAME_BYTES]!r}, a file with holes")
+
+
+def _open_tar(file: Path) -> tarfile.TarFile | None:
+    """The archive, if it is a .tar of any kind."""
+    try:
+        return tarfile.open(file, tarinfo=_Header)
+    except tarfile.TarError:
+        return None
 
 
 def _members(file: Path) -> Iterator[_Member]:
     """The files of an archive in its order, each name and kind checked before it is given out."""
-    if tarfile.is_tarfile(file):
-        with tarfile.open(file) as archive:
+    if (tar := _open_tar(file)) is not None:
+        with tar as archive:
             for info in archive:
                 kind = "" if info.isreg() else "link" if info.issym() or info.islnk() else "device or the like"
+                kind = "file with holes" if info.issparse() else kind
                 if not info.isdir():
                     _check_member(file, info.name, kind)
                     yield _Member(info.name, info.size, archive.extractfile(info))
                 elif escapes(info.name) or _outside(info.name):
                     _check_member(file, info.name, kind="")
                 archive.members = []  # tarfile remembers every member: gigabytes for an archive of millions
+            archive.fileobj.seek(archive.offset)  # tarfile takes any header that it cannot read for the end
+            rest = archive.fileobj.read(BLOCK)  # and leaves the checksum at the end of gzip and bzip2 unread
+            if any(rest[: tarfile.BLOCKSIZE]):
+                raise tarfile.ReadError(f"what stands at byte {archive.offset} is neither a header nor the end")
     elif zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
             for info in archive.infolist():
@@ -157,7 +240,7 @@ def _members(file: Path) -> Iterator[_Member]:
                 if not info.is_dir():
                     yield _Member(info.filename, info.file_size, archive.open(info))
     else:
-        raise ValueError(f"{file.name} is neither a .tar (plain, gzip, bzip2, xz) nor a .zip archive")
+        raise NoArchive(f"{file.name} is neither a .tar (plain, gzip, bzip2, xz) nor a .zip archive")
 
 
 def _outside(name: str) -> bool:
@@ -165,8 +248,13 @@ def _outside(name: str) -> bool:
 
 
 def _check_member(file: Path, name: str, kind: str) -> None:
-    if escapes(name) or "\0" in name:
-        raise UnsafeArchive(f"{file.name} holds {name!r}, a name that leaves the folder; do not use this archive")
+    if escapes(name):
+        raise UnsafeArchive(f"{file.name} holds {name[:NAME_BYTES]!r}, a name that leaves the folder; do not use this "
+                            "archive")  # fmt: skip
+    parts = [os.fsencode(part) for part in name.split("/")]
+    if sum(map(len, parts)) + len(parts) > NAME_BYTES or max(map(len, parts)) > PART_BYTES or len(parts) > DEPTH:
+        raise UnsafeArchive(f"{file.name} holds {name[:60]!r}…, a name of {len(name)} characters in {len(parts)} parts; "
+                            f"{NAME_BYTES} bytes in {DEPTH} parts of {PART_BYTES} are the most: pack it anew")  # fmt: skip
     if kind:
         raise UnsafeArchive(f"{file.name} holds {name!r}, a {kind}; only files and folders are unpacked: pack it anew, "
                             "or unpack it by hand and use folder:<path>")  # fmt: skip

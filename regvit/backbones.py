@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -282,7 +281,9 @@ def read_checkpoint(path: Path | str) -> dict[str, Tensor]:
         raise FileNotFoundError(f"{path} does not exist; give the path of a weights file, from the repository's root")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # what torch's reader raises on bytes that are no checkpoint is of any kind
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WeightsError(
             f"{path} cannot be read as plain tensors ({reason}); files that need code to be executed are refused: "
@@ -299,9 +300,28 @@ def read_checkpoint(path: Path | str) -> dict[str, Tensor]:
             else type(content).__name__
         )
         raise WeightsError(f"{path} holds {kinds}; expected a dict of name to tensor: save model.state_dict()")
+    if strange := [name for name in content if not isinstance(name, str)]:
+        raise WeightsError(f"{path} holds a tensor named {strange[0]!r}; expected names that are text: save "
+                           "model.state_dict()")  # fmt: skip
+    for name, value in content.items():
+        if fault := _unusable(value):
+            raise WeightsError(f"{path}: {name} is {fault}; save model.state_dict() of the whole model, on the CPU")
     if all(name.startswith("module.") for name in content):
         content = {name.removeprefix("module."): value for name, value in content.items()}
     return content
+
+
+def _unusable(value: Tensor) -> str:
+    """Why a tensor of a user's file cannot be a weight, or "". (A view that repeats its numbers may grow to terabytes.)"""
+    if value.layout != torch.strided or value.is_nested:
+        return "a sparse or nested tensor"
+    if value.device.type == "meta":
+        return "a meta tensor, which has a shape and no numbers"
+    if value.is_quantized or value.is_complex():
+        return f"a tensor of {value.dtype}, expected real numbers"
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        return f"of shape {tuple(value.shape)}, more numbers than the file holds for it"
+    return ""
 
 
 def _from_package(
@@ -421,7 +441,12 @@ def _describe(folder: Path) -> dict:
     path = folder / DESCRIPTION
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; a backbone is a folder made by the backbone stage")
-    info = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); run the backbone stage again") from error
+    if not isinstance(info, dict):
+        raise ValueError(f"{path} holds a {type(info).__name__}, expected an object; run the backbone stage again")
     if missing := [key for key in KEYS if key not in info]:
         raise ValueError(f"{path} lacks {', '.join(missing)}; run the backbone stage again")
     return info

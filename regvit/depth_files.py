@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
-from PIL import Image
 
-from .images import BROKEN, UnreadableImage
+from .images import BROKEN, UnreadableImage, check_file, open_image
 from .whole_images import original_size
 
 MILLIMETRE = 0.001  # metres
@@ -21,7 +20,8 @@ def read_depth(path: Path | str) -> Float[np.ndarray, "h w"]:
         UnreadableImage: the file is missing, broken, or has not one channel of 16 bits.
     """
     try:
-        with Image.open(path) as image:
+        check_file(path)
+        with open_image(path) as image:
             if not (image.mode == "I" or image.mode.startswith("I;16")):
                 raise UnreadableImage(
                     path, f"depth has one channel of 16 bits, in millimetres (mode I or I;16), not mode {image.mode}"

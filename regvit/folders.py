@@ -23,6 +23,7 @@ from .workbench import Workbench
 FOLDER_SHARES = (0.70, 0.15, 0.15)
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 LIST_SUFFIXES = (".csv", ".tsv", ".txt")
+BLANKS = " \t\n"  # around a field of a list; others, such as no-break spaces, belong to a name
 SPLIT_FOLDERS = {
     "train": "train",
     "training": "train",
@@ -159,16 +160,19 @@ def read_list(file: Path) -> tuple[Path, list[Listed]]:
     """The images that a list names, in its order, and the folder that their paths start from.
 
     A first line that begins with `path` names the columns (`path`, `label`, `split`, in any order; others are
-    ignored). In a .txt file without commas and tabs the label is what follows the last space.
+    ignored). In a .txt file without commas and tabs the label is what follows the last space. A line ends where an
+    editor ends it (LF, CR LF or CR), and at no other character; spaces around a field do not count, but for those of a
+    line with double quotes.
 
     Raises:
-        ValueError: the list is empty, is not UTF-8, a line has too many or too few fields, or a split is unknown.
+        ValueError: the list is empty, is not UTF-8, a double quote is not closed, a line has too many or too few fields
+            or no path, or a split is unknown.
     """
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines(keepends=True)
+        text = file.read_text(encoding="utf-8-sig")  # makes every line end a line feed
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 ({error}); save it as UTF-8") from error
-    records = _records(file, lines)
+    records = _records(file, [line + "\n" for line in text.removesuffix("\n").split("\n")])
     columns = ["path", "label", "split"]
     if records and "path" in records[0][1]:
         columns = records.pop(0)[1]
@@ -180,10 +184,14 @@ def read_list(file: Path) -> tuple[Path, list[Listed]]:
             raise ValueError(f"{file}, line {number}: {len(fields)} fields, expected {','.join(columns)}; "
                              "put a field with a comma in double quotes")  # fmt: skip
         record = dict(zip(columns, fields, strict=False))
-        split = record.get("split", "")
+        split = record.get("split", "").strip()
+        if not record["path"] or "\0" in record["path"]:
+            raise ValueError(
+                f"{file}, line {number}: path {record['path']!r} names no file; give one, or take the line away"
+            )
         if split and split not in SPLIT_FOLDERS:
             raise ValueError(f"{file}, line {number}: split {split!r} is unknown; use train, val or test")
-        given.append((record["path"], record.get("label", ""), SPLIT_FOLDERS.get(split, "")))
+        given.append((record["path"], record.get("label", "").strip(), SPLIT_FOLDERS.get(split, "")))
     if len({bool(split) for _, _, split in given}) == 2:
         raise ValueError(f"{file} gives a split to some images and not to others; give it to all or to none")
     root = _common_root(file.parent, [path for path, _, _ in given])
@@ -198,12 +206,27 @@ def read_list(file: Path) -> tuple[Path, list[Listed]]:
 
 
 def _records(file: Path, lines: list[str]) -> list[tuple[int, list[str]]]:
-    """(line number, fields) of every line that is not empty."""
-    content = "".join(lines[:1])
-    if file.suffix.lower() == ".txt" and "," not in content and "\t" not in content:
-        return [(i, line.strip().rsplit(None, 1)) for i, line in enumerate(lines, start=1) if line.strip()]
-    reader = csv.reader(lines, delimiter="\t" if "\t" in content else ",")
-    return [(reader.line_num, [field.strip() for field in fields]) for fields in reader if fields]
+    """(number of its first line, fields) of every record that is not empty.
+
+    Raises:
+        ValueError: a double quote is not closed, or stands within a quoted field.
+    """
+    first = lines[0]
+    if file.suffix.lower() == ".txt" and "," not in first and "\t" not in first:
+        stripped = [(i, line.strip(BLANKS)) for i, line in enumerate(lines, start=1)]
+        return [(i, [part.strip(BLANKS) for part in line.rsplit(" ", 1)]) for i, line in stripped if line]
+    reader = csv.reader(lines, delimiter="\t" if "\t" in first else ",", skipinitialspace=True, strict=True)
+    records, start = [], 1
+    try:
+        for fields in reader:
+            quoted = any('"' in line for line in lines[start - 1 : reader.line_num])
+            kept = fields if quoted else [field.strip(BLANKS) for field in fields]
+            records += [(start, kept)] if any(kept) else []
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{file}, line {start}: {error}; close what it opens with a double quote, and double those within "
+                         "a field") from error  # fmt: skip
+    return records
 
 
 def _common_root(start: Path, paths: list[str]) -> Path:

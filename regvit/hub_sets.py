@@ -7,7 +7,8 @@ Give a revision, best a commit (a slash in it is written %2F): without one, the 
 year. The column of images is
 found by its type, that of labels by its type (a class label) or by being called label; where there are several, the
 error names them. With a split its images are all there is; without one, a set to train on has all of its splits, and a
-set of the role ood or anomaly its held-out one (test, else val). Images are kept as published, byte for byte.
+set of the role ood or anomaly its held-out one (test, else val). Images are kept as published, byte for byte. A table may name files instead of holding
+their bytes: only those of the copy, or of this repository in the caches, are read.
 """
 
 import os
@@ -19,6 +20,7 @@ from urllib.parse import parse_qsl, unquote
 
 from .downloads import DownloadFailed
 from .folders import SPLIT_FOLDERS, Listed, assign_splits
+from .images import UnreadableImage, read_file
 from .workbench import Workbench, suffix_of
 
 GRAMMAR = re.compile(
@@ -69,14 +71,38 @@ def hub_set(bench: Workbench, rest: str) -> None:
     bench.check_classes(one.label for one in images.values())
     at = f" at {source.revision}" if source.revision else ""
     bench.credit_to("images", f"{source.repository}{at}", "see its page on the hub", "see its page on the hub")
-    splits_of = assign_splits(images, bench.seed, bench.role)
+    splits_of, places = assign_splits(images, bench.seed, bench.role), _places(source, bench)
     for image_id, one in bench.watched(images.items(), len(images)):
         of_source, _, i = image_id.rpartition("_")
         if bench.wants(one.label):
             table, column = tables[of_source]
-            content = _content(table[int(i)][column])
+            try:
+                content = _content(table[int(i)][column], places)
+            except UnreadableImage as error:
+                bench.reject(image_id, f"images/{image_id}", error.reason)
+                continue
             bench.put(image_id, content, suffix_of(content), one.label, splits_of[image_id])
     bench.classes = tuple(sorted({row.label for row in bench.rows} - {""}))
+
+
+def _cache(bench: Workbench) -> Path:
+    return Path(os.path.abspath(bench.downloads)) / "hub"
+
+
+def _is_local(source: HubSource) -> bool:
+    return source.repository.startswith(("/", "."))
+
+
+def _places(source: HubSource, bench: Workbench) -> tuple[Path, ...]:
+    """Folders that the files of a source lie in, links resolved."""
+    import huggingface_hub  # see _load
+
+    if not _is_local(source):
+        kept = Path(huggingface_hub.constants.HF_HUB_CACHE) / f"datasets--{source.repository.replace('/', '--')}"
+        return _cache(bench).resolve(), kept.resolve()
+    copy = Path(source.repository)
+    shared = (copy.parent.parent,) if copy.parent.name == "snapshots" else ()  # the hub's cache: links to blobs beside
+    return tuple(folder.resolve() for folder in (copy, *shared))
 
 
 def _load(source: HubSource, bench: Workbench):
@@ -88,8 +114,7 @@ def _load(source: HubSource, bench: Workbench):
     """
     import datasets  # the library takes a second to import, and no other source needs it
 
-    local = source.repository.startswith(("/", "."))
-    if local and not Path(source.repository).is_dir():
+    if _is_local(source) and not Path(source.repository).is_dir():
         raise FileNotFoundError(f"{source.repository}, the copy that source 'hub:{source.repository}' names, does not "
                                 "exist; clone the repository there")  # fmt: skip
     try:
@@ -97,7 +122,7 @@ def _load(source: HubSource, bench: Workbench):
             source.repository,
             source.config or None,
             revision=source.revision or None,
-            cache_dir=str(Path(os.path.abspath(bench.downloads)) / "hub"),
+            cache_dir=str(_cache(bench)),
         )
     except (OSError, ValueError, RuntimeError) as error:
         wrong = isinstance(error, ValueError)  # an unknown config, say, and the message lists those that there are
@@ -153,8 +178,22 @@ def _one(found: list[str], asked: str | None, kinds: Mapping, key: str, what: st
     return found[0]
 
 
-def _content(image: dict | None) -> bytes:
-    """The bytes of an image file as `datasets` stores it: within the table, or a path."""
+def _content(image: dict | None, places: tuple[Path, ...]) -> bytes:
+    """The bytes of an image file as `datasets` stores it: within the table, or a path.
+
+    Raises:
+        UnreadableImage: a path leads out of the folders that the source's files lie in (a table is a stranger's: it may
+            name any file of this machine), or to no regular file.
+    """
     if image is None:
         return b""
-    return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+    if image["bytes"] is not None:
+        return image["bytes"]
+    path = image["path"] or ""
+    try:
+        file = Path(path).resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, links in a circle
+        raise UnreadableImage(path, f"its path {path!r} cannot be followed ({error})") from error
+    if not any(file.is_relative_to(place) for place in places):
+        raise UnreadableImage(path, f"its path {path!r} is not one of a file of the source")
+    return read_file(file)

@@ -25,6 +25,7 @@ import numpy as np
 from .files import write_bytes, write_text
 
 SPLITS = ("train", "val", "test")
+FARTHEST = 1 << 31  # pixels: no corner of a box lies there; nor is it infinite, which Python's JSON reader lets pass
 
 
 @dataclass(frozen=True)
@@ -147,27 +148,23 @@ def read_dataset(folder: Path | str) -> Dataset:
 
     Raises:
         FileNotFoundError: the folder has no `manifest.csv` or no `dataset.json`, or its root is gone.
-        InvalidManifest: a column is missing, an `image_id` occurs twice, a path leaves the root, a label is not among
-            the classes, a split is unknown, or boxes are not JSON; the message names the line.
+        InvalidManifest: a file is not the CSV or JSON that it should be, a column is missing, an `image_id` occurs twice,
+            a path leaves the root, a label is not among the classes, a split is unknown, or boxes are not JSON; the
+            message names the line.
     """
     folder = Path(folder)
     table, description = folder / "manifest.csv", folder / "dataset.json"
     for file in (table, description):
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing; a data set is a folder made by the download stage")
-    about = json.loads(description.read_text(encoding="utf-8"))
-    if missing := [key for key in ("name", "classes") if key not in about]:
-        raise InvalidManifest(f"{description} lacks {', '.join(missing)}; download the data set again")
+    about = _describe(description)
     # Lexical, not resolved: a folder of DVC's may be a link into its cache, and ".." must not start from there.
     root = Path(os.path.normpath(os.path.abspath(folder / about.get("root", "."))))
     if not root.is_dir():
         raise FileNotFoundError(f"{root}, the image folder of data set {about['name']!r}, does not exist; "
                                 "put it back, or give its absolute path as the source and download again")  # fmt: skip
     content = table.read_bytes()
-    reader = csv.DictReader(io.StringIO(content.decode("utf-8"), newline=""), strict=True)
-    if missing := [column for column in REQUIRED if column not in (reader.fieldnames or ())]:
-        raise InvalidManifest(f"{table} lacks the column(s) {', '.join(missing)}; it needs {', '.join(REQUIRED)}")
-    rows = tuple(_row(record, reader.line_num, table) for record in reader)
+    rows = _rows(content, table)
     _check(rows, tuple(about["classes"]), str(table))
     return Dataset(about["name"], root, tuple(about["classes"]), rows, hashlib.sha256(content).hexdigest())
 
@@ -200,6 +197,48 @@ def stratified_splits(labels: Mapping[str, str], seed: int, shares: tuple[float,
     return {key: split[key] for key in labels}
 
 
+def _describe(file: Path) -> dict:
+    """What `dataset.json` says, its keys held to their kinds."""
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
+        raise InvalidManifest(f"{file} is not JSON ({error}); download the data set again") from error
+    if not isinstance(about, dict):
+        raise InvalidManifest(f"{file} holds a {type(about).__name__}, expected an object; download the data set again")
+    if missing := [key for key in ("name", "classes") if key not in about]:
+        raise InvalidManifest(f"{file} lacks {', '.join(missing)}; download the data set again")
+    for key in ("name", "root"):
+        if not isinstance(value := about.get(key, "."), str) or "\0" in value:
+            raise InvalidManifest(f"{file}: {key} is {value!r}, expected text; download the data set again")
+    if not isinstance(about["classes"], list) or not all(isinstance(name, str) for name in about["classes"]):
+        raise InvalidManifest(f"{file}: classes are {str(about['classes'])[:80]}, expected a list of names; download the "
+                              "data set again")  # fmt: skip
+    return about
+
+
+def _rows(content: bytes, table: Path) -> tuple[Row, ...]:
+    """The rows of a manifest's bytes, not yet held to the contract."""
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise InvalidManifest(f"{table}, line {line}: it is not UTF-8 ({error.reason}); save it as UTF-8, or download the "
+                              "data set again") from error  # fmt: skip
+    reader, rows = csv.DictReader(io.StringIO(text, newline=""), strict=True), []
+    end = 0  # line of the last record that was read
+    try:
+        if missing := [column for column in REQUIRED if column not in (reader.fieldnames or ())]:
+            raise InvalidManifest(f"{table} lacks the column(s) {', '.join(missing)}; it needs {', '.join(REQUIRED)}")
+        end = reader.line_num
+        for record in reader:
+            rows.append(_row(record, reader.line_num, table))
+            end = reader.line_num
+    except csv.Error as error:
+        raise InvalidManifest(f"{table}, line {end + 1}: {error}; close what it opens with a double quote and double those "
+                              "within a field, or download the data set again") from error  # fmt: skip
+    return tuple(rows)
+
+
 def _row(record: dict, line: int, table: Path) -> Row:
     """One parsed CSV line as a Row; optional columns may be absent, unknown ones are ignored."""
     values = {column: record[column] for column in COLUMNS if column in record}
@@ -228,27 +267,27 @@ def _check(rows: tuple[Row, ...], classes: tuple[str, ...], where: str) -> None:
         elif row.split not in SPLITS:
             fault = f"split {row.split!r} is unknown; use one of {', '.join(SPLITS)}"
         elif row.boxes and not _are_boxes(row.boxes):
-            fault = f"boxes {row.boxes!r} are not a JSON list of [x0, y0, x1, y1] with x0 < x1 and y0 < y1"
+            fault = f"boxes {row.boxes[:200]!r} are not a JSON list of [x0, y0, x1, y1] with x0 < x1 and y0 < y1"
         if fault:
             raise InvalidManifest(f"{where}, row {number}: {fault}")
         seen.add(row.image_id)
 
 
 def escapes(path: str) -> bool:
-    """Whether a manifest path is empty, absolute (POSIX or Windows), or climbs out of its root."""
+    """Whether a manifest path is empty, absolute (POSIX or Windows), climbs out of its root, or holds a NUL."""
     pure = PurePosixPath(path)
-    return not path or "\\" in path or path[1:3] == ":/" or pure.is_absolute() or ".." in pure.parts
+    return not path or "\\" in path or "\0" in path or path[1:3] == ":/" or pure.is_absolute() or ".." in pure.parts
 
 
 def _are_boxes(text: str) -> bool:
     try:
         boxes = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # not JSON, a number of too many digits, or nested without end
         return False
     return isinstance(boxes, list) and all(
         isinstance(box, list)
         and len(box) == 4
-        and all(isinstance(v, int | float) and not isinstance(v, bool) for v in box)
+        and all(isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < FARTHEST for v in box)
         and box[0] < box[2]
         and box[1] < box[3]
         for box in boxes

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from .images import BROKEN, Transform, UnreadableImage
+from .images import BROKEN, Transform, UnreadableImage, check_file, open_image
 
 FITS = ("squash", "pad")
 IGNORE = 255  # in a mask: neither background nor a class, left out of every measurement
@@ -147,7 +147,8 @@ def read_mask(path: Path | str) -> UInt8[np.ndarray, "height width"]:
         UnreadableImage: the file is missing, broken, or has not one channel of at most 8 bits.
     """
     try:
-        with Image.open(path) as image:
+        check_file(path)
+        with open_image(path) as image:
             if image.mode not in MASK_MODES:
                 raise UnreadableImage(path, f"a mask has one channel of 8 bits (mode {', '.join(MASK_MODES)}), not "
                                             f"mode {image.mode}")  # fmt: skip
@@ -165,9 +166,12 @@ def original_size(path: Path | str) -> tuple[int, int]:
         UnreadableImage: the file is missing or has no header that is known.
     """
     try:
-        with Image.open(path) as image:
+        check_file(path)
+        with open_image(path) as image:
             width, height = image.size
             turned = image.getexif().get(ORIENTATION, 1) >= 5
+    except UnreadableImage:
+        raise
     except BROKEN as error:
         raise UnreadableImage(path, f"{type(error).__name__}: {error}") from error
     return (height, width) if turned else (width, height)

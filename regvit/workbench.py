@@ -7,7 +7,6 @@ import hashlib
 import io
 import os
 import re
-import stat
 import sys
 import zipfile
 from collections import Counter
@@ -20,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from .class_choice import ClassChoice
-from .images import BROKEN, UnreadableImage, decode_rgb, in_order
+from .images import BROKEN, UnreadableImage, decode_rgb, in_order, open_image, read_file
 from .manifest import Row, escapes
 from .packages import PACKAGES, fetch_pinned, file_sha256
 from .progress import progress
@@ -257,12 +256,8 @@ def examine(root: Path, name: str) -> tuple[str, str]:
     if escapes(name) or any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in name):
         return "", "its path has a backslash, a control character, or bytes that are not UTF-8; rename it"
     try:
-        if not stat.S_ISREG((root / name).stat().st_mode):  # reading a named pipe would wait for ever
-            return "", "not a regular file"
-        content = (root / name).read_bytes()
+        content = read_file(root / name)
         decode_rgb(content, name)
-    except OSError as error:
-        return "", error.strerror or str(error)
     except UnreadableImage as error:
         return "", error.reason
     return hashlib.sha256(content).hexdigest(), ""
@@ -271,7 +266,7 @@ def examine(root: Path, name: str) -> tuple[str, str]:
 def suffix_of(content: bytes) -> str:
     """The usual suffix of the format that these bytes of an image file are in; ".img" where it is unknown."""
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with open_image(io.BytesIO(content)) as image:
             return SUFFIXES.get(image.format, f".{(image.format or 'img').lower()}")
     except BROKEN:
         return ".img"

@@ -7,11 +7,13 @@ import os
 import tarfile
 import threading
 import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from regvit import archives
 from regvit.archives import UnsafeArchive, innermost, unpack
 from regvit.downloads import DownloadFailed, fetch_file
 from regvit.sources import make_dataset
@@ -309,6 +311,113 @@ def test_what_is_no_archive_is_refused(tmp_path):
     (tmp_path / "a.tar").write_text("<html>log in to download</html>")
     with pytest.raises(ValueError, match=r"a\.tar is neither a \.tar .* nor a \.zip archive"):
         unpack(tmp_path / "a.tar", tmp_path / "out")
+
+
+def gz_that_breaks(members: dict[str, bytes]) -> bytes:
+    """A .tar.gz whose second half is no deflate stream."""
+    content, packer = tar_of(members, "w"), zlib.compressobj(wbits=31)
+    return packer.compress(content[: len(content) // 2]) + packer.flush(zlib.Z_FULL_FLUSH) + b"\xff" * 4000
+
+
+def damaged(pack):
+    """What makes an archive of which 40 bytes are others than they were, in the middle."""
+
+    def damage(members: dict[str, bytes]) -> bytes:
+        content = pack(members)
+        at = len(content) // 2
+        return content[:at] + bytes(byte ^ 0x55 for byte in content[at : at + 40]) + content[at + 40 :]
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "pack",
+    [
+        gz_that_breaks,
+        damaged(lambda members: tar_of(members, "w:bz2")),
+        damaged(lambda members: tar_of(members, "w:xz")),
+        damaged(zip_of),
+        damaged(lambda members: zip_of(members, zipfile.ZIP_LZMA)),
+        damaged(lambda members: zip_of(members, zipfile.ZIP_BZIP2)),
+    ],
+    ids=["tar.gz", "tar.bz2", "tar.xz", "deflate", "lzma", "bzip2"],
+)
+def test_a_damaged_archive_of_any_compression_is_reported_as_broken(tmp_path, pack):
+    (tmp_path / "a.bin").write_bytes(pack({f"{i}.png": os.urandom(200_000).hex().encode() for i in range(6)}))
+    with pytest.raises(ValueError, match=r"a\.bin is broken \(\w+: .*\); pack it anew"):
+        unpack(tmp_path / "a.bin", tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
+
+
+def test_a_header_in_the_middle_that_cannot_be_read_is_not_taken_for_the_end(tmp_path):
+    content = bytearray(tar_of({f"{i}.png": bytes(512) for i in range(5)}, "w"))
+    content[2 * 1024 + 100] ^= 1  # of the third header
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"a\.tar is broken \(ReadError: what stands at byte 2048 is neither a header nor"
+    ):
+        unpack(tmp_path / "a.tar", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_checksum_at_the_end_of_a_gzip_is_held_to(tmp_path):
+    content = bytearray(tar_of({"1.png": os.urandom(3000)}))
+    content[-8] ^= 1
+    (tmp_path / "a.tar.gz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.tar\.gz is broken \(BadGzipFile: CRC check failed"):
+        unpack(tmp_path / "a.tar.gz", tmp_path / "out")
+
+
+@pytest.mark.parametrize("pack", [tar_of, zip_of])
+@pytest.mark.parametrize("name", ["a/" * 1900 + "x.png", "a/" * 40 + "x.png", "x" * 256, "ü" * 130 + ".png"])
+def test_a_name_that_no_file_could_have_is_refused(tmp_path, pack, name):
+    (tmp_path / "a.bin").write_bytes(pack({name: picture()}))
+    with pytest.raises(
+        UnsafeArchive, match=r"a name of \d+ characters in \d+ parts; 1024 bytes in 32 parts of 255 are the"
+    ):
+        unpack(tmp_path / "a.bin", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_header_that_announces_gigabytes_is_refused_before_they_are_read(tmp_path, monkeypatch, kind, first):
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = kind, 3 << 30
+    before = b"" if first else tar_of({"1.png": picture()}, "w")[:1024]
+    (tmp_path / "a.tar").write_bytes(before + info.tobuf(tarfile.GNU_FORMAT) + bytes(4096))
+    with open(tmp_path / "a.tar", "r+b") as file:
+        file.truncate(4 << 30)  # takes no room on the disk
+    with pytest.raises(
+        UnsafeArchive, match=f"a.tar announces {3 << 30} bytes of name or attributes, more than 1048576"
+    ):
+        unpack(tmp_path / "a.tar", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["gnu", "pax"])
+def test_a_file_with_holes_is_refused_before_their_map_is_read(tmp_path, kind):
+    info = tarfile.TarInfo("holes.png")
+    if kind == "gnu":
+        info.type = tarfile.GNUTYPE_SPARSE
+    else:
+        info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9"}
+    info.size = 512
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        archive.addfile(info, io.BytesIO(b"1000000000\n" + b"0\n" * 300))
+    with pytest.raises(UnsafeArchive, match=r"a\.tar holds 'holes\.png', a file with holes"):
+        unpack(tmp_path / "a.tar", tmp_path / "out")
+
+
+def test_more_files_than_images_would_fit_into_the_archive_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "FEW", 100)
+    (tmp_path / "many.tar").write_bytes(tar_of({f"{i}.png": b"" for i in range(2000)}))
+    with pytest.raises(UnsafeArchive, match=r"many\.tar has more than \d+ files in \d+ bytes: too many to be images"):
+        unpack(tmp_path / "many.tar", tmp_path / "many")
+    assert not (tmp_path / "many").exists()
+    (tmp_path / "some.tar").write_bytes(tar_of({f"{i}.png": os.urandom(64) for i in range(2000)}))
+    unpack(tmp_path / "some.tar", tmp_path / "some")
+    assert len(list((tmp_path / "some").iterdir())) == 2000
 
 
 def test_one_goes_down_to_the_folder_whose_folders_are_classes(tmp_path):

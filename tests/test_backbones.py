@@ -251,6 +251,50 @@ def test_a_file_that_would_execute_code_is_refused(tmp_path, capsys):
     assert "executed" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "content", [b"\x80\x02.", b"", b"\x80\x02}q\x00h", b"PK\x03\x04" + bytes(99), b"hello", b"\x80\x02X\xff"]
+)
+def test_bytes_that_are_no_checkpoint_are_refused(tmp_path, content):
+    (tmp_path / "weights.pt").write_bytes(content)
+    with pytest.raises(WeightsError, match=r"weights\.pt cannot be read as plain tensors \(.+\); files that need code"):
+        read_checkpoint(tmp_path / "weights.pt")
+    (tmp_path / "weights.safetensors").write_bytes(content)
+    with pytest.raises(WeightsError, match=r"weights\.safetensors is not a whole safetensors file"):
+        read_checkpoint(tmp_path / "weights.safetensors")
+
+
+def test_names_that_are_no_text_are_refused(tmp_path):
+    torch.save({0: torch.zeros(1)}, tmp_path / "weights.pt")
+    with pytest.raises(WeightsError, match=r"weights\.pt holds a tensor named 0; expected names that are text"):
+        read_checkpoint(tmp_path / "weights.pt")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (torch.eye(3).to_sparse(), "a sparse or nested tensor"),
+        (torch.zeros(3, device="meta"), "a meta tensor, which has a shape and no numbers"),
+        (torch.zeros(3, dtype=torch.complex64), "a tensor of torch.complex64, expected real numbers"),
+        (torch.zeros(1).expand(10**12), r"of shape \(1000000000000,\), more numbers than the file holds"),
+    ],
+)  # fmt: skip
+def test_tensors_that_cannot_be_weights_are_refused_by_name(tmp_path, value, said):
+    torch.save({"norm.weight": value}, tmp_path / "weights.pt")
+    with pytest.raises(WeightsError, match=rf"weights\.pt: norm\.weight is {said}.*; save model\.state_dict\(\)"):
+        read_checkpoint(tmp_path / "weights.pt")
+    with pytest.raises(WeightsError, match=r"norm\.weight is"):
+        build(f"file:{tmp_path / 'weights.pt'}", "test_vit", 32)
+
+
+@pytest.mark.parametrize(("content", "said"), [("{", r"is not JSON \("), ("[]", "holds a list, expected an object")])
+def test_a_description_that_is_no_json_object_is_refused(tmp_path, content, said):
+    save(tmp_path, small())
+    (tmp_path / "backbone.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"backbone\.json {said}.*run the backbone stage again"):
+        load_backbone(tmp_path)
+
+
 def test_a_file_that_holds_no_state_dict_is_refused(tmp_path):
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
     with pytest.raises(WeightsError, match=r"holds list; expected a dict of name to tensor"):

@@ -2,10 +2,13 @@
 
 import io
 import json
+import os
+import re
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -112,6 +115,48 @@ def test_classes_can_be_chosen_and_broken_images_are_rejected(make, tmp_path):
     made = make(f"hub:{tmp_path}/pets", role="ood", classes={"Katze": "cat"}, max_rejects=0.2)
     assert {row.label for row in made.dataset.rows} == {"Katze"} and len(made.dataset) == 8
     assert [one.image_id for one in made.rejected] == ["test_0000009"]  # the other one is a dog
+
+
+def naming(repository: Path, paths: list[str]) -> str:
+    """The source of a copy with one image within its table, and others of which there is a path alone."""
+    columns = {
+        "image": [{"bytes": encoded(0, "PNG"), "path": None}, *({"bytes": None, "path": path} for path in paths)]
+    }
+    table = datasets.Dataset.from_dict(columns, features=datasets.Features({"image": datasets.Image()}))
+    (repository / "data").mkdir(parents=True, exist_ok=True)
+    shards = table.data.table.cast(table.features.arrow_schema)  # `datasets` itself would put the files' bytes in
+    pyarrow.parquet.write_table(shards, repository / "data/test-00000-of-00001.parquet")
+    return f"hub:{repository}"
+
+
+def test_a_table_cannot_have_files_of_the_machine_copied_or_wait_for_a_pipe(make, tmp_path):
+    (tmp_path / "private.png").write_bytes(encoded(7, "PNG"))
+    (tmp_path / "pets").mkdir()
+    (tmp_path / "pets/link.png").symlink_to(tmp_path / "private.png")
+    (tmp_path / "pets/circle.png").symlink_to(tmp_path / "pets/circle.png")
+    os.mkfifo(tmp_path / "pets/pipe.png")
+    paths = [f"{tmp_path}/private.png", f"{tmp_path}/pets/../private.png", f"{tmp_path}/pets/link.png",
+             f"{tmp_path}/pets/pipe.png", f"{tmp_path}/pets/gone.png", f"{tmp_path}/pets/circle.png",
+             "https://example.org/a.png", "/etc/passwd", f"{tmp_path}/pets/a\0.png", ""]  # fmt: skip
+    made = make(naming(tmp_path / "pets", paths), role="anomaly", max_rejects=0.99)
+    assert [row.image_id for row in made.dataset.rows] == ["test_0000000"]
+    outside, reasons = "is not one of a file of the source", [one.reason for one in made.rejected]
+    expected = [outside] * 3 + ["not a regular file", "No such file", "Symlink loop|symbolic links"]
+    expected += [outside] * 2 + ["cannot be followed .*null", outside]
+    assert len(reasons) == len(expected)
+    for reason, pattern in zip(reasons, expected, strict=True):
+        assert re.search(pattern, reason), (reason, pattern)
+
+
+def test_files_that_a_table_names_in_its_copy_or_beside_it_in_the_hubs_cache_are_read(make, tmp_path):
+    snapshot = tmp_path / "datasets--me--pets/snapshots/abc"
+    (snapshot.parents[1] / "blobs").mkdir(parents=True)
+    (snapshot / "images").mkdir(parents=True)
+    (snapshot.parents[1] / "blobs/0123").write_bytes(encoded(1, "PNG"))
+    (snapshot / "images/1.png").symlink_to("../../../blobs/0123")
+    (snapshot / "images/2.png").write_bytes(encoded(2, "PNG"))
+    dataset = make(naming(snapshot, [f"{snapshot}/images/{i}.png" for i in (1, 2)]), role="anomaly").dataset
+    assert [dataset.image_path(i).read_bytes() for i in range(3)] == [encoded(i, "PNG") for i in range(3)]
 
 
 def test_a_set_without_images_or_with_an_unknown_split_is_refused(make, tmp_path):

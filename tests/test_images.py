@@ -1,3 +1,4 @@
+import hashlib
 import json
 import pickle
 import threading
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from timm.data import create_transform
 
-from regvit.images import Transform, UnreadableImage, in_order, load_batches, read_rgb, to_rgb
+from regvit import images
+from regvit.images import ChangedImage, Transform, UnreadableImage, in_order, load_batches, read_rgb, to_rgb
 from regvit.manifest import Row, read_dataset, write_dataset
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -97,10 +99,43 @@ def test_what_cannot_be_read_is_refused_alike_however_it_would_be_resized(tmp_pa
     assert said[0] == said[1] and "truncated" in said[0]
 
 
+def test_a_file_is_read_once_and_held_to_the_digest_of_the_manifest(tmp_path, monkeypatch):
+    noise(12, 10).save(tmp_path / "x.png")
+    content = (tmp_path / "x.png").read_bytes()
+    digest, transform = hashlib.sha256(content).hexdigest(), Transform(8, MEAN, STD)
+    reads, read_bytes = [], type(tmp_path).read_bytes
+    monkeypatch.setattr(type(tmp_path), "read_bytes", lambda path: reads.append(path) or read_bytes(path))
+    assert torch.equal(transform.load(tmp_path / "x.png", digest), transform.load(tmp_path / "x.png"))
+    assert len(reads) == 2
+    noise(12, 10, seed=1).save(tmp_path / "x.png")
+    for load in (transform.load, transform.pixels, read_rgb):
+        with pytest.raises(ChangedImage, match=rf"x\.png is not the file that the data set was made of: its SHA-256 is \w+, "
+                           rf"that in the manifest {digest}; put that file back, or run download again"):  # fmt: skip
+            load(tmp_path / "x.png", digest)
+        load(tmp_path / "x.png")  # nothing to hold it to
+
+
+def test_batches_are_held_to_the_digests_of_the_manifest(tmp_path):
+    for i in range(3):
+        noise(12, 10, seed=i).save(tmp_path / f"{i}.png")
+    rows = [Row(str(i), f"{i}.png", "", "test", sha256=hashlib.sha256((tmp_path / f"{i}.png").read_bytes()).hexdigest())
+            for i in range(3)]  # fmt: skip
+    write_dataset(tmp_path, "noise", rows, (), {})
+    dataset = read_dataset(tmp_path)
+    assert sum(len(batch) for _, batch in load_batches(dataset, Transform(8, MEAN, STD), 2)) == 3
+    noise(12, 10, seed=9).save(tmp_path / "1.png")
+    with pytest.raises(ChangedImage, match=r"1\.png is not the file that the data set was made of"):
+        list(load_batches(dataset, Transform(8, MEAN, STD), 2))
+
+
 def test_an_error_of_another_process_comes_back_as_it_was():
     error = pickle.loads(pickle.dumps(UnreadableImage("x.png", "empty file")))
     assert str(error) == "x.png cannot be read as an image: empty file; replace the file or take it out of the data set"
     assert (str(error.path), error.reason) == ("x.png", "empty file")
+    changed = pickle.loads(pickle.dumps(ChangedImage("x.png", "it differs")))
+    assert type(changed) is ChangedImage and str(changed).startswith(
+        "x.png is not the file that the data set was made of"
+    )
 
 
 def test_reading_leaves_the_callers_image_alone():
@@ -139,6 +174,25 @@ def test_grey_images_get_three_equal_channels_and_16_bits_are_scaled_to_8(tmp_pa
 def test_cmyk_photographs_are_read_as_rgb(tmp_path):
     Image.new("CMYK", (8, 8), (0, 0, 0, 0)).save(tmp_path / "x.jpg")
     assert read_rgb(tmp_path / "x.jpg").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_an_image_brought_to_rgb_in_parts_is_the_same(monkeypatch):
+    deep = Image.fromarray(np.arange(0, 65536, 1311, dtype=np.uint16).reshape(10, 5))
+    many = (
+        deep,
+        Image.fromarray(np.asarray(deep).astype(np.int32)),
+        Image.merge("RGBA", [*noise(5, 10).split(), noise(5, 10, 1).getchannel(0)]),
+        Image.merge("LA", noise(5, 10).split()[:2]),
+        noise(5, 10).quantize(8),
+    )
+    many[-1].info["transparency"] = bytes(range(0, 256, 32))
+    for image in many:
+        monkeypatch.setattr(images, "BLOCK", 1 << 22)
+        whole = np.asarray(to_rgb(image))
+        monkeypatch.setattr(images, "BLOCK", 15)  # three rows
+        assert np.array_equal(np.asarray(to_rgb(image)), whole) and whole.std() > 10
+    expected = np.round(np.asarray(deep) / 65535 * 255)
+    assert np.array_equal(np.asarray(to_rgb(deep)), np.stack([expected] * 3, -1))
 
 
 def test_exif_orientation_is_honoured(tmp_path):
@@ -205,6 +259,20 @@ def test_normalise_is_worked_per_channel():
     batch = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1)
     out = Transform(1, (0.0, 0.1, 0.5), (1.0, 0.5, 0.25)).normalise(batch)
     torch.testing.assert_close(out.flatten(), torch.tensor([0.0, 0.2, 2.0]))
+
+
+def test_normalise_takes_nothing_to_the_device_after_the_first_batch(monkeypatch):
+    transform, batch = Transform(2, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)), torch.full((1, 3, 2, 2), 51, dtype=torch.uint8)
+    with torch.inference_mode():
+        first = transform.normalise(batch)
+    monkeypatch.setattr(torch, "tensor", None)
+    again = transform.normalise(batch)
+    assert torch.equal(first, again)
+    weight = torch.ones(3, 1, 1, requires_grad=True)
+    (again * weight).sum().backward()  # what is kept may be used in training too
+    other = Transform(2, (0.1, 0.2, 0.3), (0.4, 0.5, 0.7))
+    monkeypatch.undo()
+    assert not torch.equal(other.normalise(batch), first)
 
 
 def test_normalise_refuses_what_is_not_a_uint8_batch():

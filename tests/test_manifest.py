@@ -87,6 +87,9 @@ def test_a_root_that_is_gone_is_reported_with_its_place(tmp_path):
         (Row("d", "x.png", "", "dev"), "split 'dev' is unknown; use one of train, val, test"),
         (Row("d", "x.png", "", "test", boxes="[1, 2, 3, 4]"), "are not a JSON list of"),
         (Row("d", "x.png", "", "test", boxes="[[5, 0, 5, 9]]"), "with x0 < x1 and y0 < y1"),
+        (Row("d", "x.png", "", "test", boxes="[[0, 0, Infinity, Infinity]]"), "are not a JSON list of"),
+        (Row("d", "x.png", "", "test", boxes="[" * 100_000), "are not a JSON list of"),
+        (Row("d", "x.png", "", "test", boxes=f"[[0, 0, {'9' * 5000}, 9]]"), "are not a JSON list of"),
     ],
 )
 def test_a_bad_row_is_refused_on_writing_and_nothing_is_written(tmp_path, row, message):
@@ -110,6 +113,53 @@ def test_a_line_with_too_few_or_too_many_fields_is_refused(tmp_path):
         table.write_text(table.read_text() + line)
         with pytest.raises(InvalidManifest, match="line 5: the number of fields differs"):
             read_dataset(tmp_path)
+
+
+HEADER = b"image_id,path,label,split\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (
+            HEADER + b'a,a.png,,test\nb,"b.png,,test\nc,c.png,,test\n',
+            r"line 3: unexpected end of data; close what it opens",
+        ),
+        (HEADER + b'a,"a".png,,test\n', r"line 2: ',' expected after '\"'"),
+        (HEADER + b"a," + b"x" * 200_000 + b",,test\n", r"line 2: field larger than field limit \(131072\)"),
+        (b'"image_id,path', r"line 1: unexpected end of data"),
+        (HEADER + b"a,a.png,,test\nb,caf\xe9.png,,test\n", r"line 3: it is not UTF-8 \(.*\); save it as UTF-8"),
+        (HEADER + b"a,a\0.png,,test\n", r"path 'a\\x00\.png' leaves the root of the data set|line contains NUL"),
+        (b"", r"lacks the column\(s\) image_id, path, label, split"),
+    ],
+)
+def test_a_table_that_is_no_csv_is_refused_with_its_line(tmp_path, content, said):
+    write(tmp_path)
+    (tmp_path / "manifest.csv").write_bytes(content)
+    with pytest.raises(InvalidManifest, match=rf"manifest\.csv.*{said}"):
+        read_dataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"{", r"is not JSON \(.*\); download the data set again"),
+        (b"\xff", r"is not JSON \("),
+        (b"[" * 200_000, r"is not JSON \("),
+        (b"[]", "holds a list, expected an object"),
+        (b'{"name": "pets", "classes": [], "root": 5}', "root is 5, expected text"),
+        (b'{"name": "pets", "classes": [], "root": "a\\u0000"}', "root is 'a.x00', expected text"),
+        (b'{"name": null, "classes": []}', "name is None, expected text"),
+        (b'{"name": "pets", "classes": null}', "classes are None, expected a list of names"),
+        (b'{"name": "pets", "classes": "cat"}', "classes are cat, expected a list of names"),
+        (b'{"name": "pets", "classes": ["cat", 3]}', r"classes are \['cat', 3\], expected a list of names"),
+    ],
+)
+def test_a_description_that_is_not_what_it_should_be_is_refused(tmp_path, content, said):
+    write(tmp_path)
+    (tmp_path / "dataset.json").write_bytes(content)
+    with pytest.raises(InvalidManifest, match=rf"dataset\.json.*{said}"):
+        read_dataset(tmp_path)
 
 
 def test_a_missing_column_is_named_and_optional_ones_may_be_absent(tmp_path):
@@ -164,7 +214,7 @@ def test_paths_inside_the_root_are_accepted(path):
     assert not escapes(path)
 
 
-@pytest.mark.parametrize("path", ["", "/a", "..", "../a", "a/../../b", "a\\b", "C:/a"])
+@pytest.mark.parametrize("path", ["", "/a", "..", "../a", "a/../../b", "a\\b", "C:/a", "a\0b"])
 def test_paths_that_may_leave_the_root_are_refused(path):
     assert escapes(path)
 

@@ -5,6 +5,8 @@ import hashlib
 import io
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import tracemalloc
 from pathlib import Path
@@ -12,14 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import EpsImagePlugin, Image, PngImagePlugin, PpmImagePlugin
 
 from regvit.backbones import Backbone
 from regvit.extraction import describe, extract
-from regvit.images import Transform, UnreadableImage, read_rgb
+from regvit.images import MAX_BYTES, Transform, UnreadableImage, read_rgb
 from regvit.manifest import read_dataset
 from regvit.sources import make_dataset
 from regvit.store import FeatureStore
+from regvit.whole_images import original_size, read_mask
 from regvit.workbench import TooManyRejects
 
 TRANSFORM = Transform(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -169,6 +172,106 @@ def test_the_middle_of_a_very_long_image_is_what_is_seen(tmp_path):
     assert loaded.unique().tolist() == [200]
 
 
+# What would run another program, decoders that fail in ways of their own, and files that are too large.
+
+
+@pytest.fixture
+def ghostscript(tmp_path, monkeypatch):
+    """A file that is there once somebody has called `gs`."""
+    called = tmp_path / "called"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/gs").write_text(f"#!/bin/sh\ntouch '{called}'\n")
+    (tmp_path / "bin/gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # what Pillow remembers of a gs that it looked for
+    return called
+
+
+def test_postscript_under_the_name_of_a_photograph_starts_no_program(tmp_path, ghostscript):
+    (tmp_path / "wild/x").mkdir(parents=True)
+    noise().save(tmp_path / "wild/x/good.png")
+    noise().save(tmp_path / "wild/x/bad.jpg", "EPS")
+    made = made_of(tmp_path / "wild", tmp_path)
+    assert {one.path: one.reason for one in made.rejected} == {"x/bad.jpg": "not an image of a known format"}
+    for read in (read_rgb, read_mask, original_size, TRANSFORM.load):
+        with pytest.raises(
+            UnreadableImage, match=r"bad\.jpg cannot be read as an image: .*(known format|cannot identify)"
+        ):
+            read(tmp_path / "wild/x/bad.jpg")
+    assert not ghostscript.exists()
+    with contextlib.suppress(OSError), Image.open(tmp_path / "wild/x/bad.jpg") as image:
+        image.load()  # without a list of formats Pillow does call it
+    assert ghostscript.exists()
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI",
+                                  "SGI", "TGA", "TIFF", "WEBP"])  # fmt: skip
+def test_images_of_pixels_of_the_usual_formats_are_read(tmp_path, kind):
+    try:
+        content = encoded(noise(32, 32), kind)
+    except (KeyError, OSError) as error:
+        pytest.skip(f"this Pillow does not write {kind}: {error}")
+    (tmp_path / "x").write_bytes(content)
+    assert read_rgb(tmp_path / "x").size == (32, 32)
+
+
+@pytest.mark.parametrize("error", [NotImplementedError, AttributeError, MemoryError, RecursionError, ZeroDivisionError])
+def test_whatever_a_decoder_raises_costs_the_one_image(tmp_path, monkeypatch, error):
+    (tmp_path / "wild/x").mkdir(parents=True)
+    for i in range(2):
+        noise(seed=i).save(tmp_path / f"wild/x/{i}.png")
+    noise().save(tmp_path / "wild/x/bad.ppm")
+
+    def decode(*_):
+        raise error("a fault of the decoder")
+
+    monkeypatch.setattr(PpmImagePlugin.PpmImageFile, "load", decode)
+    made = made_of(tmp_path / "wild", tmp_path)
+    assert [row.image_id for row in made.dataset.rows] == ["x/0.png", "x/1.png"]
+    assert [one.reason for one in made.rejected] == [f"{error.__name__}: a fault of the decoder"]
+
+
+def test_a_file_of_a_size_that_no_image_has_is_not_read(tmp_path):
+    with open(tmp_path / "x.png", "wb") as file:
+        file.truncate(1 << 40)  # takes no room on the disk
+    for read in (read_rgb, read_mask, original_size):
+        with pytest.raises(UnreadableImage, match=f"it has {1 << 40} bytes; an image file may have {MAX_BYTES}"):
+            read(tmp_path / "x.png")
+
+
+def test_a_file_of_a_size_that_no_image_has_is_rejected_and_the_others_are_used(tmp_path):
+    (tmp_path / "wild/x").mkdir(parents=True)
+    noise().save(tmp_path / "wild/x/good.png")
+    with open(tmp_path / "wild/x/vast.png", "wb") as file:
+        file.truncate(1 << 40)
+    made = made_of(tmp_path / "wild", tmp_path)
+    assert [row.image_id for row in made.dataset.rows] == ["x/good.png"]
+    assert [one.reason for one in made.rejected] == [f"it has {1 << 40} bytes; an image file may have {MAX_BYTES}"]
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    for read in (read_rgb, read_mask, original_size):
+        with pytest.raises(UnreadableImage, match="not a regular file"):
+            read(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("mode", ["I;16", "RGBA"])
+def test_a_huge_image_of_few_bytes_takes_little_more_memory_than_its_pixels_do(tmp_path, mode):
+    """64 megapixels, 256 MB as RGB: six times as much where the whole of it is scaled or laid on white at once."""
+    Image.new(mode, (8000, 8000)).save(tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size < 300_000
+    peak = (
+        "import resource, sys; from regvit.images import read_rgb; before = resource.getrusage(resource.RUSAGE_SELF);"
+        "assert read_rgb(sys.argv[1]).size == (8000, 8000);"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before.ru_maxrss)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", peak, tmp_path / "x.png"], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) * 1024 < 850_000_000
+
+
 # Places that cannot be read.
 
 
@@ -271,7 +374,7 @@ def test_an_image_that_breaks_after_the_download_stops_the_extraction_and_does_n
     dataset = made_of(tmp_path / "good", tmp_path).dataset
     whole = (tmp_path / "good/x/1.png").read_bytes()
     (tmp_path / "good/x/1.png").write_bytes(whole[:-300])
-    with pytest.raises(UnreadableImage, match=r"x/1\.png cannot be read as an image"):
+    with pytest.raises(UnreadableImage, match=r"x/1\.png is not the file that the data set was made of"):
         features_by_image(dataset, tmp_path)
     assert not (tmp_path / "x.zarr").exists()
     (tmp_path / "good/x/1.png").unlink()
