@@ -25,6 +25,7 @@ from .tokens import TokenLayout
 
 STATISTICS = ("per_neuron", "per_neuron_patches", "reference")
 PATCH_TREATMENTS = ("zero", "mean", "only_outliers", "same")
+MAX_REGISTERS = 64  # more tokens than any model was trained with; a mistyped number would take all memory
 
 
 @dataclass
@@ -155,7 +156,7 @@ def add_test_time_registers(
     Args:
         model: any timm ViT (ViT, DeiT, DINOv2, DINOv3, EVA, CLIP, SigLIP, …), on any device, of any dtype.
         neurons: what `find_register_neurons` returned, or `{layer: [neuron, …]}`.
-        num_registers: 0 changes nothing; 1 is right for most, each further one copies the attention sink.
+        num_registers: 0 changes nothing; 1 is right for most, each further one copies the attention sink; 64 at most.
         statistic, patches, scale: see `shift`.
     Returns: a handle with `.remove()`; also usable in a `with` block.
     Raises:
@@ -221,8 +222,11 @@ def _checked(
     """The neurons as sorted tuples by layer, after every option was held to its range."""
     if getattr(model, "test_time_registers", None) is not None:
         raise ValueError("the model already has test-time registers; call remove_test_time_registers(model) first")
-    if num_registers < 0:
-        raise ValueError(f"num_registers is {num_registers}; expected 0 or more")
+    if not 0 <= num_registers <= MAX_REGISTERS:
+        raise ValueError(
+            f"num_registers is {num_registers}; expected 0 to {MAX_REGISTERS}: one holds what all outliers carry, and each "
+            "is a token more in every image"
+        )
     for name, value, known in (("statistic", statistic, STATISTICS), ("patches", patches, PATCH_TREATMENTS)):
         if value not in known:
             raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}")

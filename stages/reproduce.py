@@ -1,14 +1,19 @@
-"""`make repro` after the environment: `dvc repro`, the time that each stage took, and the comparison table.
+"""`make repro` after the environment: checked parameters, `dvc repro`, the time of each stage, and the comparison table.
 
-Arguments go to `dvc repro`. The exit code is that of `dvc repro` if it failed, else 1 if a self-check failed.
+Arguments go to `dvc repro`. The exit code is that of `dvc repro` if it failed, 130 after Ctrl-C, else 1 if params.yaml has a
+fault or a self-check failed. Parameters come first, as DVC makes commands of the names in params.yaml, and a shell runs them.
 """
 
 import re
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+
+from params import ParamsError, check_params
 
 STARTS = re.compile(r"Running stage '(.+)':")
 RESTORED = re.compile(r"Stage '(.+)' is cached")
@@ -51,11 +56,38 @@ def times(ran: list[tuple[str, float]], restored: list[str], total: float) -> st
 
 
 def main(*arguments: str) -> int:
+    try:
+        check_params()
+    except (ParamsError, OSError) as error:
+        sys.exit(f"make repro: {error}")
+    with _told_of_interrupts() as told:
+        code = _reproduce(arguments, told)
+    if told and code:
+        print("make repro: interrupted; stages that were done are kept: run the same again", file=sys.stderr)
+        return 130  # 128 + SIGINT, as shells do
+    return code
+
+
+@contextmanager
+def _told_of_interrupts() -> Iterator[list[int]]:
+    """Ctrl-C ends DVC, its stage and the table, which get it too, but not this process, which waits for them to end.
+
+    Returns: the signals that came.
+    """
+    told = []
+    before = signal.signal(signal.SIGINT, lambda number, _: told.append(number))
+    try:
+        yield told
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _reproduce(arguments: Sequence[str], told: Sequence[int]) -> int:
     start = time.monotonic()
     dvc = [sys.executable, "-m", "dvc", "repro", *arguments]
     with subprocess.Popen(dvc, stdout=subprocess.PIPE, text=True) as process:
         ran, restored = follow(process.stdout)
-    if process.returncode and not ran and not restored:  # DVC has said why nothing could run
+    if process.returncode and (told or not (ran or restored)):  # DVC has said why nothing could run
         return process.returncode
     print("\n" + times(ran, restored, time.monotonic() - start), flush=True)
     if process.returncode:
@@ -65,4 +97,7 @@ def main(*arguments: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    try:
+        sys.exit(main(*sys.argv[1:]))
+    except KeyboardInterrupt:  # while parameters are checked
+        sys.exit(130)

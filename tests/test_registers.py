@@ -262,7 +262,7 @@ def test_models_that_cannot_take_registers_are_refused_by_name_and_left_as_they_
     [
         (({9: [0]}, 1), "layer 9 is out of range: the model has 6 blocks"),
         (({1: [999]}, 1), r"neuron 999 of layer 1 is out of range: its MLP has \d+"),
-        ((NEURONS, -1), "num_registers is -1; expected 0 or more"),
+        ((NEURONS, -1), "num_registers is -1; expected 0 to 64"),
     ],
 )
 def test_what_is_out_of_range_is_said(arguments, message):
