@@ -28,14 +28,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from PIL import Image
 from torch import Tensor, nn
 
 from .anatomy import Subject, grid_side
 from .attention import query_names, watch_prefix_attention
+from .batches import Batches
 from .files import write_table
+from .finite import check_finite
 from .hooks import blocks, watch_outputs
-from .images import Transform
+from .images import Transform, open_image
 from .intervals import mean_with_interval
 from .manifest import Dataset
 from .tokens import TokenLayout
@@ -197,12 +198,14 @@ def measure_attention(
     """The attention of CLS and registers in every block and head of a run, before and after its registers are added.
 
     Args:
-        batches: normalised images, gone through once.
+        batches: normalised images, gone through once; of `Batches` an error names the image, of others its number.
         later: blocks over which maps are averaged.
         objects: share of object pixels by patch of each image; None where the set has no masks.
     Raises:
         ValueError: there are no images, the model has no prefix token, or a block's attention cannot be read.
+        BadFeatures: an image's attention or patch norms are NaN or infinite.
     """
+    rows = batches.dataset.rows if isinstance(batches, Batches) else None
     device = next(subject.run.model.parameters()).device
     models = [subject.untreated, subject.run] if subject.treated else [subject.run]
     parts: list[list[AttentionQuality]] = [[] for _ in models]
@@ -210,10 +213,10 @@ def measure_attention(
     for images in batches:
         images = images.to(device)
         share = None if objects is None else torch.from_numpy(objects[start : start + len(images)]).to(device)
-        start += len(images)
         outliers = None  # decided by the first, untreated model
         for place, backbone in enumerate(models):
             seen = _attend(backbone.model, images, subject)
+            check_finite(backbone.model, images, {"attention": seen.attention, "patch norms": seen.norms}, rows, start)
             outliers = seen.outliers if outliers is None else outliers
             layout = TokenLayout.of(backbone.model)
             heads = qualities(seen.attention, layout, outliers, share)
@@ -228,6 +231,7 @@ def measure_attention(
                     outliers.cpu().numpy(),
                 )
             )
+        start += len(images)
     if not start:
         raise ValueError("no images to measure attention on; give at least one batch")
     joined = [_join(of_model) for of_model in parts]
@@ -236,9 +240,11 @@ def measure_attention(
 
 @dataclass(frozen=True)
 class _Seen:
-    """One forward: attention of the prefix tokens, and the patches over the threshold."""
+    """One forward: attention of the prefix tokens, norms of the patches in the detection layer (0 where there is none),
+    and the patches over the threshold."""
 
     attention: Float[Tensor, "b l h q n"]
+    norms: Float[Tensor, "b p"]
     outliers: Bool[Tensor, "b p"]
 
 
@@ -250,9 +256,9 @@ def _attend(model: nn.Module, images: Float[Tensor, "b 3 h w"], subject: Subject
         model.forward_features(images)
     attention = torch.stack([weights[layer] for layer in sorted(weights)], dim=1)
     if detection is None:
-        shape = (len(images), attention.shape[-1] - layout.prefix)
-        return _Seen(attention, torch.zeros(shape, dtype=torch.bool, device=images.device))
-    return _Seen(attention, norms[detection.layer] > detection.threshold)
+        none = torch.zeros(len(images), attention.shape[-1] - layout.prefix, device=images.device)
+        return _Seen(attention, none, none > 0)
+    return _Seen(attention, norms[detection.layer], norms[detection.layer] > detection.threshold)
 
 
 def _join(parts: Sequence[AttentionQuality]) -> AttentionQuality:
@@ -289,7 +295,7 @@ def object_shares(dataset: Dataset, transform: Transform, patch_size: int) -> Fl
     shares = np.full((len(dataset), side**2), np.nan, dtype=np.float32)
     for share, row in zip(shares, dataset.rows, strict=True):
         if row.mask:
-            with Image.open(dataset.root / row.mask) as mask:
+            with open_image(dataset.root / row.mask) as mask:
                 inside = np.asarray(nearest.crop(mask)) > 0  # class index + 1
             share[:] = inside.reshape(side, patch_size, side, patch_size).mean((1, 3)).ravel()
     return shares

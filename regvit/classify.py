@@ -13,7 +13,7 @@ Shape letters: b image, c class.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -27,6 +27,7 @@ from torch import Tensor
 from .backbones import Backbone
 from .detectors import energy
 from .extraction import readouts
+from .finite import check_finite
 from .images import Transform, UnreadableImage, in_order, to_rgb
 from .lanes import usual_batch_size
 from .probes import InvalidProbes, Probe, ProbeSet, load_probes
@@ -133,6 +134,7 @@ class Classifier:
             workers: decoding threads; 0 decodes in between.
         Raises:
             UnreadableImage: an image cannot be decoded; `stream` and `classify_folder` go on instead.
+            BadFeatures: the model gives NaN or infinity for an image.
         """
         results = []
         for result in self.stream(images, batch_size, workers):
@@ -170,6 +172,7 @@ class Classifier:
             been in, for what cannot be decoded.
         Raises:
             ValueError: batch_size below 1 or workers below 0.
+            BadFeatures: the model gives NaN or infinity for an image.
         """
         batch_size = usual_batch_size(self.device) if batch_size is None else batch_size
         if batch_size < 1 or workers < 0:
@@ -179,15 +182,24 @@ class Classifier:
             yield from (image for _, image in batch if isinstance(image, UnreadableImage))
             whole = [(path, image) for path, image in batch if isinstance(image, Tensor)]
             if whole:
-                logits = self.logits(torch.stack([image for _, image in whole]))
+                logits = self.logits(torch.stack([image for _, image in whole]), [path for path, _ in whole])
                 yield from map(self._classified, [path for path, _ in whole], logits)
 
     @torch.inference_mode()
-    def logits(self, batch: UInt8[Tensor, "b 3 s s"]) -> Float[np.ndarray, "b c"]:
-        """Logits of a batch of decoded images (`Transform.load`)."""
-        model = self.backbone.model
-        tokens = model.forward_features(self.backbone.transform.normalise(batch.to(self.device)))
+    def logits(
+        self, batch: UInt8[Tensor, "b 3 s s"], paths: Sequence[Path | None] | None = None
+    ) -> Float[np.ndarray, "b c"]:
+        """Logits of a batch of decoded images (`Transform.load`).
+
+        Args:
+            paths: of the images, for errors; None for one that has none, or for all.
+        Raises:
+            BadFeatures: the model gives NaN or infinity for an image.
+        """
+        model, images = self.backbone.model, self.backbone.transform.normalise(batch.to(self.device))
+        tokens = model.forward_features(images)
         arrays = readouts(TokenLayout.of(model), tokens, arrays_needed(self.probe.readout))
+        check_finite(model, images, arrays, paths and [path and str(path) for path in paths])
         features = InMemory({name: values.cpu().numpy() for name, values in arrays.items()})
         return self.probe.logits(readout(features, self.probe.readout))
 

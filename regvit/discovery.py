@@ -36,7 +36,9 @@ from torch import Tensor, nn
 from .attention import watch_prefix_attention
 from .batches import Batches
 from .boxes import HIT, best_iou, true_boxes
+from .finite import check_finite
 from .hooks import blocks
+from .manifest import Row
 from .token_features import Feature, watch_patch_features
 from .tokens import TokenLayout
 from .whole_images import WholeTransform, original_size, valid_patches
@@ -211,6 +213,7 @@ def discover(
     k_patches: int = K_PATCHES,
     heads: bool = False,
     valid: Bool[Tensor, "b p"] | None = None,
+    rows: Sequence[Row] | None = None,
 ) -> Predicted:
     """Boxes of one batch for every setting, from one forward, in pixels of the model's input.
 
@@ -220,8 +223,10 @@ def discover(
         chosen: settings; those of one feature and normalisation share a similarity matrix where they follow one another.
         heads: whether boxes are drawn from the CLS attention too.
         valid: as in `lost`.
+        rows: of the images in their data set, for errors; None where they are in none.
     Raises:
         ValueError: a feature or the CLS attention cannot be read, or the patches do not make up the grid of the images.
+        BadFeatures: a feature of an image or its attention is NaN or infinite.
     """
     patch = patch_size(model)
     grid = (images.shape[2] // patch, images.shape[3] // patch)
@@ -236,14 +241,19 @@ def discover(
         watch_patch_features(model, features) as seen,
     ):
         model.forward_features(images)
+        looked_at = {f"{kind} of block {layer}": seen[Feature(kind, layer)] for kind, layer in features}
+        if heads:
+            looked_at["attention"] = attention[last]
+    check_finite(model, images, looked_at, rows)
+    with torch.inference_mode():
         found, key, matrix = [], None, None
         for setting in chosen:
             if (setting.feature, setting.normalised) != key:
                 key = (setting.feature, setting.normalised)
                 matrix = similarity(seen[setting.feature], setting.normalised)
             found.append(lost(matrix, grid, setting.bias, k_patches, valid))
-        rows = layout.patches(attention[last][:, :, 0].mT).unbind(2) if heads else ()  # CLS is query 0; (b, p) a head
-        per_head = [attention_boxes(row, grid, valid=valid) for row in rows]
+        maps = layout.patches(attention[last][:, :, 0].mT).unbind(2) if heads else ()  # CLS is query 0; (b, p) a head
+        per_head = [attention_boxes(one, grid, valid=valid) for one in maps]
     b = len(images)
     return Predicted(
         np.reshape([one.boxes * float(patch) for one in found], (-1, b, 4)),
@@ -266,6 +276,7 @@ def discover_all(
         batches: with a `WholeTransform`, so that nothing of an image is cut off.
     Raises:
         ValueError: the transform crops, there are no images, or as `discover`.
+        BadFeatures: as `discover`.
     """
     if not isinstance(batches.transform, WholeTransform):
         raise ValueError("the batches' transform crops, so boxes would not fit; give WholeTransform.of(transform)")
@@ -277,7 +288,8 @@ def discover_all(
         frames = [batches.transform.frame(*original_size(batches.dataset.image_path(i))) for i in rows]
         start = rows.stop
         valid = valid_patches(frames, patch)
-        part = discover(model, images, chosen, k_patches, heads, None if valid is None else valid.to(images.device))
+        valid = None if valid is None else valid.to(images.device)
+        part = discover(model, images, chosen, k_patches, heads, valid, batches.dataset.rows[rows.start : rows.stop])
         parts.append(
             Predicted(
                 np.stack([frame.to_original(part.lost[:, i]) for i, frame in enumerate(frames)], axis=1),

@@ -19,6 +19,8 @@ normalise only what they pooled, timm's `fc_norm`, give their tokens before it):
 from __future__ import annotations
 
 import hashlib
+import math
+import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -39,24 +41,24 @@ from torch import Tensor
 from .arithmetic import arithmetic, check_precision
 from .backbones import Backbone
 from .bucket_writer import store_writer
+from .finite import BadFeatures, where_it_begins
+from .hooks import watch_outputs
 from .images import in_order
-from .lanes import Mark, Upload, best_batch_size, lane_of, seconds_of, usual_batch_size
+from .lanes import Mark, Upload, lane_of, usual_batch_size
 from .manifest import Dataset
 from .progress import progress as Progress
-from .store import StoreWriter, UnstorableFeature, default_rows_per_unit, image_ids_digest, unfinished
+from .store import StoreWriter, UnstorableFeature, default_rows_per_unit, image_ids_digest
 from .tokens import TokenLayout
 
 ARRAYS = ("cls", "registers", "patch_mean")  # what is stored where nothing else is asked for
 UNITS_IN_FLIGHT = 2  # computed and waiting for the disk; more would only cost memory
-LARGEST_BATCH = 1024  # images; that is tried on a GPU
-CLUSTER_BATCH_SIZE = 64  # on GPUs that the driver cannot try itself
+# Of a batch on a GPU: values in the largest tensor that a part of the model puts out, 0.6 GB in float32. Three or four of
+# them live at once, so that a ViT-L fits into 6 GB; it is 128 images of 224 px for a ViT-L/14, which fill large GPUs too.
+LARGEST_ACTIVATION = 150_000_000
+LARGEST_BATCH = 1024  # images, of models however small
 # torch.compile takes about a minute and saves some 0.1 ms of a ViT-L image on a fast GPU: about as many images must come
 # before it pays. On a CPU it gains nothing (measured: 2 %).
 COMPILED_FROM = 500_000
-
-
-class BadFeatures(ValueError):
-    """The features of an image cannot be stored; the message names the image, the array and the cure."""
 
 
 class CannotCompile(RuntimeError):
@@ -81,7 +83,7 @@ class Extractor:
         backbone: with its test-time registers in place; its model is moved to `device`.
         precision: see `regvit.arithmetic`; it is part of what makes the features.
         device: where the forward runs.
-        batch_size: images a forward, lowered to a divisor of `rows_per_unit`; None is `usual_batch_size`.
+        batch_size: images a forward, lowered to a divisor of `rows_per_unit`; None is `default_batch_size`.
         workers: decoding threads, which run ahead of the forward; 0 decodes in between.
         arrays: what to compute, see the module; what the model does not have is left out.
         rows_per_unit: rows that a batch must not straddle; by default those of a store's unit.
@@ -108,13 +110,12 @@ class Extractor:
         shapes: Mapping[str, tuple[int, ...]] | None = None,
     ):
         check_precision(precision)
-        batch_size = usual_batch_size(device) if batch_size is None else batch_size
-        _check_numbers(batch_size, workers)
+        _check_numbers(1 if batch_size is None else batch_size, workers)
         self.backbone, self.dataset, self.precision, self.workers = backbone, dataset, precision, workers
         self.device, self.arrays = torch.device(device), tuple(arrays)
         self.shapes = dict(shapes or row_shapes(backbone, precision, device, arrays))
         self.rows_per_unit = rows_per_unit or default_rows_per_unit(len(dataset), self.shapes)
-        self.batch_size = _divisor(self.rows_per_unit, batch_size)
+        self.batch_size = _divisor(self.rows_per_unit, batch_size or default_batch_size(backbone, device))
         self._forward = backbone.model.to(self.device).forward_features
         self._compiled = self._compile() if compile else None
 
@@ -134,7 +135,9 @@ class Extractor:
         Raises:
             IndexError: rows that the data set does not have.
             UnreadableImage: an image cannot be decoded.
+            ChangedImage: an image's file is not the one that the manifest has the SHA-256 of.
             CannotCompile: torch.compile was asked for and fails.
+            torch.OutOfMemoryError: the device has no room for a batch.
         """
         spans = list(spans)
         for start, stop in spans:
@@ -205,14 +208,31 @@ class Extractor:
 
     def _decode(self, place: tuple[int, UInt8[np.ndarray, "3 s s"]]) -> None:
         row, pixels = place
-        np.copyto(pixels, self.backbone.transform.pixels(self.dataset.image_path(row)))
+        sha256 = self.dataset.rows[row].sha256  # the files of a set that is read in place may have changed
+        np.copyto(pixels, self.backbone.transform.pixels(self.dataset.image_path(row), sha256))
 
     def _compute(self, into: dict[str, Float[Tensor, "b ..."]], images: UInt8[Tensor, "b 3 s s"]) -> None:
         """The readouts of a batch on the device, written where they belong in their unit."""
         whole = self._compiled is not None and len(images) == self.batch_size  # another size would be compiled anew
         forward = self._compiled if whole else self._forward
-        for name, values in _features(self.backbone, forward, images, self.precision, self.arrays).items():
+        try:
+            found = _features(self.backbone, forward, images, self.precision, self.arrays)
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(
+                f"{self.device} has no room for {len(images)} images of {self.backbone.name} at once; give a smaller "
+                f"batch_size ({error})"
+            ) from error
+        for name, values in found.items():
             into[name].copy_(values)
+
+    def try_out(self) -> None:
+        """A blank batch through the model, so that what cannot be compiled fails before there is anything to lose.
+
+        Raises:
+            CannotCompile: torch.compile was asked for and fails.
+        """
+        blank = _blank(self.backbone, self.batch_size, self.device)
+        _features(self.backbone, self._compiled or self._forward, blank, self.precision, self.arrays)
 
     def _compile(self) -> Callable[[Tensor], Tensor]:
         """The model's forward under torch.compile."""
@@ -313,18 +333,21 @@ def extract(
         attributes: of the store: those of `describe` and what describes the run.
         precision: see `regvit.arithmetic`; it is part of what makes the features.
         device, batch_size, workers: where and how fast; images per forward (lowered to a divisor of the rows of a
-            unit), and decoding threads, which run ahead of the forward (0 decodes in between). `batch_size` None is 8
-            on a CPU; on a GPU the smallest is looked for that keeps it busy, and kept with the unfinished work.
+            unit), and decoding threads, which run ahead of the forward (0 decodes in between). `batch_size` None is
+            `default_batch_size`, here and on others.
         progress: is told of every image, and of what was resumed; None is silent.
         arrays: what to store, see `readouts`; what the model does not have is left out.
-        compile: whether to run the model under torch.compile; None does so on a GPU from 500,000 images on.
-        engine: has the units computed elsewhere; `device` is then the kind that it computes on, `batch_size` None is
-            64 on GPUs. None computes here.
+        compile: whether to run the model under torch.compile; None does so on a GPU from 500,000 images on, if a blank
+            batch shows that it works here. Where there is no GPU here to try it on, others do without it too.
+        engine: has the units computed elsewhere; `device` is then the kind that it computes on. None computes here.
     Raises:
-        ValueError: the precision or an array is unknown, the model has none of the arrays, the data set is empty, or the model returns no token sequence.
-        BadFeatures: an image gives NaN, infinity, or a value beyond float16.
+        ValueError: the precision or an array is unknown, the model has none of the arrays, the data set is empty, or the
+            model returns no token sequence.
+        BadFeatures: an image gives NaN, infinity, or a value beyond float16; where it is no number, the layer where that
+            begins is named.
         CannotCompile: torch.compile was asked for and fails.
-        UnreadableImage, FileExistsError, FolderLocked: see `Transform.load` and `store_writer`.
+        torch.OutOfMemoryError: the device has no room for a batch.
+        UnreadableImage, ChangedImage, FileExistsError, FolderLocked: see `Transform.load` and `store_writer`.
         KeyboardInterrupt: passed on; finished units stay in `partial`, and calling again goes on from there.
     """
     check_precision(precision)
@@ -332,33 +355,34 @@ def extract(
     device = torch.device(device)
     here = device if engine is None else torch.device("cpu")
     shapes = row_shapes(backbone, precision, here, arrays)
+    rows_per_unit = default_rows_per_unit(len(dataset), shapes) if rows_per_unit is None else rows_per_unit
+    batch_size = batch_size or default_batch_size(backbone, device)
+    make = with_arguments(
+        Extractor,
+        backbone,
+        dataset,
+        precision,
+        batch_size=batch_size,
+        workers=workers,
+        arrays=tuple(arrays),
+        rows_per_unit=rows_per_unit,
+        shapes=shapes,
+    )
     if compile is None:
-        compile = device.type == "cuda" and len(dataset) >= COMPILED_FROM
-    if batch_size is None:
-        begun_with = unfinished(partial or f"{final}.partial", storage_options).get("batch_size")
-        batch_size = begun_with or _batch_size_for(backbone, precision, device, arrays, engine)
+        compile = _compiling_pays(device, len(dataset)) and _compiles(make, device, progress)
+        backbone.model.to(here)  # it may have been tried on a GPU, and is to be computed elsewhere
+    make = with_arguments(make, compile=compile)
     key = _resume_key(device, batch_size, compile, engine)
     with store_writer(final, partial, len(dataset), shapes, attributes, rows_per_unit, key, storage_options) as writer:
-        make = with_arguments(
-            Extractor,
-            backbone,
-            dataset,
-            precision,
-            batch_size=batch_size,
-            workers=workers,
-            arrays=tuple(arrays),
-            rows_per_unit=writer.rows_per_unit,
-            compile=compile,
-            shapes=shapes,
-        )
         _tell(progress, writer)
         advance = progress.advance if progress is not None else lambda images: None
         try:
             (engine or InProcess(device)).fill(make, writer, advance)
         except UnstorableFeature as error:
             row = dataset.rows[error.row]
+            where = "" if math.isfinite(error.value) else f"; {_where(backbone, dataset, error.row, precision, here)}"
             raise BadFeatures(
-                f"image {row.image_id!r} ({row.path}): {error}; take the image out of the manifest, "
+                f"image {row.image_id!r} ({row.path}): {error}{where}; take the image out of the manifest, "
                 f"or extract with another precision than {precision}"
             ) from error
         except KeyboardInterrupt:
@@ -432,23 +456,53 @@ def _blank(backbone: Backbone, images: int, device: torch.device | str) -> UInt8
     return torch.zeros(images, 3, backbone.transform.size, backbone.transform.size, dtype=torch.uint8, device=device)
 
 
-def _batch_size_for(
-    backbone: Backbone, precision: str, device: torch.device, arrays: Sequence[str], engine: Engine | None
-) -> int:
-    """The batch size where none is given."""
-    if device.type != "cuda":
+def default_batch_size(backbone: Backbone, device: torch.device | str) -> int:
+    """Images a forward where none are given: of a model the same in every process and on every GPU, whatever its memory.
+
+    A power of two: 8 on a CPU, see `usual_batch_size`; on a GPU as many as keep the largest tensor that a part of the
+    model puts out within LARGEST_ACTIVATION values. That is read off one blank image, wherever the model is.
+    """
+    if torch.device(device).type != "cuda":
         return usual_batch_size(device)
-    if engine is not None:
-        return CLUSTER_BATCH_SIZE
-    forward = backbone.model.to(device).forward_features
+    largest = 1
 
-    def seconds(images: int) -> float:
-        batch = _blank(backbone, images, device)
-        return seconds_of(lambda: _features(backbone, forward, batch, precision, arrays), device)
+    def see(_: int, output: object) -> None:
+        nonlocal largest
+        if isinstance(output, Tensor):
+            largest = max(largest, output.numel())
 
-    size = best_batch_size(seconds, LARGEST_BATCH)
-    torch.cuda.empty_cache()
-    return size
+    where = next((parameter.device for parameter in backbone.model.parameters()), torch.device("cpu"))
+    blank = backbone.transform.normalise(_blank(backbone, 1, where))
+    with torch.inference_mode(), watch_outputs(dict(enumerate(backbone.model.modules())), see):
+        backbone.model.forward_features(blank)
+    return 1 << (min(LARGEST_BATCH, max(1, LARGEST_ACTIVATION // largest)).bit_length() - 1)
+
+
+def _compiling_pays(device: torch.device, images: int) -> bool:
+    """Whether torch.compile saves more time than it takes."""
+    return device.type == "cuda" and images >= COMPILED_FROM
+
+
+def _compiles(make: Callable[..., Extractor], device: torch.device, progress: Progress | None) -> bool:
+    """Whether torch.compile works, tried on a blank batch; a line says why where it does not."""
+    reason = ""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        reason = "there is no GPU here to try it on; set compile to have others do it"
+    else:
+        try:
+            make(device=device, compile=True).try_out()
+        except (RuntimeError, OSError, subprocess.SubprocessError) as error:  # of torch, of Triton, of the compiler
+            reason = f"it fails on a blank batch: {' '.join(str(error).split())[:300]}"
+    if reason and progress is not None:
+        progress.line(f"goes on without torch.compile: {reason}")
+    return not reason
+
+
+def _where(backbone: Backbone, dataset: Dataset, row: int, precision: str, device: torch.device) -> str:
+    """The layer where an image's features stop being numbers, from a forward of that image alone."""
+    image = backbone.transform.load(dataset.image_path(row), dataset.rows[row].sha256)[None].to(device)
+    with arithmetic(precision, device):
+        return where_it_begins(backbone.model.to(device), backbone.transform.normalise(image))
 
 
 def _resume_key(device: torch.device, batch_size: int, compile: bool, engine: Engine | None) -> dict:

@@ -23,9 +23,6 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-ENOUGH = 1.03  # a batch twice as large must give that many times the images a second, or it is not worth its memory
-SMALLEST_BATCH = 8
-
 
 class Mark(Protocol):
     """A place in the work of a device; a `torch.cuda.Event`, or one that has passed."""
@@ -140,47 +137,3 @@ def usual_batch_size(device: torch.device | str) -> int:
     the system and gives back again each time (ViT-S/14, 224 px, two cores: 24 images/s with 8, 13 with 32).
     """
     return 8 if torch.device(device).type == "cpu" else 32
-
-
-def best_batch_size(seconds: Callable[[int], float], largest: int) -> int:
-    """The batch size to compute with: doubled from 8 until memory runs out or it gains nothing more.
-
-    Args:
-        seconds: for one forward of so many images; raises torch.OutOfMemoryError where they do not fit.
-        largest: not to be exceeded.
-    Returns: the smallest of the sizes tried that comes within 3 % of the best throughput.
-    Raises:
-        torch.OutOfMemoryError: not even the smallest fits.
-    """
-    size = min(SMALLEST_BATCH, largest)
-    rates = {size: size / seconds(size)}  # images a second
-    while 2 * size <= largest:
-        try:
-            rates[2 * size] = 2 * size / seconds(2 * size)
-        except torch.OutOfMemoryError:
-            break
-        if rates[2 * size] < ENOUGH * rates[size]:
-            break
-        size *= 2
-    best = max(rates.values())
-    return min(size for size, rate in rates.items() if rate * ENOUGH >= best)
-
-
-def seconds_of(work: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
-    """Of a GPU, for one call of `work`: the fastest of some, after one to warm up.
-
-    Raises:
-        torch.OutOfMemoryError: it needs more memory than there is, or leaves less than a tenth of it.
-    """
-    times = []
-    for _ in range(1 + repeats):
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record(torch.cuda.current_stream(device))
-        work()
-        after.record(torch.cuda.current_stream(device))
-        after.synchronize()
-        times.append(before.elapsed_time(after) / 1000)  # ms to s
-    free, total = torch.cuda.mem_get_info(device)
-    if free < total / 10:  # batches in flight and units on their way down come on top
-        raise torch.OutOfMemoryError(f"{free / 2**30:.1f} GiB of {total / 2**30:.1f} are left on {device}")
-    return min(times[1:])

@@ -631,21 +631,6 @@ class StoreWriter:
         return Path(final), Path(partial)
 
 
-def unfinished(partial: Path | str, storage_options: Mapping | None = None) -> dict:
-    """The `resume_key` that an unfinished store was begun with; {} where there is none.
-
-    Args:
-        partial: its working folder, or URL.
-        storage_options: of the object storage; for a URL only.
-    """
-    try:
-        found = json.loads(place_of(partial, storage_options).read("resume.json"))
-    except (FileNotFoundError, ValueError):  # of JSON or of UTF-8
-        return {}
-    key = found.get("resume_key") if isinstance(found, dict) else None
-    return key if isinstance(key, dict) else {}
-
-
 def _to_half(name: str, values: Shaped[np.ndarray, "b ..."], start: int) -> Float[np.ndarray, "b ..."]:
     """The features as float16.
 

@@ -25,6 +25,9 @@ from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
 from .backbones import Backbone
+from .batches import Batches
+from .finite import check_finite
+from .manifest import Row
 from .progress import progress
 
 TEMPLATES = {
@@ -147,14 +150,25 @@ def _projection(label: str, visual: nn.Module) -> nn.Module:
 
 
 @torch.inference_mode()
-def embed_images(model: nn.Module, projection: nn.Module, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b e"]:
+def embed_images(
+    model: nn.Module,
+    projection: nn.Module,
+    images: Float[Tensor, "b 3 h w"],
+    rows: Sequence[Row] | None = None,
+    start: int = 0,
+) -> Float[Tensor, "b e"]:
     """Unit vectors of images in the shared space.
 
     Args:
         model: a backbone without a head.
         images: normalised.
+        rows, start: of the images, for errors; see `check_finite`.
+    Raises:
+        BadFeatures: an image's embedding is NaN or infinite.
     """
-    return F.normalize(projection(model(images)), dim=-1)
+    embedding = projection(model(images))
+    check_finite(model, images, {"embedding": embedding}, rows, start)
+    return F.normalize(embedding, dim=-1)
 
 
 def check_same_tower(clip: Clip, backbone: Backbone) -> float | None:
@@ -166,6 +180,7 @@ def check_same_tower(clip: Clip, backbone: Backbone) -> float | None:
         its position table was resampled and the two cannot agree.
     Raises:
         TextTowerError: they disagree, or the projection does not fit.
+        BadFeatures: the backbone gives NaN or infinity.
     """
     if backbone.transform.size != clip.image_size:
         return None
@@ -216,6 +231,8 @@ def class_embeddings(
         names: of the classes.
         templates: each makes a prompt of a name.
         label: what the progress line says.
+    Raises:
+        TextTowerError: the embedding of a class is NaN or infinite.
     """
     device = next(clip.model.parameters()).device
     at_once = max(1, TEXTS_PER_BATCH // len(templates))
@@ -227,7 +244,14 @@ def class_embeddings(
             embedded = F.normalize(clip.model.encode_text(texts), dim=-1)  # (c·t, e)
             rows.append(F.normalize(embedded.unflatten(0, (len(some), -1)).mean(1), dim=-1))
             bar.advance(len(some))
-    return torch.cat(rows)
+    embeddings = torch.cat(rows)
+    sound = embeddings.isfinite().all(1)
+    if not sound.all():
+        name = names[int((~sound).int().argmax())]
+        raise TextTowerError(
+            f"the text tower of {clip.label} gives NaN or infinity for class {name!r}; get its weights again"
+        )
+    return embeddings
 
 
 def classify(
@@ -240,12 +264,17 @@ def classify(
 
     Args:
         model: a backbone, with or without test-time registers.
-        batches: normalised images.
+        batches: normalised images; of `Batches` an error names the image, of others its number.
         classes: from `class_embeddings`.
+    Raises:
+        BadFeatures: an image's embedding is NaN or infinite.
     """
-    device = next(model.parameters()).device
-    rows = [embed_images(model, projection, images.to(device)) @ classes.T for images in batches]
-    return torch.cat(rows).float().cpu().numpy()
+    device, cosines, start = next(model.parameters()).device, [], 0
+    rows = batches.dataset.rows if isinstance(batches, Batches) else None
+    for images in batches:
+        cosines.append(embed_images(model, projection, images.to(device), rows, start) @ classes.T)
+        start += len(images)
+    return torch.cat(cosines).float().cpu().numpy()
 
 
 def among_first(cosines: Float[np.ndarray, "b c"], labels: Int[np.ndarray, " b"], k: int = 5) -> Bool[np.ndarray, " b"]:

@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import io
 import json
 import pickle
@@ -21,12 +22,13 @@ from regvit.extraction import (
     CannotCompile,
     Extractor,
     InProcess,
+    default_batch_size,
     describe,
     extract,
     readouts,
     row_shapes,
 )
-from regvit.images import Transform, UnreadableImage
+from regvit.images import ChangedImage, Transform, UnreadableImage
 from regvit.lanes import Download, Lane, Upload
 from regvit.manifest import Row, read_dataset, write_dataset
 from regvit.progress import progress
@@ -448,24 +450,63 @@ def test_a_gpus_name_batch_size_and_compilation_are_part_of_what_must_agree(monk
     assert "batch_size" not in extraction._resume_key(torch.device("cpu"), 64, False, None)
 
 
-def test_a_batch_size_that_was_looked_for_is_kept_with_the_unfinished_work(tmp_path, dataset, monkeypatch):
-    asked = []
-    monkeypatch.setattr(extraction, "_batch_size_for", lambda *_: asked.append(1) or 2)
+def test_the_default_batch_is_eight_on_a_cpu_and_on_a_gpu_follows_from_the_model_alone(monkeypatch):
+    """The test model's largest tensor: query, key and value of 64 channels of CLS and 4 patches, 960 values an image."""
+    backbone = backbone_of()
+    assert default_batch_size(backbone, "cpu") == 8
+    assert default_batch_size(backbone, "cuda") == extraction.LARGEST_BATCH == 1024
+    for limit, images in ((960 * 100, 64), (960 * 64, 64), (960 * 64 - 1, 32), (1, 1)):
+        monkeypatch.setattr(extraction, "LARGEST_ACTIVATION", limit)
+        assert default_batch_size(backbone, "cuda") == images
+    monkeypatch.setattr(extraction, "LARGEST_ACTIVATION", 960 * 64)
+    assert default_batch_size(with_registers(backbone, 5), "cuda:1") == 32  # twice as many tokens
+
+
+def test_a_vit_l_gets_128_images_and_fewer_of_larger_ones():
+    for size, images in ((224, 128), (518, 16)):
+        model = timm.create_model("vit_large_patch14_dinov2", img_size=size, depth=1, num_classes=0).eval()
+        backbone = Backbone("l", model, Transform(size, (0.5,) * 3, (0.5,) * 3), "w" * 64, None, {})
+        assert default_batch_size(backbone, "cuda") == images
+
+
+def test_the_batch_size_of_a_gpu_is_the_same_here_and_on_others_and_nothing_left_over_changes_it(
+    tmp_path, dataset, monkeypatch
+):
+    """Computed on the CPU here, as if that were a GPU of which only the batch size is asked."""
+    sizes = []
+    monkeypatch.setattr(extraction, "default_batch_size", lambda backbone, device: 2)
+    real = extraction._features
+    monkeypatch.setattr(extraction, "_features", lambda *given: sizes.append(len(given[2])) or real(*given))
+    for name, options in (("here", {}), ("there", {"engine": Backwards()})):
+        run(tmp_path / name, backbone_of(), dataset, batch_size=None, **options)
+        assert set(sizes) == {1, 2}  # 1: the blank image, and the last of eleven
+        sizes.clear()
+    assert tree(tmp_path / "here/noise.zarr") == tree(tmp_path / "there/noise.zarr")
+
+
+def test_what_was_begun_on_a_gpu_with_another_batch_size_is_begun_anew(tmp_path, dataset, monkeypatch):
+    key = extraction._resume_key
     monkeypatch.setattr(
-        extraction, "_resume_key", lambda device, batch_size, compile, engine: {"batch_size": batch_size}
-    )
+        extraction, "_resume_key", lambda *given: key(*given) | {"batch_size": given[1]}
+    )  # as that of a GPU
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, backbone_of(), dataset, batch_size=None, progress=Interrupting(9))
-    assert json.loads((tmp_path / "noise.partial/resume.json").read_text())["resume_key"] == {"batch_size": 2}
+        run(tmp_path, backbone_of(), dataset, batch_size=4, progress=Interrupting(9))
     log = io.StringIO()
     run(tmp_path, backbone_of(), dataset, batch_size=None, progress=progress(11, "extract", stream=log))
-    assert asked == [1] and "resumed: 2 of 3 units were done" in log.getvalue()
+    assert "resume_key.batch_size was 4 and is 8" in log.getvalue()
 
 
-def test_a_batch_size_is_looked_for_only_on_a_gpu_that_is_here():
+def test_a_batch_that_does_not_fit_says_what_to_do(tmp_path, dataset, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
     backbone = backbone_of()
-    assert extraction._batch_size_for(backbone, "float32", torch.device("cpu"), ["cls"], None) == 8
-    assert extraction._batch_size_for(backbone, "float32", torch.device("cuda"), ["cls"], Backwards()) == 64
+    extractor = Extractor(backbone, dataset, batch_size=4, rows_per_unit=4)
+    monkeypatch.setattr(extraction, "_features", full)
+    with pytest.raises(
+        torch.OutOfMemoryError, match="cpu has no room for 4 images of test_vit at once; give a smaller batch_size"
+    ):
+        extractor.unit(0, 4)
 
 
 # Resized by torch, and compiled
@@ -514,6 +555,52 @@ def test_where_torch_cannot_compile_the_message_says_what_to_do(tmp_path, datase
         run(tmp_path, backbone_of(), dataset, compile=True)
 
 
+@pytest.mark.parametrize(
+    "error", [None, RuntimeError("Failed to find C compiler"), FileNotFoundError("no /usr/bin/cc")]
+)
+def test_where_nobody_asked_for_it_compiling_is_tried_on_a_blank_batch_and_left_out_where_it_fails(
+    tmp_path, dataset, monkeypatch, error
+):
+    run(tmp_path / "plain", backbone_of(), dataset)
+    stand_in = Compiled(fails=True)
+    if error is not None:  # torch lets some of what Triton and the compiler raise through
+
+        def fails(images):
+            raise error
+
+        stand_in = lambda forward, dynamic: fails  # noqa: E731
+    monkeypatch.setattr(torch, "compile", stand_in)
+    monkeypatch.setattr(extraction, "_compiling_pays", lambda device, images: True)
+    log = io.StringIO()
+    run(tmp_path, backbone_of(), dataset, compile=None, progress=progress(11, "extract", stream=log))
+    reason = "no C\\+\\+ compiler" if error is None else str(error)
+    assert re.search(f"goes on without torch.compile: it fails on a blank batch: .*{reason}", log.getvalue())
+    assert tree(tmp_path / "plain/noise.zarr") == tree(tmp_path / "noise.zarr")
+
+
+def test_compiling_that_works_is_tried_before_the_store_is_begun(tmp_path, dataset, monkeypatch):
+    stand_in, begun = Compiled(), []
+    writer = extraction.store_writer
+    monkeypatch.setattr(torch, "compile", stand_in)
+    monkeypatch.setattr(extraction, "_compiling_pays", lambda device, images: True)
+    monkeypatch.setattr(
+        extraction,
+        "store_writer",
+        lambda *given: begun.append((given[6]["compile"], len(stand_in.seen))) or writer(*given),
+    )
+    run(tmp_path, backbone_of(), dataset, compile=None)
+    assert begun == [(True, 1)] and stand_in.seen == [4, 4, 4]  # the blank batch, then two whole ones of eleven images
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to try it on")
+def test_others_compute_without_compiling_where_there_is_no_gpu_here_to_try_it_on(tmp_path, dataset, monkeypatch):
+    monkeypatch.setattr(extraction, "COMPILED_FROM", 1)
+    log = io.StringIO()
+    bar = progress(11, "extract", stream=log)
+    run(tmp_path, backbone_of(), dataset, compile=None, device="cuda", engine=Backwards(), progress=bar)
+    assert "goes on without torch.compile: there is no GPU here to try it on; set compile" in log.getvalue()
+
+
 def test_compilation_is_left_out_on_a_cpu_unless_asked_for(tmp_path, dataset, monkeypatch):
     monkeypatch.setattr(torch, "compile", Compiled(fails=True))
     monkeypatch.setattr(extraction, "COMPILED_FROM", 1)
@@ -550,6 +637,33 @@ def test_features_that_cannot_be_stored_name_the_image_and_the_array(tmp_path, d
     log = io.StringIO()  # the unit before it is kept, and the one after it where it was already computed
     run(tmp_path, backbone, dataset, progress=progress(11, "extract", stream=log))
     assert re.search(r"resumed: [12] of 3 units were done", log.getvalue())
+
+
+def test_a_picture_that_changed_since_the_manifest_was_made_stops_by_name_and_records_nothing(tmp_path, dataset):
+    files = [dataset.image_path(row) for row in range(len(dataset))]
+    root = tmp_path / "data"
+    (root / "images").mkdir(parents=True)
+    for file in files:
+        (root / "images" / file.name).write_bytes(file.read_bytes())
+    rows = [
+        dataclasses.replace(row, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
+        for row, file in zip(dataset.rows, files, strict=True)
+    ]
+    write_dataset(root, "noise", rows, ["noise"], {})
+    here = read_dataset(root)
+    whole = run(tmp_path / "whole", backbone_of(), here)
+    with pytest.raises(KeyboardInterrupt):  # two units of four are done
+        run(tmp_path, backbone_of(), here, progress=Interrupting(9))
+    changed = here.image_path(9)
+    before = changed.read_bytes()
+    Image.fromarray(image_of(100)).save(changed)
+    for workers in (0, 2):
+        with pytest.raises(ChangedImage, match=rf"{changed} is not the file that the data set was made of"):
+            run(tmp_path, backbone_of(), here, workers=workers)
+    assert (tmp_path / "noise.partial/done.jsonl").read_text() == '{"unit": 0}\n{"unit": 1}\n'
+    assert not (tmp_path / "noise.zarr").exists()
+    changed.write_bytes(before)
+    assert run(tmp_path, backbone_of(), here).digest() == whole.digest()
 
 
 def test_an_unreadable_image_stops_with_its_path_and_keeps_finished_units(tmp_path, dataset):
@@ -626,7 +740,7 @@ def test_a_gpu_gives_the_features_of_the_cpu(tmp_path, dataset, compile):
 
 
 @needs_gpu
-def test_a_gpu_looks_for_its_batch_size_and_goes_on_with_it(tmp_path, dataset):
+def test_a_gpu_takes_its_own_batch_size_and_goes_on_with_it(tmp_path, dataset):
     backbone = with_registers(backbone_of(), 1)
     run(tmp_path / "whole", backbone, dataset, device="cuda", batch_size=None, precision="bfloat16")
     with pytest.raises(KeyboardInterrupt):

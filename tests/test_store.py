@@ -31,7 +31,6 @@ from regvit.store import (
     default_rows_per_unit,
     fingerprint,
     image_ids_digest,
-    unfinished,
 )
 
 SHAPES = {"cls": (8,), "registers": (2, 8), "patch_mean": (8,)}
@@ -588,14 +587,6 @@ def test_chunks_that_a_network_file_system_shows_late_are_waited_for(tmp_path):
         writer.record(0, {})
         late.join()
         assert writer.missing_units() == [1, 2]
-
-
-def test_an_unfinished_store_tells_with_what_it_was_begun(tmp_path):
-    assert unfinished(tmp_path / "made.partial") == {}
-    interrupted(tmp_path, resume_key={"batch_size": 64})
-    assert unfinished(tmp_path / "made.partial") == {"batch_size": 64}
-    (tmp_path / "made.partial/resume.json").write_text("{")
-    assert unfinished(tmp_path / "made.partial") == {}
 
 
 def test_an_unstorable_feature_is_the_same_in_another_process():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import zarr
 
-from regvit.store import FeatureStore, InvalidStore, StoreWriter, UnstorableFeature, unfinished
+from regvit.store import FeatureStore, InvalidStore, StoreWriter, UnstorableFeature
 
 SHAPES = {"cls": (8,), "registers": (2, 8)}
 
@@ -110,17 +110,8 @@ def test_a_damaged_description_starts_anew_in_these_words(tmp_path, content):
     with writer(tmp_path) as open_one:
         open_one.write(0, values(0, 2))
     (tmp_path / "x.partial/resume.json").write_bytes(content)
-    assert unfinished(tmp_path / "x.partial") == {}
     with writer(tmp_path) as open_one:
         assert open_one.note == f"started anew: {tmp_path / 'x.partial/resume.json'} is damaged"
-
-
-def test_the_resume_key_of_an_unfinished_store_can_be_asked_for(tmp_path):
-    with writer(tmp_path, resume_key={"batch_size": 7}) as open_one:
-        open_one.write(0, values(0, 2))
-    assert unfinished(tmp_path / "x.partial") == {"batch_size": 7}
-    (tmp_path / "x.partial/resume.json").write_text('{"resume_key": [1]}')
-    assert unfinished(tmp_path / "x.partial") == {} == unfinished(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize(("length", "shown"), [(58, "'" + "a" * 58 + "'"), (59, "'" + "a" * 11 + "…" + "aaa'")])

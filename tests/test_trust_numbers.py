@@ -99,7 +99,7 @@ def test_arithmetic_in_float16_that_overflows_inside_of_the_model_is_caught(tmp_
     model.blocks[2].mlp.fc1.weight.mul_(1e5)
     model.blocks[2].mlp.fc2.weight.mul_(1e3)
     with pytest.raises(
-        BadFeatures, match=r"image 'n0' .*nan is not a finite number; .* another precision than float16"
+        BadFeatures, match=r"image 'n0' .*nan is not a finite number; it begins in layer 2; .* precision than float16"
     ):
         run(tmp_path, backbone_of(model), dataset, "float16")
     run(tmp_path / "again", backbone_of(model), dataset)  # float32 holds it
@@ -178,7 +178,7 @@ def test_a_threshold_under_which_no_patch_lies_is_refused_and_one_that_none_reac
 # Registers and layers.
 
 
-@pytest.mark.parametrize("count", [4, 5, 40])
+@pytest.mark.parametrize("count", [4, 5, 64])
 def test_more_registers_than_patches_are_odd_and_work(tmp_path, count):
     """Each further register is a copy of the first; nothing in the arithmetic needs fewer of them than patches (4)."""
     backbone = backbone_of(model_of())
@@ -195,7 +195,9 @@ def test_more_registers_than_patches_are_odd_and_work(tmp_path, count):
         ({12: [0]}, 1, r"layer 12 is out of range: the model has 6 blocks \(0 to 5\)"),
         ({-1: [0]}, 1, "layer -1 is out of range"),
         ({1: [9999]}, 1, "neuron 9999 of layer 1 is out of range"),
-        ({1: [0]}, -1, "num_registers is -1; expected 0 or more"),
+        ({1: [0]}, -1, "num_registers is -1; expected 0 to 64"),
+        ({1: [0]}, 65, "num_registers is 65; expected 0 to 64: one holds what all outliers carry"),
+        ({1: [0]}, 1_000_000_000, "num_registers is 1000000000; expected 0 to 64"),
     ],
 )
 def test_neurons_out_of_range_leave_the_model_as_it_was(neurons, count, said):

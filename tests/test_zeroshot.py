@@ -2,10 +2,10 @@
 
 import csv
 import dataclasses
+import importlib
 import json
 import runpy
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +102,14 @@ def test_the_prompt_ensemble_is_open_clips(pair, templates):
     assert (ours.T - expected).abs().max() < 1e-5
     assert len(TEMPLATES["openai"]) == 80
     assert TEMPLATES["openai"][0]("dog") == "a bad photo of a dog."
+
+
+def test_a_text_tower_that_gives_nan_is_refused_naming_the_class(pair, monkeypatch):
+    clip = pair[0]
+    one = torch.ones(1, 8)
+    monkeypatch.setattr(clip.model, "encode_text", lambda texts: torch.cat([one, one * torch.nan, one]))
+    with pytest.raises(TextTowerError, match="gives NaN or infinity for class 'dog'; get its weights again"):
+        class_embeddings(clip, ["cat", "dog", "eel"], [str])
 
 
 def test_zero_shot_with_timms_tower_is_open_clips(pair):
@@ -246,11 +254,10 @@ def test_the_stage_gives_accuracy_with_and_without_registers_and_the_paired_diff
         (tmp_path / "features" / name).mkdir(parents=True)
         (tmp_path / "features" / name / "run.json").write_text(json.dumps(run))
     options = {"text": {"tower": f"folder:{clip_folder}"}, "templates": "simple"}
-    params = types.SimpleNamespace(load_params=lambda: {"zeroshot": options})
-    monkeypatch.setitem(sys.modules, "params", params)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("REGVIT_DEVICE", "cpu")
     monkeypatch.syspath_prepend(ROOT / "stages")
+    monkeypatch.setattr(importlib.import_module("params"), "load_params", lambda: {"zeroshot": options})
     found = {}
     for name in ("plain", "cured"):
         monkeypatch.setattr(sys, "argv", ["zeroshot.py", name, "mine"])
