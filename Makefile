@@ -59,7 +59,7 @@ bench: env
 
 env: .venv/.complete
 
-.venv/.complete: requirements.txt pyproject.toml stages/plots_template.py
+.venv/.complete: requirements.txt pyproject.toml stages/plots_template.py stages/plot_charts.py
 	@if [ -z "$(PYTHON)" ]; then \
 		echo "make: no Python 3.11 or later was found; install one, or say make PYTHON=/path/to/python" >&2; exit 1; fi
 	@start=$$SECONDS; \

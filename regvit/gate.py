@@ -1,7 +1,8 @@
 """A gate for pull requests: which metrics changed, and which of the guarded ones fell further than they may.
 
-A rule names metrics by pattern, says which direction is better, and how much worse a value may become. A metric with a
-95 % interval (`<name>_lo`, `<name>_hi` beside it) fails only if the new value also lies outside the old interval on the
+A rule names metrics by pattern, says which direction is better, and how much worse a value may become. It should name
+quantities that are good or bad by themselves: the difference of two readouts falls when the one held against improves,
+and a control is neither. A metric with a 95 % interval (`<name>_lo`, `<name>_hi` beside it) fails only if the new value also lies outside the old interval on the
 bad side: what stays inside is noise of the finite test set. A guarded metric that is gone, or is no number any more,
 fails; so does a rule that guards nothing.
 """
@@ -9,7 +10,7 @@ fails; so does a rule that guards nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -21,16 +22,23 @@ class Rule:
     """What is guarded.
 
     Args:
-        metric: pattern of `<file>:<key.key.…>`, with `*` and `?` as in a shell (`*` also crosses dots and slashes).
+        metric: `<file>:<key.key.…>`, with `*` and `?` as in a shell; in the file they do not cross a slash, in the key
+            they cross dots.
         better: `higher`, `lower`, or `equal` (any change beyond the tolerance is bad).
         tolerance: how much worse a value may become, in the metric's own unit.
+        without: patterns of keys that are not guarded, though `metric` names them.
     """
 
     metric: str
     better: str
     tolerance: float
+    without: Sequence[str] = ()
 
     def __post_init__(self):
+        if not isinstance(self.metric, str) or not all(self.metric.partition(":")):
+            raise ValueError(f"metric is {self.metric!r}; expected '<file>:<key>', e.g. 'metrics/verify/*.json:n'")
+        if isinstance(self.without, str) or not all(isinstance(pattern, str) for pattern in self.without):
+            raise ValueError(f"rule {self.metric!r}: without is {self.without!r}; expected a list of patterns of keys")
         if self.better not in DIRECTIONS:
             raise ValueError(f"rule {self.metric!r}: better is {self.better!r}; expected {', '.join(DIRECTIONS)}")
         if not (isinstance(self.tolerance, int | float) and 0 <= self.tolerance < math.inf):
@@ -38,7 +46,16 @@ class Rule:
 
     def guards(self, name: str) -> bool:
         """Whether a metric falls under the rule; the ends of its interval do not."""
-        return fnmatchcase(name, self.metric) and not name.endswith(("_lo", "_hi"))
+        file, _, key = name.partition(":")
+        wanted_file, _, wanted_key = self.metric.partition(":")
+        folders, wanted_folders = file.split("/"), wanted_file.split("/")
+        return (
+            len(folders) == len(wanted_folders)
+            and all(map(fnmatchcase, folders, wanted_folders))
+            and fnmatchcase(key, wanted_key)
+            and not key.endswith(("_lo", "_hi"))
+            and not any(fnmatchcase(key, pattern) for pattern in self.without)
+        )
 
 
 @dataclass(frozen=True)
@@ -101,18 +118,26 @@ def markdown(
     all_changes: Iterable[Change],
     failures: Iterable[Failure],
     params: Iterable[tuple[str, str, str]],
+    rules: Iterable[Rule] = (),
     limit: int | None = None,
 ) -> str:
     """What a pull request is told: the verdict, changed parameters, changed metrics with their intervals.
 
+    Guarded metrics come first, in order of the rules; then the others, those first that moved furthest in half widths
+    of their old interval.
+
     Args:
         params: (name, old, new) of each changed parameter.
+        rules: tell which metrics are guarded.
         limit: characters that the text may have (a comment on GitHub: 65,536); rows that do not fit are left out of the
             end of each list and counted. None: all of them.
     """
     failures, params = list(failures), list(params)
     changed = [change for change in all_changes if change.old != change.new]
-    room = None if limit is None else limit - 500  # what stands around the three lists
+    guarded = list({change.name: change for rule in rules for change in changed if rule.guards(change.name)}.values())
+    names = {change.name for change in guarded}
+    others = sorted((change for change in changed if change.name not in names), key=_moved, reverse=True)
+    room = None if limit is None else limit - 700  # what stands around the four lists
     blocks = []
     if failures:
         rows, left_out = _fitting([f"- `{failure.name}`: {failure.reason}" for failure in failures], room and room // 3)
@@ -123,13 +148,23 @@ def markdown(
         shown = [f"| `{name}` | {old} | {new} |" for name, old, new in params]
         rows, left_out = _fitting(shown, room and room // 3)
         blocks.append(["| parameter | base | here |", "|---|---|---|", *rows, *left_out])
-    if changed:
-        used = sum(len(line) + 1 for block in blocks for line in block)
-        rows, left_out = _fitting([_row(change) for change in changed], room and room - used)
-        blocks.append(["| metric | base | here | difference |", "|---|--:|--:|--:|", *rows, *left_out])
-    else:
+    for title, of in (("guarded metric", guarded), ("other metric", others)):
+        if of:
+            used = sum(len(line) + 1 for block in blocks for line in block)
+            rows, left_out = _fitting([_row(change) for change in of], room and room - used)
+            blocks.append([f"| {title} | base | here | difference |", "|---|--:|--:|--:|", *rows, *left_out])
+    if not changed:
         blocks.append(["No metric changed."])
     return "\n\n".join(["## Metrics against the base", *("\n".join(block) for block in blocks)]) + "\n"
+
+
+def _moved(change: Change) -> float:
+    """How far a metric moved, in half widths of its old interval; -1 where that cannot be told."""
+    if change.old is None or change.new is None or change.old_interval is None:
+        return -1.0
+    low, high = change.old_interval
+    moved = 2 * abs(change.new - change.old) / (high - low) if high > low else math.inf
+    return -1.0 if math.isnan(moved) else moved
 
 
 def _row(change: Change) -> str:

@@ -1,7 +1,9 @@
 """Experiments: `python stages/experiments.py show | compare <name> <name> …`; `make experiments`, `make compare EXPS="…"`.
 
 `show` is `dvc exp show` with the columns that say something: what was changed, and the figures of metrics/summary.json
-that differ (all metrics: 16,000 columns). Options of `dvc exp show` may follow (`--md`, `--csv`, `-A`).
+that differ (all metrics: 16,000 columns). Options of `dvc exp show` may follow (`--md`, `--csv`, `-A`). The other files stay
+metrics: `dvc metrics diff` compares them, DVC's run cache leaves out stages with a plain output that is not cached, and as
+plots they would be drawn.
 
 `compare` holds experiments, commits, branches or `workspace` (the working tree) against the first one named: a table with
 paired intervals (work/compare/compare.md and .csv) and a picture (.png). Predictions come from DVC's cache or remote at

@@ -25,11 +25,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="write the Markdown there as well, cut to fit a comment")
     options = parser.parse_args(arguments)
     table = changes(metrics_at(options.against), metrics_here())
-    failures = judge(table, read_rules(Path("guard.yaml")))
+    rules = read_rules(Path("guard.yaml"))
+    failures = judge(table, rules)
     params = changed_params(options.against)
     if options.out:  # written as it comes, since it may be /dev/stderr
-        options.out.write_text(markdown(table, failures, params, COMMENT))
-    print(markdown(table, failures, params))
+        options.out.write_text(markdown(table, failures, params, rules, COMMENT))
+    print(markdown(table, failures, params, rules))
     return int(bool(failures))
 
 
@@ -43,7 +44,7 @@ def read_rules(path: Path) -> list[Rule]:
     try:
         return [Rule(**entry) for entry in entries]
     except (TypeError, ValueError) as error:
-        sys.exit(f"gate: {path}: {error}; an entry has the keys metric, better and tolerance")
+        sys.exit(f"gate: {path}: {error}; an entry has the keys metric, better and tolerance, and may have without")
 
 
 def metrics_here() -> dict[str, float]:
