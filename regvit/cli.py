@@ -17,6 +17,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 IMG_SIZE = 224  # pixels: 196 to 256 patches, enough to see objects, and few enough for a CPU
 TABLE = 20  # neurons printed; the file holds them all
+MAX_REGISTERS = 64  # as regvit.registers
 FORMATS = argparse.RawDescriptionHelpFormatter
 
 BACKBONES = """\
@@ -86,7 +88,10 @@ def _is_about_the_input(error: Exception) -> bool:
 
 
 def _in_words(error: Exception) -> str:
-    """What an error says; of one of the disk the file first, without its number."""
+    """What an error says; of one of the disk the file first, without its number; of an image without the cure that a data
+    set has."""
+    if type(error).__name__ == "UnreadableImage":  # named, not imported: this file does without torch
+        return f"{error.path} cannot be read as an image: {error.reason}"
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error)
@@ -136,16 +141,27 @@ examples:
         help="from `regvit neurons` or the identify stage; default: features/neurons/<backbone>.json, and where that is "
         "missing they are searched on the image itself",
     )
-    parser.add_argument("--num-registers", type=_count, default=1, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--num-registers",
+        type=_registers,
+        default=1,
+        metavar="N",
+        help=f"1 to {MAX_REGISTERS}; default: %(default)s",
+    )
     _add_backbone_options(parser, f"{IMG_SIZE} where the model takes it, else its own")
     parser.set_defaults(run=_look)
 
 
 def _look(arguments: argparse.Namespace) -> None:
+    _check_image(arguments.image)
+    if _is_special(arguments.out) and not arguments.out.is_dir():
+        raise WrongInput(
+            f"--out {arguments.out} cannot be written (it is no place for a picture); give a file in a folder"
+        )
+    _check_out(arguments.out)
     from .look import draw_look, look  # here and below: why inside the function stands at the head of this file
     from .neurons import find_register_neurons
 
-    _check_out(arguments.out)
     root = _repository(Path.cwd())
     source = _default_backbone(root) if arguments.backbone is None else arguments.backbone
     backbone = _open(source, arguments, root, IMG_SIZE)
@@ -163,6 +179,16 @@ def _look(arguments: argparse.Namespace) -> None:
     for line in seen.sentences():
         print(line)
     print(arguments.out)
+
+
+def _check_image(path: Path) -> None:
+    """Refuses what cannot be an image before the seconds that a model takes."""
+    if path.is_dir():
+        raise WrongInput(
+            f"{path} is a folder, and one image is drawn; give a file in it, as in `regvit look {path}/a.jpg`"
+        )
+    if not path.exists():
+        raise WrongInput(f"there is no file {path}; give the path of an image")
 
 
 # --- neurons ---------------------------------------------------------------------------------------------------------
@@ -323,7 +349,7 @@ def _readable(images: Dataset, transform: Transform) -> Dataset:
                 transform.load(images.image_path(i))
                 rows.append(row)
             except UnreadableImage as error:
-                bar.line(f"left out: {error}")
+                bar.line(f"left out: {_in_words(error)}")
             bar.advance()
     if not rows:
         raise WrongInput(f"none of the {len(images)} images can be read")
@@ -339,7 +365,7 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
         help="write a backbone with its test-time registers baked in",
         description="Writes a backbone with its test-time registers baked in: safetensors and JSON that regvit.load(FOLDER)"
         "\nopens, and on request graphs that need none of this software. Each is compared with the model that it was\n"
-        "made of. The graphs take images (b, 3, size, size), normalised, of any batch size b, and give pooled, cls,\n"
+        "made of: no value of an output may differ by more than 0.0001 of that output's largest. The graphs take images (b, 3, size, size), normalised, of any batch size b, and give pooled, cls,\n"
         "registers and patches.",
         epilog=f"""\
 {BACKBONES}
@@ -359,7 +385,13 @@ then:
         "--neurons", type=Path, required=True, metavar="FILE", help="from `regvit neurons` or the identify stage"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new, empty, or an earlier export")
-    parser.add_argument("--num-registers", type=_count, default=1, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--num-registers",
+        type=_registers,
+        default=1,
+        metavar="N",
+        help=f"1 to {MAX_REGISTERS}; default: %(default)s",
+    )
     parser.add_argument("--statistic", default="per_neuron", help="per_neuron, per_neuron_patches or reference")
     parser.add_argument("--patches", default="zero", help="zero, mean, only_outliers or same")
     parser.add_argument("--scale", type=_number, default=1.0, help="factor on a register's value; default: %(default)s")
@@ -389,9 +421,7 @@ def _export(arguments: argparse.Namespace) -> None:
         onnx=arguments.onnx,
     )
     for name, difference in written.differences.items():
-        print(
-            f"{name:<6} differs from the hooked model by {difference:.1e} at most (largest output {written.largest:.3g})"
-        )
+        print(f"{name:<6} differs from the hooked model by {difference:.1e} of an output's largest value at most")
     if arguments.onnx and "onnx" not in written.differences:
         print("onnx   not compared: onnxruntime is not installed")
     print(f"outputs: {', '.join(written.outputs)}; {backbone.transform.size} px, any batch size")
@@ -453,7 +483,7 @@ def _classify(arguments: argparse.Namespace) -> int:
     for result in classifier.stream(files, arguments.batch_size, arguments.workers):
         if isinstance(result, UnreadableImage):
             broken += 1
-            print(f"left out: {result}", file=sys.stderr)
+            print(f"left out: {_in_words(result)}", file=sys.stderr)
             continue
         print(f"{result.probability:>6.1%}  {result.class_name:<24} energy {result.energy:>7.2f}  {result.path}")
         if arguments.out:
@@ -472,7 +502,21 @@ def _check_out(path: Path) -> None:
     """Refuses a file that could not be written, before the work of minutes and not after it; makes its folder."""
     if path.is_dir():
         raise WrongInput(f"--out {path} is a folder; name a file in it")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if _is_special(path):
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        at = f"{error.filename}: " if error.filename and Path(error.filename) in path.parents else ""
+        raise WrongInput(
+            f"--out {path} cannot be written ({at}{error.strerror}); give a file in a folder that you may write to"
+        ) from error
+
+
+def _is_special(path: Path) -> bool:
+    """Whether a path is a pipe or a device, or lies where the system keeps these."""
+    return (path.exists() and not path.is_file()) or path.absolute().parts[1:2] in (("dev",), ("proc",))
 
 
 def _write(path: Path, text: str) -> None:
@@ -483,8 +527,7 @@ def _write(path: Path, text: str) -> None:
     """
     from .files import write_text
 
-    special = path.exists() and not path.is_file()
-    if special or path.absolute().parts[1] in ("dev", "proc"):
+    if _is_special(path):
         with path.open("a", encoding="utf-8") as file:
             file.write(text)
     else:
@@ -530,6 +573,13 @@ def _count(text: str) -> int:
     return value
 
 
+def _registers(text: str) -> int:
+    value = _count(text)
+    if value > MAX_REGISTERS:
+        raise argparse.ArgumentTypeError(f"{value} is over {MAX_REGISTERS}; one holds what all outliers carry")
+    return value
+
+
 def _count_or_none(text: str) -> int:
     value = int(text)
     if value < 0:
@@ -544,7 +594,9 @@ def _number(text: str) -> float:
     return value
 
 
-_count.__name__ = _count_or_none.__name__ = "whole number"  # argparse names the type in its message
+_count.__name__ = _registers.__name__ = _count_or_none.__name__ = (
+    "whole number"  # argparse names the type in its message
+)
 _number.__name__ = "number"
 
 
@@ -585,6 +637,7 @@ def _open(source: str, arguments: argparse.Namespace, root: Path | None, img_siz
     else:
         _check_name(source, root)
         source = source if ":" in source else f"timm:{source}"
+        _check_architecture(source, arguments.architecture)
         cache = (root or Path.home() / ".cache" / "regvit") / ("work/packages" if root else "packages")
         built = build(
             source, arguments.architecture, cache_dir=cache, progress=lambda text: print(text, file=sys.stderr)
@@ -614,6 +667,25 @@ def _check_name(source: str, root: Path | None) -> None:
     if near or not source:
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known) or 'none'}"
         raise WrongInput(f"there is no backbone {source!r}: {hint}")
+
+
+def _check_architecture(source: str, architecture: str | None) -> None:
+    """Refuses timm's models that are no vision transformers, before the hub is asked for their weights.
+
+    Raises:
+        ValueError: timm has no such model, or it has no list of blocks with an MLP in each; the message says which.
+    """
+    import torch
+
+    from .backbones import create
+    from .hooks import blocks, output_projection
+
+    name = source.removeprefix("timm:") if source.startswith("timm:") else architecture
+    if source.startswith(("timm:", "file:")) and name:
+        with torch.device("meta"):  # only looked at
+            model = create(name)
+        for block in blocks(model):
+            output_projection(block)
 
 
 def _takes(backbone: Backbone, img_size: int) -> bool:

@@ -5,7 +5,8 @@ Shape letters: b image, i row and j column of the patch grid, p patch, q prefix 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import matplotlib
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
@@ -26,6 +28,8 @@ from .images import Transform
 from .manifest import Dataset
 from .tokens import TokenLayout
 
+OUTLIER = "#00c8e0"  # of outlier patches: cyan, which neither `magma` nor `viridis` has
+
 
 @dataclass(frozen=True)
 class Maps:
@@ -35,11 +39,6 @@ class Maps:
     norms: Float[np.ndarray, "b i j"]
     attention: Float[np.ndarray, "b i j"] | None
     features: Float[np.ndarray, "b i j d"]
-
-    def first(self, count: int) -> Maps:
-        """Those of the first images."""
-        attention = None if self.attention is None else self.attention[:count]
-        return Maps(self.norms[:count], attention, self.features[:count])
 
 
 def first_images(dataset: Dataset, transform: Transform, count: int) -> UInt8[Tensor, "b 3 s s"]:
@@ -80,35 +79,54 @@ def token_maps(model: nn.Module, images: Float[Tensor, "b 3 h w"], layer: int, a
 
 
 def draw_maps(path: Path, images: Float[np.ndarray, "b h w 3"], maps: Mapping[str, Maps], threshold: float) -> None:
-    """Writes a PNG: a row an image; the image, then norms and attention of each model.
+    """Writes a PNG: a row an image; the image, then norms and attention of each model. Under each map stand the ends of
+    its scale: norms are on one scale an image, outliers in a colour of their own; attention goes from 0 to the map's
+    own maximum, with the share on the outliers of the untreated model, so that it shows where CLS looks.
 
     Args:
         images: values from 0 to 1.
-        maps: by the title of the model, in the order of the columns; the attention scale ends at the first one's maximum.
-        threshold: norm over which a patch is an outlier; the norm scale ends there.
+        maps: by the title of the model, in the order of the columns; the untreated model is the one called `original`,
+            or else the last.
+        threshold: norm over which a patch is an outlier.
     """
-    attended = {title: each.attention for title, each in maps.items() if each.attention is not None}
-    columns = [
-        "image",
-        *(f"patch norms\n{title}" for title in maps),
-        *(f"CLS attention\n{title}" for title in attended),
-    ]
-    figure = Figure(figsize=(1.4 * len(columns), 1.4 * len(images) + 0.4), layout="constrained")
-    axes = figure.subplots(len(images), len(columns), squeeze=False)
-    for row, image in enumerate(images):
-        panels = [{"X": image}]
-        panels += [{"X": m.norms[row], "cmap": "magma", "vmin": 0, "vmax": threshold} for m in maps.values()]
-        for attention in attended.values():
-            ceiling = next(iter(attended.values()))[row].max()
-            panels.append({"X": attention[row], "cmap": "viridis", "vmin": 0, "vmax": ceiling})
-        for column, (axis, panel) in enumerate(zip(axes[row], panels, strict=True)):
+    untreated = maps.get("original", list(maps.values())[-1])
+    titles = [f"patch norms\n{title}" for title in maps]
+    titles += [f"CLS attention\n{title}" for title, each in maps.items() if each.attention is not None]
+    figure = Figure(figsize=(1.4 * (1 + len(titles)), 1.56 * len(images) + 0.7), layout="constrained")
+    axes = figure.subplots(len(images), 1 + len(titles), squeeze=False)
+    for row, (image, line) in enumerate(zip(images, axes, strict=True)):
+        norms, outliers = [each.norms[row] for each in maps.values()], untreated.norms[row] > threshold
+        ends = normal_range(norms, threshold)
+        panels = [({"X": image}, "")]
+        for each in norms:
+            count = int((each > threshold).sum())
+            above = f", {count} outlier{'s' if count > 1 else ''}" if count else ""
+            panels.append(
+                ({"X": norm_colours(each, *ends, threshold)}, f"{short(ends[0])} to {short(ends[1])}+{above}")
+            )
+        for each in [each.attention[row] for each in maps.values() if each.attention is not None]:
+            note = f"0 to {each.max():.1%}" + (f", {each[outliers].sum():.0%} on outliers" if outliers.any() else "")
+            panels.append(({"X": each, "cmap": "viridis", "vmin": 0, "vmax": each.max() or 1.0}, note))
+        for axis, (panel, note) in zip(line, panels, strict=True):
             axis.imshow(**panel, interpolation="nearest")
-            axis.set_axis_off()
-            if row == 0:
-                axis.set_title(columns[column], fontsize=9)
+            axis.set_xlabel(note, fontsize=7, labelpad=2)
+            axis.set(xticks=[], yticks=[], frame_on=False)
+    for axis, title in zip(axes[0], ["image", *titles], strict=True):
+        axis.set_title(title, fontsize=9)
+    scales = "norms: logarithmic, bright from the 99 % quantile of the patches that are no outliers"
+    scales += f"; cyan: outliers, norm over {short(threshold)}" if np.isfinite(threshold) else ""
+    scales += (
+        ".   attention: each map from 0 to its own maximum"
+        if any(m.attention is not None for m in maps.values())
+        else ""
+    )
+    lines = textwrap.wrap(scales, int(17 * figure.get_figwidth()))  # characters of 7 points in an inch
+    figure.text(0.005, 0.005, "\n".join(lines), fontsize=7)
+    below = (0.1 + 0.13 * len(lines)) / figure.get_figheight()
+    figure.get_layout_engine().set(rect=(0, below, 1, 1 - below))
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as beside:
-        figure.savefig(beside, dpi=90, metadata={"Software": None})
+        figure.savefig(beside, dpi=100, metadata={"Software": None})
 
 
 @torch.inference_mode()
@@ -158,18 +176,35 @@ def draw_attention(
         figure.savefig(beside, dpi=80, metadata={"Software": None})
 
 
-def norm_colours(norms: Float[np.ndarray, "b i j"], least: float, threshold: float) -> Float[np.ndarray, "b i j 3"]:
-    """Norms as colours on a logarithmic scale that ends at the threshold: outliers are all at its bright end, and the
-    other patches still show some relief.
+def normal_range(norms: Iterable[Float[np.ndarray, "*p"]], threshold: float) -> tuple[float, float]:
+    """The smallest norm and the 99 % quantile of the patches that are no outliers in any of the maps, so that one patch
+    half way to an outlier does not darken all others; the threshold twice where all are outliers."""
+    flat = np.concatenate([np.ravel(each) for each in norms])
+    normal = flat[flat <= threshold]
+    return (float(normal.min()), float(np.quantile(normal, 0.99))) if normal.size else (threshold, threshold)
+
+
+def norm_colours(
+    norms: Float[np.ndarray, "*b i j"], least: float, most: float, threshold: float
+) -> Float[np.ndarray, "*b i j 3"]:
+    """Norms as colours on a logarithmic scale, outliers in a colour of their own: these are so far above all others
+    that a scale with room for both would show no relief.
 
     Args:
-        least: norm at the dark end.
-        threshold: at the bright end; above `least`.
+        least, most: norms at the dark and at the bright end, see `normal_range`.
+        threshold: norm over which a patch is an outlier.
     """
     least = max(least, float(np.finfo(np.float32).tiny))
-    ratio = max(threshold / least, 1.001)
+    ratio = max(most / least, 1.001)
     scaled = np.log(np.maximum(norms, least) / least) / np.log(ratio)
-    return matplotlib.colormaps["magma"](np.clip(scaled, 0, 1))[..., :3]
+    colours = matplotlib.colormaps["magma"](np.clip(scaled, 0, 1))[..., :3]
+    colours[norms > threshold] = to_rgb(OUTLIER)
+    return colours
+
+
+def short(norm: float) -> str:
+    """A norm for a caption: three digits at least, and never an exponent of ten where a phone shows it."""
+    return f"{norm:.3g}" if norm < 1000 else f"{norm:.0f}"
 
 
 def attention_colours(
@@ -185,18 +220,19 @@ def tile_colours(
 ) -> dict[tuple[str, str], Float[np.ndarray, "b i j 3"]]:
     """What is shown of each model, by (`norms`, `attention` or `features`, model): one scale for all models.
 
-    The scale of attention ends, for each image, where the patches that are no outliers end: they are what one wants to see.
+    The scales end where the patches that are no outliers end, that of attention for each image: they are what one wants
+    to see. Outliers have a colour of their own on the maps of norms.
 
     Args:
         maps: by the model's title.
         outliers: patches of the untreated model.
-        threshold: bright end of the norms.
+        threshold: norm over which a patch is an outlier.
     """
-    least = min(float(each.norms.min()) for each in maps.values())
+    ends = normal_range((each.norms for each in maps.values()), threshold)
     attended = [np.where(outliers, 0, each.attention) for each in maps.values() if each.attention is not None]
     drawn = {}
     for title, each in maps.items():
-        drawn["norms", title] = norm_colours(each.norms, least, threshold)
+        drawn["norms", title] = norm_colours(each.norms, *ends, threshold)
         if each.attention is not None:
             drawn["attention", title] = attention_colours(each.attention, np.max(attended, axis=(0, 2, 3)))
         drawn["features", title] = palette.paint(each.features)

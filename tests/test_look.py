@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from regvit.attention import cls_attention
-from regvit.look import Look, View, draw_look, feature_colours, look
+from regvit.look import Look, View, _maps, draw_look, feature_colours, look
 from regvit.outliers import Detection, patch_norms
 from regvit.registers import add_test_time_registers
 from regvit.tokens import TokenLayout
@@ -122,6 +122,17 @@ def test_the_picture_fits_a_phone_and_has_the_same_bytes_each_time(tmp_path, tin
     assert picture.height > picture.width
     frames = (np.array(picture.convert("RGB")) == (0, 200, 224)).all(-1)  # the colour around outliers
     assert frames.any()
+
+
+def test_norms_show_relief_up_to_the_normal_patches_and_outliers_in_the_colour_of_their_frames():
+    before = view([*np.linspace(1.4, 2.2, 15), 117.0])
+    maps = _maps(seen(before, view(np.linspace(1.4, 2.2, 16))))[0]
+    norms = maps[0].panel["X"].reshape(16, 3)
+    assert np.allclose(norms[15], np.array([0, 200, 224]) / 255)
+    assert norms[14].min() > 0.7 and norms[0].max() < 0.02  # from the dark to the bright end of magma
+    assert maps[1].bar == pytest.approx((1.4, 2.2), abs=0.02)
+    (alone,) = _maps(seen(before))[0]
+    assert alone.caption.startswith("1.4 to 2.19+, largest 117")
 
 
 def test_no_frame_is_drawn_where_nothing_is_an_outlier(tmp_path, tiny_vit):
