@@ -11,21 +11,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 
 from .bootstrap import Resampled, difference, estimate, mean_over_sets, resample
 from .detectors import FEATURES_ONLY, Scorer, check_known, fit
 from .manifest import Dataset
 from .metrics import ANOMALY_METRICS, accuracy, class_indices, roc_curve
-from .neighbours import knn_logits
-from .predictions import Predictions, check_same_images, image_keys, paired_difference
+from .neighbours import knn_logit_blocks
+from .predictions import Predictions, check_same_images, image_keys, logit_blocks, paired_difference
 from .probes import Probe, ProbeSet
 from .readouts import Features
 from .stored import blocks, stored_readouts
+from .tensor_file import Scratch
 
 TEST_ROWS = 1 << 14  # test images that are scored at once: 128 MiB of float32 at 2,048 channels
+NO_LOGITS = np.empty((0, 0), dtype=np.float32)  # for detectors that do not look at them
 COMPARED = ("auroc", "fpr95")  # the anomaly metrics of which differences are taken
 
 
@@ -73,18 +78,23 @@ def predict(
     sets: Mapping[str, TestSet],
     detectors: Sequence[str],
     on_readout: Callable[[int], None] | None = None,
+    scratch: Path | str | None = None,
+    device: str | torch.device = "cpu",
 ) -> Predictions:
     """Logits and anomaly scores of every readout on the test images of every data set.
 
     Features that lie in stores are read in blocks, those of the training images as often as detectors and neighbours go
-    over them: what is in memory does not grow with the images, but for the predictions. Everything is checked before
-    the first feature is read.
+    over them, and with `scratch` the logits of a block go to disk: what is in memory does not grow with the images, but
+    for labels and scores (8 bytes a detector and seed). Everything is checked before the first feature is read.
 
     Args:
         probes: trained on the train split of the set whose role is `id`.
         sets: by name; the order is kept.
         detectors: names of them; those that look at features are fitted on the ID train split.
         on_readout: called with 1 after each readout.
+        scratch: folder on a disk, in which logits lie in a file without a name until the predictions are saved and
+            gone; None keeps them in memory.
+        device: where neighbours are looked for.
     Raises:
         ValueError: a detector or a class is unknown, a test split is empty or has images without a label, a labelled set
             has a single class, there is not one ID set, or what the detectors need is not there.
@@ -104,10 +114,11 @@ def predict(
     train_labels, _ = _in_known_classes(home, sets[home].dataset, train_rows, probes.classes)
     train = stored_readouts(sets[home].features, probes.probes, train_rows)
     test = {dataset: stored_readouts(each.features, probes.probes, rows[dataset]) for dataset, each in sets.items()}
+    empty = np.empty if scratch is None else Scratch(scratch).empty
     for name, seeds in probes.probes.items():
-        fitted = _Fitted(name, seeds, train[name], train_labels, probes, detectors)
+        fitted = _Fitted(name, seeds, train[name], train_labels, probes, detectors, device)
         for dataset, each in sets.items():
-            fitted.apply(made, dataset, test[dataset][name], scored=each.role != "ood")
+            fitted.apply(made, dataset, test[dataset][name], each.role != "ood", empty)
         if on_readout is not None:
             on_readout(1)
     return made
@@ -124,9 +135,10 @@ class _Fitted:
         labels: Int[np.ndarray, " n"],
         probes: ProbeSet,
         detectors: Sequence[str],
+        device: str | torch.device,
     ):
-        self.name, self.seeds, self.train, self.labels = name, seeds, train, labels
-        self.logistic, self.neighbours = probes.logistic.get(name), probes.knn.get(name)
+        self.name, self.seeds, self.train, self.labels, self.device = name, seeds, train, labels, device
+        self.logistic, self.knn = probes.logistic.get(name), probes.knn.get(name)
         self.classes = len(probes.classes)
         pooled = any(probe.pool is not None for probe in seeds)
         self.scorers: dict[str, list[Scorer]] = {}
@@ -138,30 +150,54 @@ class _Fitted:
                 fit(detector, embedded[i if pooled else 0], labels, probe) for i, probe in enumerate(needed)
             ]
 
-    def apply(self, made: Predictions, dataset: str, features: Float[np.ndarray, "b d"], scored: bool) -> None:
-        """Adds what is said of a data set's images to the predictions."""
+    def apply(
+        self,
+        made: Predictions,
+        dataset: str,
+        features: Float[np.ndarray, "b d"],
+        scored: bool,
+        empty: Callable[[tuple[int, ...], type], Any],
+    ) -> None:
+        """Adds what is said of a data set's images to the predictions, block by block.
+
+        Args:
+            scored: whether detectors score them.
+            empty: makes the arrays for logits, as `numpy.empty` does.
+        """
         n, scorers = len(features), self.scorers if scored else {}
-        logits = np.empty((len(self.seeds), n, self.classes), dtype=np.float32)
+        logits = made.logits[self.name, dataset] = empty((len(self.seeds), n, self.classes), np.float32)
+        others = [name for name in ("logistic", "knn") if getattr(self, name) is not None]
+        for name in others:
+            made.other[name, self.name, dataset] = empty((n, self.classes), np.float32)
         scores = {detector: np.empty((len(each), n)) for detector, each in scorers.items()}
-        logistic = np.empty((n, self.classes), dtype=np.float32)
         for rows in blocks(n, TEST_ROWS):
             some = features[rows]
-            embedded = [probe.embed(some) for probe in self.seeds]
             for i, probe in enumerate(self.seeds):
-                logits[i, rows] = embedded[i] @ probe.weight.T + probe.bias
-            for detector, of_seeds in scorers.items():
-                for i, score in enumerate(of_seeds):
-                    scores[detector][i, rows] = score(embedded[i], logits[i, rows])
+                embedded = probe.embed(some)
+                of_seed = {detector: each[i] for detector, each in scorers.items() if i < len(each)}
+                for detector in [each for each in of_seed if each in FEATURES_ONLY]:
+                    # All rows at once, as these may go over the training images each time.
+                    scores[detector][i, rows] = of_seed.pop(detector)(embedded, NO_LOGITS)
+                for part, here in _within(rows, self.classes):
+                    found = embedded[part] @ probe.weight.T + probe.bias
+                    logits[i][here] = found
+                    for detector, score in of_seed.items():
+                        scores[detector][i, here] = score(embedded[part], found)
             if self.logistic is not None:
-                logistic[rows] = self.logistic.logits(some)
-        made.logits[self.name, dataset] = logits
+                for part, here in _within(rows, self.classes):
+                    made.other["logistic", self.name, dataset][here] = self.logistic.logits(some[part])
         made.scores.update({(detector, self.name, dataset): values for detector, values in scores.items()})
-        if self.logistic is not None:
-            made.other["logistic", self.name, dataset] = logistic
-        if self.neighbours is not None:
-            made.other["knn", self.name, dataset] = knn_logits(
-                self.train, self.labels, features, self.neighbours.k, self.neighbours.temperature, self.classes
-            )
+        if self.knn is not None:
+            k, temperature = self.knn.k, self.knn.temperature
+            votes = knn_logit_blocks(self.train, self.labels, features, k, temperature, self.classes, self.device)
+            for rows, found in votes:
+                made.other["knn", self.name, dataset][rows] = found
+
+
+def _within(rows: slice, n_classes: int) -> Iterator[tuple[slice, slice]]:
+    """Rows of which logits are held at once, within a block of images and among all images."""
+    for part in logit_blocks(rows.stop - rows.start, n_classes):
+        yield part, slice(rows.start + part.start, rows.start + part.stop)
 
 
 class Embedded:
@@ -389,8 +425,9 @@ def confusion_rows(predictions: Predictions, plan: Plan) -> Iterator[tuple[str, 
     """(actual class, predicted class) of every ID test image and seed, by the CLS readout."""
     home = plan.in_distribution
     for logits in predictions.logits[base_readout(predictions.readouts), home]:
-        for actual, predicted in zip(predictions.labels[home], logits.argmax(1), strict=True):
-            yield predictions.classes[actual], predictions.classes[predicted]
+        for rows in logit_blocks(*logits.shape):
+            for actual, predicted in zip(predictions.labels[home][rows], logits[rows].argmax(1), strict=True):
+                yield predictions.classes[actual], predictions.classes[predicted]
 
 
 def rounded(values):

@@ -29,6 +29,7 @@ K = (10, 20, 100, 200)  # and the temperature: DINOv2's protocol
 TEMPERATURE = 0.07
 FLOOR = 1e-30  # of a vote share: a class without a neighbour gets the logit −69, and not −∞
 TEST_ROWS, TRAIN_ROWS = 256, 1 << 12  # similarities held at once: 4 MiB of float32
+VOTES_AT_ONCE = 1 << 24  # images × neighbours × classes: 192 MiB
 TEST_ROWS_A_PASS = 1 << 14  # images whose neighbours are looked for in one pass over the training images
 
 
@@ -66,10 +67,32 @@ def knn_logits(
     Raises:
         ValueError: shapes, labels, k or temperature do not fit; the message gives value and cure.
     """
+    logits = np.empty((len(test), n_classes), dtype=np.float32)
+    for rows, found in knn_logit_blocks(train, labels, test, k, temperature, n_classes, device):
+        logits[rows] = found
+    return logits
+
+
+def knn_logit_blocks(
+    train: Float[np.ndarray, "n d"],
+    labels: Int[np.ndarray, " n"],
+    test: Float[np.ndarray, "b d"],
+    k: int,
+    temperature: float,
+    n_classes: int,
+    device: str | torch.device = "cpu",
+) -> Iterator[tuple[slice, Float[np.ndarray, "b c"]]]:
+    """`knn_logits` block by block: rows of the images to classify, and their logits; for more images than fit.
+
+    Raises:
+        ValueError: as `knn_logits`, when the first block is asked for.
+    """
     _check(train, labels, test, k, temperature, n_classes)
-    blocks = _votes(train, labels, test, (k,), temperature, n_classes, device)
-    logits = [votes[0].clamp_min(FLOOR).log().cpu().numpy() for votes in blocks]
-    return np.concatenate(logits) if logits else np.zeros((0, n_classes), dtype=np.float32)
+    start = 0
+    for votes in _votes(train, labels, test, (k,), temperature, n_classes, device):
+        stop = start + votes.shape[1]
+        yield slice(start, stop), votes[0].clamp_min(FLOOR).log().cpu().numpy()
+        start = stop
 
 
 def choose_neighbours(
@@ -121,13 +144,24 @@ def _votes(
         queries = [_unit(test[start : min(start + TEST_ROWS, part.stop)], device)
                    for start in range(part.start, part.stop, TEST_ROWS)]  # fmt: skip
         for similarity, nearest in _nearest(queries, train, ks[-1], device):  # (b, k)
-            classes = labels[nearest]
-            shares = torch.zeros(len(ks), len(similarity), n_classes, device=device)
-            for i, k in enumerate(ks):
-                weights = (similarity[:, :k] / temperature).softmax(1)
-                one_hot = torch.nn.functional.one_hot(classes[:, :k], n_classes).to(weights.dtype)  # (b, k, c)
-                shares[i] = torch.einsum("bk,bkc->bc", weights, one_hot)  # no scatter: its sum has no order on a GPU
-            yield shares
+            for rows in blocks(len(similarity), max(1, VOTES_AT_ONCE // (ks[-1] * n_classes))):
+                yield _shares(similarity[rows], labels[nearest[rows]], ks, temperature, n_classes)
+
+
+def _shares(
+    similarity: Float[Tensor, "b k"],
+    classes: Int[Tensor, "b k"],
+    ks: tuple[int, ...],
+    temperature: float,
+    n_classes: int,
+) -> Float[Tensor, "ks b c"]:
+    """Vote shares of the first k neighbours, for each k."""
+    shares = torch.zeros(len(ks), len(similarity), n_classes, device=similarity.device)
+    for i, k in enumerate(ks):
+        weights = (similarity[:, :k] / temperature).softmax(1)
+        one_hot = torch.nn.functional.one_hot(classes[:, :k], n_classes).to(weights.dtype)  # (b, k, c)
+        shares[i] = torch.einsum("bk,bkc->bc", weights, one_hot)  # no scatter: its sum has no order on a GPU
+    return shares
 
 
 def _nearest(

@@ -9,6 +9,9 @@ A safetensors file, rows in the order of the test rows of the manifest:
 
 Class names, allowed classes and manifest digests are JSON in the metadata.
 
+Logits are by far the most of it (12 GB for ImageNet with its OOD sets): they may lie on disk, where they are read in blocks
+of images (`tensor_file`), and whoever uses them takes them so. In memory are scores, labels, and who was right.
+
 Shape letters: s probe seed, b image, c class.
 """
 
@@ -16,20 +19,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from safetensors.numpy import save_file
+from safetensors import SafetensorError
 
 from .files import replacing
 from .metrics import PairedDifference, paired_accuracy_difference, top1_correct
-from .probes import read_described
+from .probes import InvalidProbes
+from .stored import blocks
+from .tensor_file import DiskArray, open_tensors, write_tensors
 
 METADATA_KEY = "regvit_predictions"
 FORMAT_VERSION = 2  # 2: several seeds, other classifiers, anomaly scores
+LOGITS_AT_ONCE = 1 << 21  # held at once: 8 MiB of float32, and some of float64 where they are scored
 
 
 @dataclass(frozen=True)
@@ -37,25 +43,26 @@ class Predictions:
     """What a run's classifiers and detectors say of the test images of every data set.
 
     Attributes:
-        logits: by (readout, data set), (s, b, c) float32, of the probes.
+        logits: by (readout, data set), (s, b, c) float32, of the probes; in memory, or on disk as a `DiskArray`.
         labels: by data set, (b,) int64 class index of each image; −1 where it has none (an anomaly).
         allowed: by data set with labels, the class indices that may be predicted there: all of the probe's, or the
             part of them that the data set has.
         classes: class names, in the order of the logits.
         digests: by data set, the manifest's digest: rows of two runs pair only where it is the same.
         images: by data set, (b,) int64 that is the same where images of two sets have the same name (`image_keys`).
-        other: by (classifier, readout, data set), (b, c) float32.
+        other: by (classifier, readout, data set), (b, c) float32; in memory or on disk.
         scores: by (detector, readout, data set), (s, b) or (1, b) float64; larger for anomalies.
     """
 
-    logits: dict[tuple[str, str], Float[np.ndarray, "s b c"]]
+    logits: dict[tuple[str, str], Float[np.ndarray, "s b c"] | DiskArray]
     labels: dict[str, Int[np.ndarray, " b"]]
     allowed: dict[str, tuple[int, ...]]
     classes: tuple[str, ...]
     digests: dict[str, str]
     images: dict[str, Int[np.ndarray, " b"]]
-    other: dict[tuple[str, str, str], Float[np.ndarray, "b c"]] = field(default_factory=dict)
+    other: dict[tuple[str, str, str], Float[np.ndarray, "b c"] | DiskArray] = field(default_factory=dict)
     scores: dict[tuple[str, str, str], Float[np.ndarray, "s b"]] = field(default_factory=dict)
+    _correct: dict[tuple, Bool[np.ndarray, "s b"]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def readouts(self) -> tuple[str, ...]:
@@ -69,6 +76,8 @@ class Predictions:
     def correct(self, readout: str, dataset: str, classifier: str | None = None) -> Bool[np.ndarray, "s b"]:
         """Whether each image is classified rightly, by each probe seed, or by another classifier (s = 1).
 
+        Logits are gone through once, block by block; the answer is kept, and must not be written to.
+
         Raises:
             ValueError: there are no such predictions, or the data set has no labels.
         """
@@ -81,9 +90,23 @@ class Predictions:
             raise ValueError(f"there are no predictions of {'/'.join(key)}; there are {known or 'none'}")
         if dataset not in self.allowed:
             raise ValueError(f"data set {dataset!r} has no labels (an anomaly set), so nothing there is right or wrong")
+        if key not in self._correct:
+            by_seed = logits[key] if classifier is None else [logits[key]]
+            found = np.stack([self._right(each, dataset) for each in by_seed])
+            found.flags.writeable = False
+            self._correct[key] = found
+        return self._correct[key]
+
+    def _right(self, logits: Float[np.ndarray, "b c"] | DiskArray, dataset: str) -> Bool[np.ndarray, " b"]:
         labels, allowed = self.labels[dataset], self.allowed[dataset]
-        by_seed = logits[key] if classifier is None else logits[key][None]
-        return np.stack([top1_correct(each, labels, allowed) for each in by_seed])
+        return np.concatenate(
+            [top1_correct(logits[rows], labels[rows], allowed) for rows in logit_blocks(*logits.shape)]
+        )
+
+
+def logit_blocks(n: int, n_classes: int) -> Iterator[slice]:
+    """0 to n in slices of as many images as logits are held of at once."""
+    return blocks(n, max(1, LOGITS_AT_ONCE // n_classes))
 
 
 def image_keys(image_ids: Iterable[str]) -> Int[np.ndarray, " b"]:
@@ -138,27 +161,42 @@ def save_predictions(path: Path | str, predictions: Predictions) -> None:
         "classes": predictions.classes,
         "digests": predictions.digests,
     }
-    tensors = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
     with replacing(path) as beside:
-        save_file(tensors, str(beside), metadata={METADATA_KEY: json.dumps(metadata, ensure_ascii=False)})
+        write_tensors(beside, tensors, {METADATA_KEY: json.dumps(metadata, ensure_ascii=False)})
 
 
 def load_predictions(path: Path | str) -> Predictions:
-    """Read what `save_predictions` wrote.
+    """Opens what `save_predictions` wrote; logits stay on disk, and the file may be deleted meanwhile.
 
     Raises:
         FileNotFoundError: there is no such file.
         InvalidProbes: the file is no safetensors file of predictions, or of another format version.
     """
-    tensors, metadata = read_described(path, METADATA_KEY, FORMAT_VERSION, "predictions", "evaluate")
-    by_key = {
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist; expected a file of predictions; run the evaluate stage")
+    cure = "expected a file of predictions; run the evaluate stage again"
+    try:
+        tensors, described = open_tensors(path)
+    except (SafetensorError, ValueError) as error:
+        raise InvalidProbes(f"{path} is no safetensors file of predictions ({error}); {cure}") from error
+    if METADATA_KEY not in described:
+        raise InvalidProbes(f"{path} has no {METADATA_KEY!r} in its metadata; {cure}")
+    metadata = json.loads(described[METADATA_KEY])
+    if metadata.get("format_version") != FORMAT_VERSION:
+        raise InvalidProbes(
+            f"{path} has predictions format {metadata.get('format_version')}, this version reads {FORMAT_VERSION}; "
+            "run the evaluate stage again"
+        )
+    on_disk = {
         kind: {tuple(key): tensors["/".join((kind, *key))] for key in keys} for kind, keys in metadata["keys"].items()
     }
     return Predictions(
-        labels={dataset: tensors[f"labels/{dataset}"] for dataset in metadata["digests"]},
-        images={dataset: tensors[f"images/{dataset}"] for dataset in metadata["digests"]},
+        logits=on_disk["logits"],
+        other=on_disk["other"],
+        scores={key: np.asarray(values) for key, values in on_disk["scores"].items()},
+        labels={dataset: np.asarray(tensors[f"labels/{dataset}"]) for dataset in metadata["digests"]},
+        images={dataset: np.asarray(tensors[f"images/{dataset}"]) for dataset in metadata["digests"]},
         allowed={dataset: tuple(indices) for dataset, indices in metadata["allowed"].items()},
         classes=tuple(metadata["classes"]),
         digests=metadata["digests"],
-        **by_key,
     )

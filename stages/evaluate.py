@@ -22,15 +22,17 @@ from regvit.predictions import save_predictions
 from regvit.probes import load_probes
 from regvit.progress import progress
 from regvit.store import FeatureStore
+from runtime import Runtime
 
 
 def main(run: str) -> None:
-    params = load_params()
+    params, runtime = load_params(), Runtime.load()
     plan, sets = plan_of(params), open_sets(run, params)
+    kept = Path(f"features/{run}/predictions.safetensors")
     probes = load_probes(f"features/{run}/probes.safetensors")
     with progress(len(probes.probes), f"evaluate {run}", "readouts") as bar:
-        predictions = predict(probes, sets, plan.detectors, bar.advance)
-    kept = Path(f"features/{run}/predictions.safetensors")
+        # Logits wait on disk beside the file that they go into.
+        predictions = predict(probes, sets, plan.detectors, bar.advance, kept.parent, runtime.device)
     save_predictions(kept, predictions)
 
     drawn = draw(predictions, plan)

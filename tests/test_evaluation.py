@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from regvit import evaluation
+from regvit import predictions as predictions_module
 from regvit.bootstrap import estimate, resample
 from regvit.detectors import DETECTORS, energy, fit
 from regvit.evaluation import (
@@ -29,6 +31,7 @@ from regvit.neighbours import Neighbours, knn_logits
 from regvit.predictions import paired_difference
 from regvit.probes import Probe, ProbeSet
 from regvit.readouts import InMemory, readout
+from regvit.tensor_file import DiskArray
 
 CLASSES = ("ant", "bee", "cat")
 CENTRES = np.random.default_rng(0).normal(size=(3, 6))
@@ -152,6 +155,33 @@ def test_progress_is_told_after_each_readout(probes, sets):
     told = []
     predict(probes, sets, ["msp"], told.append)
     assert told == [1, 1]
+
+
+def test_logits_on_disk_are_those_in_memory_in_whatever_blocks(predictions, probes, sets, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "TEST_ROWS", 16)
+    monkeypatch.setattr(predictions_module, "LOGITS_AT_ONCE", 3 * 5)  # five images at once
+    found = predict(probes, sets, DETECTORS, scratch=tmp_path)
+    assert list(tmp_path.iterdir()) == []  # the file has no name
+    for kind in ("logits", "other"):
+        ours, theirs = getattr(found, kind), getattr(predictions, kind)
+        assert list(ours) == list(theirs) and all(isinstance(values, DiskArray) for values in ours.values())
+        for key in ours:
+            np.testing.assert_allclose(np.asarray(ours[key]), theirs[key], atol=1e-5)
+    assert list(found.scores) == list(predictions.scores)
+    for key, values in found.scores.items():
+        np.testing.assert_allclose(values, predictions.scores[key], rtol=1e-4, atol=1e-5)
+    for name in ("home", "away", "far"):
+        assert found.correct("cls", name).tolist() == predictions.correct("cls", name).tolist()
+    assert list(confusion_rows(found, PLAN)) == list(confusion_rows(predictions, PLAN))
+
+
+def test_neighbours_are_looked_for_on_the_device_that_is_given(probes, sets, monkeypatch):
+    devices, blocks = [], evaluation.knn_logit_blocks
+    monkeypatch.setattr(
+        evaluation, "knn_logit_blocks", lambda *given: devices.append(given[-1]) or blocks(*given[:-1], "cpu")
+    )
+    predict(probes, sets, ["msp"], device="cuda:1")
+    assert set(devices) == {"cuda:1"}
 
 
 class Unreadable:

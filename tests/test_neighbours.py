@@ -3,7 +3,7 @@ import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
 from regvit import neighbours
-from regvit.neighbours import Neighbours, choose_neighbours, knn_logits
+from regvit.neighbours import Neighbours, choose_neighbours, knn_logit_blocks, knn_logits
 
 
 def clouds(n, seed, spread=1.0):
@@ -41,6 +41,17 @@ def test_blocks_do_not_change_a_vote(monkeypatch):
     monkeypatch.setattr(neighbours, "TEST_ROWS", 7)
     monkeypatch.setattr(neighbours, "TRAIN_ROWS", 11)  # fewer than k
     np.testing.assert_allclose(knn_logits(x, y, v, 20, 0.07, 4), whole, atol=1e-4)
+    monkeypatch.setattr(neighbours, "VOTES_AT_ONCE", 3 * 20 * 4)  # three images at once
+    np.testing.assert_allclose(knn_logits(x, y, v, 20, 0.07, 4), whole, atol=1e-4)
+
+
+def test_logits_come_in_blocks_of_which_none_is_large(monkeypatch):
+    (x, y), (v, _) = clouds(300, 1), clouds(120, 2)
+    monkeypatch.setattr(neighbours, "TEST_ROWS", 50)
+    monkeypatch.setattr(neighbours, "VOTES_AT_ONCE", 30 * 20 * 4)
+    found = list(knn_logit_blocks(x, y, v, 20, 0.07, 4))
+    assert [(rows.start, rows.stop) for rows, _ in found] == [(0, 30), (30, 50), (50, 80), (80, 100), (100, 120)]
+    np.testing.assert_array_equal(np.concatenate([logits for _, logits in found]), knn_logits(x, y, v, 20, 0.07, 4))
 
 
 def test_k_is_chosen_on_validation_among_those_that_the_training_images_allow():

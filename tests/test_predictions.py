@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from regvit import predictions as module
 from regvit.metrics import paired_accuracy_difference
 from regvit.predictions import (
     METADATA_KEY,
@@ -15,6 +16,7 @@ from regvit.predictions import (
     save_predictions,
 )
 from regvit.probes import InvalidProbes
+from regvit.tensor_file import DiskArray
 
 FIRST = np.array([[3, 1, 2], [3, 1, 2], [0, 0, 1]], dtype=np.float32)
 
@@ -50,6 +52,7 @@ def test_saved_predictions_come_back_as_they_were(predictions, tmp_path):
     assert loaded.classifiers("a_mean") == ()
     for key in ("allowed", "classes", "digests"):
         assert getattr(loaded, key) == getattr(predictions, key)
+    assert all(isinstance(values, DiskArray) for values in (*loaded.logits.values(), *loaded.other.values()))
     for kind in ("logits", "labels", "images", "other", "scores"):
         ours, theirs = getattr(predictions, kind), getattr(loaded, kind)
         assert set(ours) == set(theirs)
@@ -62,6 +65,26 @@ def test_only_classes_that_the_data_set_has_are_predicted(predictions):
     assert predictions.correct("cls", "home").tolist() == [[True, False, True], [False, True, False]]
     first, second = predictions.correct("cls", "away").tolist()  # class 0 is not among those of `away`
     assert first == [True, False, True] and second == [False, True, False]
+
+
+def test_loaded_predictions_are_as_right_and_the_file_may_go_meanwhile(predictions, tmp_path, monkeypatch):
+    save_predictions(tmp_path / "x", predictions)
+    loaded = load_predictions(tmp_path / "x")
+    (tmp_path / "x").unlink()
+    monkeypatch.setattr(module, "LOGITS_AT_ONCE", 4)  # an image at once
+    for dataset in ("home", "away"):
+        expected = predictions.correct("cls", dataset)
+        assert loaded.correct("cls", dataset).tolist() == expected.tolist()
+    assert loaded.correct("cls", "home", "knn").tolist() == predictions.correct("cls", "home", "knn").tolist()
+
+
+def test_logits_are_gone_through_once(predictions, monkeypatch):
+    calls, top1_correct = [], module.top1_correct
+    monkeypatch.setattr(module, "top1_correct", lambda *given: calls.append(1) or top1_correct(*given))
+    first = predictions.correct("cls", "home")
+    assert predictions.correct("cls", "home") is first and len(calls) == 2  # seeds
+    with pytest.raises(ValueError, match="read-only"):
+        first[0, 0] = False
 
 
 def test_other_classifiers_have_one_row(predictions):
@@ -113,6 +136,11 @@ def test_a_missing_or_foreign_file_is_refused(tmp_path):
     (tmp_path / "text").write_text("hello")
     with pytest.raises(InvalidProbes, match="is no safetensors file"):
         load_predictions(tmp_path / "text")
+    save_file({"x": FIRST}, str(tmp_path / "other"))
+    with pytest.raises(
+        InvalidProbes, match="has no 'regvit_predictions' in its metadata; expected a file of predictions"
+    ):
+        load_predictions(tmp_path / "other")
 
 
 def test_a_file_of_an_older_format_is_refused(tmp_path):

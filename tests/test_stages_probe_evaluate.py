@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from regvit import evaluation
 from regvit.detectors import DETECTORS
 from regvit.manifest import Row, read_dataset, write_dataset
 from regvit.metrics import accuracy
@@ -214,6 +215,22 @@ def test_running_again_gives_the_same_bytes(done):
 
 def test_params_know_the_detectors():
     assert set(params.DETECTORS) == set(DETECTORS)
+
+
+def test_evaluate_keeps_logits_beside_their_file_and_computes_where_the_knob_says(done, monkeypatch):
+    seen = []
+
+    class EnoughSeen(Exception):
+        pass
+
+    def predict(*given):
+        seen.extend(given)
+        raise EnoughSeen
+
+    monkeypatch.setattr(evaluation, "predict", predict)
+    with pytest.raises(EnoughSeen):
+        run("evaluate", done, "one")
+    assert seen[-2:] == [Path("features/one"), "cpu"]
 
 
 def test_features_of_another_manifest_are_refused(done, tmp_path):
