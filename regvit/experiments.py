@@ -207,7 +207,7 @@ def experiment_table(experiments: Sequence[Experiment], rows: Sequence[Row], eve
         lines.append((row.run, row.label, row.dataset, "–".join(map(str, counts)) or "–", *values, *changes))
     note = (
         "Brackets: 95 % intervals. ▲ better, ▼ worse where the interval of the difference leaves out zero; not corrected"
-        " for the number of rows. Differences are paired, image by image; †: not paired, the interval is that of two"
+        " for the number of rows. Differences are paired, over the images for which both have a value; †: not paired, the interval is that of two"
         " independent figures."
     )
     if left_out := len(rows) - len(shown):

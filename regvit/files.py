@@ -7,6 +7,7 @@ replaced, not written through: what it leads to, such as DVC's cache, stays as i
 
 import csv
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -66,6 +67,11 @@ def write_json(path: Path | str, values: object) -> None:
     except ValueError as error:
         raise ValueError(f"{path} cannot hold these values: {error}; leave out or name what is not a number") from error
     write_text(path, text + "\n")
+
+
+def cell(value: float) -> str:
+    """A figure in a table: six digits, empty where it is not finite, as no value is there."""
+    return f"{value:.6g}" if math.isfinite(value) else ""
 
 
 def write_table(path: Path | str, header: Sequence[str], rows: Iterable[Sequence]) -> None:

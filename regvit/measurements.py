@@ -78,7 +78,7 @@ def measurement_table(runs: Sequence[Measurements], in_distribution: str, seed: 
     note = (
         "Brackets: 95 % intervals over the n images. Differences are of the same images in both runs; ▲ better, ▼ worse where the"
         " interval leaves out zero, unmarked where neither direction is better; – where there is no outlier to measure at,"
-        " or nothing to pair. Outliers are those of the backbone without registers, so that the same places are compared."
+        " or where the two have other outliers. Outliers are those of the backbone without registers, so that the same places are compared."
     )
     return Table(TITLE, header, tuple(rows), note if pairs and rows else "")
 
@@ -92,13 +92,20 @@ def measures(runs: Sequence[Measurements], in_distribution: str, seed: int = 0) 
 
 def patch_measures(runs: Sequence[Measurements], in_distribution: str, seed: int = 0) -> Iterator[Measure]:
     """Every measure but the accuracies of probes."""
-    yield Measure("outlier patches, %", in_distribution, 100, 2, -1, outliers)
-    label = "CLS cosine to the unplanted model"
-    yield Measure(label, in_distribution, 1, 3, 1, lambda run: _verified(run, "cls_cosine"))
+    for label, scale, digits, better, of, column in (
+        ("outlier patches, %", 100, 2, -1, outliers, "outlier_fraction"),
+        ("CLS cosine to the unplanted model", 1, 3, 1, lambda run: _verified(run, "cls_cosine"), "cls_cosine"),
+    ):
+        yield _by_images(
+            label, in_distribution, scale, digits, better, of,
+            lambda run, other, column=column: paired_difference(
+                run, other, "verify", in_distribution, column, seed=seed
+            ),
+        )  # fmt: skip
     for name in datasets_of(runs, "attention"):
         yield from _attention(name, seed)
     for name in datasets_of(runs, "tokens"):
-        yield from _tokens(name)
+        yield from _tokens(name, seed)
     for name in datasets_of(runs, "discover"):
         yield from _discovery(name, seed)
     for name in datasets_of(runs, "segment"):
@@ -186,15 +193,21 @@ def _attention(name: str, seed: int) -> Iterator[Measure]:
         )  # fmt: skip
 
 
-def _tokens(name: str) -> Iterator[Measure]:
-    for what, key, label, scale, digits in (
-        ("position", "top1", "position, {} patch, top-1 %", 100, 1),
-        ("pixels", "l2", "pixels, {} patch, L2 error", 1, 2),
+def _tokens(name: str, seed: int) -> Iterator[Measure]:
+    def change(run: Measurements, other: Measurements, column: str) -> Value | None:
+        if run.backbone != other.backbone:  # whose outliers are at other places
+            return None
+        return paired_difference(run, other, "tokens", name, column, seed=seed)
+
+    for what, key, label, scale, digits, better in (
+        ("position", "top1", "position, {} patch, top-1 %", 100, 1, 1),
+        ("pixels", "l2", "pixels, {} patch, L2 error", 1, 2, -1),
     ):
         for kind in ("normal", "outlier"):
-            yield Measure(
-                label.format(kind), name, scale, digits, 0,
+            yield _by_images(
+                label.format(kind), name, scale, digits, better,
                 lambda run, what=what, kind=kind, key=key: value_of(run.of("tokens", name, what, kind), key),
+                lambda run, other, column=f"{key}_{kind}": change(run, other, column),
             )  # fmt: skip
 
 

@@ -28,9 +28,11 @@ def runs_table(runs: Sequence[Measurements], backbones: Mapping[str, Mapping]) -
         planted = "planted" if "plant" in entry else "as it came"
         size = f"{entry['img_size']} px" if entry.get("img_size") else "its own"
         model = (run.backbone, str(entry["source"]), size, planted)
-        rows.append((run.name, *model, kind[of.registers], of.neurons, of.reference or "–"))
+        neurons = "–" if run.untouched or of.registers == "trained" else of.neurons
+        rows.append((run.name, *model, kind[of.registers], neurons, of.reference or "–"))
     header = ("run", "backbone", "source", "image size", "outliers", "registers", "neurons moved", "held against")
-    return Table("Runs", header, tuple(rows))
+    note = "Measurements on scenes may have an image size of their own: see `img_size` in params.yaml."
+    return Table("Runs", header, tuple(rows), note)
 
 
 def sets_table(params: Mapping, runs: Sequence[Measurements]) -> Table:

@@ -39,6 +39,13 @@ RIDGE = 1e-2  # of the mean diagonal: on images held out of a training split bet
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # λ of the logistic regression, chosen by cross-validation on the training tokens
 FOLDS = 3
 
+FIGURES = {
+    "top1": "correct",
+    "distance": "distance",
+    "l2": "pixel_error",
+    "guess_l2": "mean_patch_error",
+}  # of PatchErrors
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -179,25 +186,38 @@ def patch_summary(batches: Sequence[PatchErrors], seed: int = 0) -> dict:
     Args:
         batches: errors of all test images.
     """
-    names = PatchErrors.__annotations__
-    errors = PatchErrors(**{name: np.concatenate([getattr(batch, name) for batch in batches]) for name in names})
-    mask = errors.outliers
-    patches = mask.shape[1]
+    by_image = patch_means(batches)
+    patches = batches[0].outliers.shape[1]
     i, j = np.divmod(np.arange(patches), grid_side(patches))
     apart = np.hypot(i[:, None] - i, j[:, None] - j)
 
-    def compare(values: Float[np.ndarray, "b p"], name: str) -> dict:
-        of = {"normal": image_means(values, ~mask), "outlier": image_means(values, mask)}
+    def compare(name: str) -> dict:
+        of = {kind: by_image[f"{name}_{kind}"] for kind in ("normal", "outlier")}
         of["difference"] = of["outlier"] - of["normal"]
         return {kind: mean_with_interval(name, v, seed) | {"n": int((~np.isnan(v)).sum())} for kind, v in of.items()}
 
     def merge(*tables: dict) -> dict:
         return {kind: {k: v for table in tables for k, v in table[kind].items()} for kind in tables[0]}
 
-    position = merge(compare(errors.correct, "top1"), compare(errors.distance, "distance"))
-    pixels = merge(compare(errors.pixel_error, "l2"), compare(errors.mean_patch_error, "guess_l2"))
+    position = merge(compare("top1"), compare("distance"))
+    pixels = merge(compare("l2"), compare("guess_l2"))
     chance = {"top1": round(1 / patches, 6), "distance": round(float(apart.mean()), 6)}
     return {"position": position | {"chance": chance}, "pixels": pixels}
+
+
+def patch_means(batches: Sequence[PatchErrors]) -> dict[str, Float[np.ndarray, " b"]]:
+    """`top1`, `distance`, `l2` and `guess_l2`, each `_normal` and `_outlier`: means over an image's patches of that kind.
+
+    Args:
+        batches: errors of all test images.
+    Returns: one value an image; nan where it has no such patch.
+    """
+    mask = np.concatenate([batch.outliers for batch in batches])
+    means = {}
+    for name, field in FIGURES.items():
+        values = np.concatenate([getattr(batch, field) for batch in batches])
+        means |= {f"{name}_normal": image_means(values, ~mask), f"{name}_outlier": image_means(values, mask)}
+    return means
 
 
 def kinds_of_tokens(

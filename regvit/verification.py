@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from .attention import watch_prefix_attention
 from .backbones import Backbone, load_backbone, unplanted
 from .feature_colours import fit_palette
-from .gallery import as_picture, draw_maps, first_images, save_strip, tile_colours, token_maps
+from .files import write_table
+from .gallery import Maps, as_picture, draw_maps, first_images, save_strip, tile_colours, token_maps
 from .hooks import blocks
+from .images import Transform
 from .intervals import mean_with_interval
 from .manifest import Dataset
 from .neurons import read_selected
@@ -26,7 +28,9 @@ from .outliers import Detection, patch_norms
 from .runs import open_run
 from .tokens import TokenLayout
 
-ROWS = 4  # images of the PNG that has them all in one
+ROWS = 4  # images of the PNG that has all models in one
+SEARCHED = 48  # images, the first, among which those of the PNG are chosen: some seconds on a CPU
+BATCH = 16  # of these at once; nothing that is drawn depends on it
 TILE = 224  # pixels a side of an image in the folder, at most
 
 
@@ -74,6 +78,19 @@ class Recovery:
     intact_attention_on_outliers: Float[np.ndarray, " b"]
 
 
+@dataclass(frozen=True)
+class Verification:
+    """A run held against the model before planting.
+
+    Args:
+        metrics: for a metrics file.
+        images: one value an image; None where there is nothing to compare with, or no outlier.
+    """
+
+    metrics: dict
+    images: Recovery | None
+
+
 def open_models(run_file: Path, backbones: Path, neurons: Path, device: str = "cpu") -> Models:
     """The models of a run, all on the device.
 
@@ -95,17 +112,18 @@ def open_models(run_file: Path, backbones: Path, neurons: Path, device: str = "c
     return Models(intact, untreated, run, detection, list(range(min(first, depth - 1), depth)))
 
 
-def verify(models: Models, batches: Iterable[Float[Tensor, "b 3 h w"]], seed: int = 0) -> dict:
-    """Holds a run against the model before planting, as numbers for a metrics file.
+def verify(models: Models, batches: Iterable[Float[Tensor, "b 3 h w"]], seed: int = 0) -> Verification:
+    """Holds a run against the model before planting, as numbers for a metrics file and for a table of images.
 
     Args:
         batches: normalised images; gone through several times, and not at all where there is no ground truth.
         seed: of the intervals.
     """
     if not models.untreated.planted:
-        return {"planted": False, "why": "the backbone is as it came: there is no ground truth to compare with"}
+        why = "the backbone is as it came: there is no ground truth to compare with"
+        return Verification({"planted": False, "why": why}, None)
     if models.detection is None:
-        return {"planted": True, "why": "the search found no outliers in the planted backbone"}
+        return Verification({"planted": True, "why": "the search found no outliers in the planted backbone"}, None)
     outliers = patch_norms(models.untreated.model, batches, [models.detection.layer])[0] > models.detection.threshold
     recovery = compare_with_intact(
         models.run.model, models.intact.model, outliers, models.detection, batches, models.later
@@ -113,7 +131,23 @@ def verify(models: Models, batches: Iterable[Float[Tensor, "b 3 h w"]], seed: in
     metrics = {"planted": True, "images": len(outliers), "images_with_outliers": int(outliers.any(1).sum())}
     for field, values in vars(recovery).items():
         metrics |= mean_with_interval(field, values, seed)
-    return metrics
+    return Verification(metrics, recovery)
+
+
+def write_images(path: Path, image_ids: Sequence[str], recovery: Recovery | None) -> None:
+    """Writes a CSV with a row an image and the fields of `Recovery`, by which runs are paired; a cell is empty where its
+    value is not defined, and without a recovery there is a header only.
+
+    Raises:
+        ValueError: there are not as many identifiers as values.
+    """
+    fields = list(Recovery.__annotations__)
+    columns = [] if recovery is None else [getattr(recovery, field) for field in fields]
+    if columns and len(columns[0]) != len(image_ids):
+        raise ValueError(f"{len(image_ids)} images and {len(columns[0])} values; give the images that were compared")
+    cells = [[f"{value:.6g}" if np.isfinite(value) else "" for value in column] for column in columns]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_table(path, ["image_id", *fields], zip(image_ids, *cells, strict=True) if cells else [])
 
 
 def draw_verification(path: Path, title: str, models: Models, dataset: Dataset, pictures: int) -> None:
@@ -130,40 +164,62 @@ def draw_verification(path: Path, title: str, models: Models, dataset: Dataset, 
 
     Args:
         title: of the run's columns.
-        dataset: whose first images are drawn, at twice the run's image size where the model takes it, so that objects
-            show.
-        pictures: how many there are in the folder; the PNG has the first four of them.
+        dataset: whose images are drawn, at twice the run's image size where the model takes it, so that objects show.
+        pictures: how many there are in the folder: the first, the same in every run, as the report lays runs over each
+            other. The PNG has the four with most outliers in the untreated model, see `most_outliers`.
     """
     transform = models.run.transform
     if getattr(models.run.model, "dynamic_img_size", False):
         transform = replace(transform, size=2 * transform.size)
-    pixels = first_images(dataset, transform, pictures)
-    images = transform.normalise(pixels.to(next(models.run.model.parameters()).device))
+    device = next(models.run.model.parameters()).device
     columns = {"intact": models.intact} if models.untreated.planted else {}
     if getattr(models.run.model, "test_time_registers", None) is not None:
         columns["original"] = models.untreated
     columns[title] = models.run
     layer = len(blocks(models.run.model)) - 2 if models.detection is None else models.detection.layer
-    maps = {name: token_maps(backbone.model, images, layer, models.later) for name, backbone in columns.items()}
-    ceiling = max(m.norms.max() for m in maps.values()) if models.detection is None else models.detection.threshold
-    few = {name: each.first(ROWS) for name, each in maps.items()}
-    draw_maps(path, as_picture(pixels)[:ROWS], few, float(ceiling))
+    threshold = np.inf if models.detection is None else models.detection.threshold
 
+    def seen(pixels: UInt8[Tensor, "b 3 s s"]) -> dict[str, Maps]:
+        images = transform.normalise(pixels.to(device))
+        return {name: token_maps(backbone.model, images, layer, models.later) for name, backbone in columns.items()}
+
+    chosen = most_outliers(models, dataset, transform, ROWS)
+    pixels = torch.stack([transform.load(dataset.image_path(i)) for i in chosen])
+    draw_maps(path, as_picture(pixels), seen(pixels), threshold)
+
+    pixels = first_images(dataset, transform, pictures)
+    maps = seen(pixels)
     folder = path.with_suffix("")
     if folder.is_dir():
         shutil.rmtree(folder)  # a model of an earlier run is not to stay
     untreated = maps.get("original", maps[title])
-    outliers = np.zeros_like(untreated.norms, dtype=bool)
-    if models.detection is not None:
-        outliers = untreated.norms > models.detection.threshold
+    outliers = untreated.norms > threshold
     reference = maps.get("intact", untreated)
-    normal = reference.norms <= ceiling  # the reference's own outliers, not those that were planted
+    normal = reference.norms <= threshold  # the reference's own outliers, not those that were planted
     palette = fit_palette(reference.features[normal if normal.any() else np.ones_like(normal)])
     small = np.stack([_within(image, TILE) for image in pixels])
     save_strip(folder / "images.jpg", small)
     enlarged = max(1, TILE // outliers.shape[1])
-    for (what, name), tiles in tile_colours(maps, palette, outliers, float(ceiling)).items():
+    for (what, name), tiles in tile_colours(maps, palette, outliers, threshold).items():
         save_strip(folder / f"{what}-{name}.png", tiles, enlarged)
+
+
+def most_outliers(models: Models, dataset: Dataset, transform: Transform, count: int) -> list[int]:
+    """Indices of the images, among the first of a data set, that have most outliers in the untreated model, most first
+    and equals in their order; the first images where the model has none.
+
+    Args:
+        count: how many, at most.
+    """
+    among = range(min(SEARCHED, len(dataset)))
+    if models.detection is None:
+        return list(among[:count])
+    device, outliers = next(models.untreated.model.parameters()).device, []
+    for start in among[::BATCH]:
+        pixels = torch.stack([transform.load(dataset.image_path(i)) for i in among[start : start + BATCH]])
+        norms = patch_norms(models.untreated.model, [transform.normalise(pixels.to(device))], [models.detection.layer])
+        outliers.append((norms[0] > models.detection.threshold).sum(1))
+    return np.argsort(-np.concatenate(outliers), kind="stable")[:count].tolist()
 
 
 def _within(image: UInt8[Tensor, "3 s s"], side: int) -> Float[np.ndarray, "s s 3"]:

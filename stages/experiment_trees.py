@@ -70,6 +70,8 @@ def read_experiment(name: str, root: Path) -> Experiment:
             for path in files:
                 paths = {table: path.with_suffix("") / f"{table}.csv" for table in names}
                 tables |= {(stage, path.stem, t): read_columns(at) for t, at in paths.items() if at.is_file()}
+        if (verified := metrics / "verify" / run / "images.csv").is_file():
+            tables[("verify", params["in_distribution"], "images")] = read_columns(verified)
         runs[run] = Measurements(measured, entry["backbone"], found, tables)
         digests[run] = _if_there(metrics / "evaluate" / run / "differences.json").get("predictions_sha256")
     outs = [out for stage in lock["stages"].values() for out in stage.get("outs", ())]

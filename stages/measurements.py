@@ -10,7 +10,7 @@ from regvit.compare import Measured
 from regvit.comparisons import Measurements
 
 TABLES = {  # files beside the metrics that are read, by stage
-    "tokens": ("norms", "positions"),
+    "tokens": ("norms", "positions", "images"),
     "attention": ("layers", "images"),
     "discover": ("images",),
     "segment": ("images", "pixels"),
@@ -38,6 +38,8 @@ def read_measurements(params: dict, runs: Sequence[Measured]) -> list[Measuremen
             for name in names
             for table in TABLES[stage]
         }
+        verified = Path("metrics/verify") / run.name / "images.csv"
+        tables[("verify", params["in_distribution"], "images")] = read_columns(verified)
         measured.append(Measurements(run, params["runs"][run.name]["backbone"], found, tables))
     return measured
 

@@ -8,9 +8,16 @@ from command import command
 from params import load_params
 from regvit.anatomy import Subject, dissect, draw_anatomy, looks, norm_table, open_subject, position_table, summary
 from regvit.batches import Batches, sample
-from regvit.files import write_json, write_table
+from regvit.files import cell, write_json, write_table
 from regvit.manifest import read_dataset
-from regvit.token_probes import class_from_token, class_summary, fit_patch_probes, patch_summary, read_patches
+from regvit.token_probes import (
+    class_from_token,
+    class_summary,
+    fit_patch_probes,
+    patch_means,
+    patch_summary,
+    read_patches,
+)
 from regvit.tokens import TokenLayout
 from runtime import Runtime
 
@@ -37,6 +44,12 @@ def patches(run: str, dataset: str, out: Path, params: dict, runtime: Runtime) -
     anatomy = dissect(subject, tested, lambda look: errors.append(read_patches(probes, layout, look)))
     for name, rows in (("norms", norm_table(anatomy, subject.detection)), ("positions", position_table(anatomy))):
         write_table(out / f"{name}.csv", list(rows[0]), [row.values() for row in rows])
+    of_images = patch_means(errors)
+    rows = [
+        [row.image_id, *map(cell, values)]
+        for row, *values in zip(tested.dataset.rows, *of_images.values(), strict=True)
+    ]
+    write_table(out / "images.csv", ["image_id", *of_images], rows)
     draw_anatomy(out / "anatomy.png", anatomy, subject.detection, f"{run}: {dataset}")
     return {"anatomy": summary(anatomy, subject.detection, params["seed"]), **patch_summary(errors, params["seed"])}
 

@@ -1,5 +1,5 @@
 """verify@<run>: holds a run on a planted backbone against the model before planting; metrics/verify/<run>.json,
-.png and a folder of the same name with the parts of the picture."""
+.png and a folder of the same name with the parts of the picture and images.csv, a row an image."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from params import load_params
 from regvit.batches import Batches
 from regvit.files import write_json
 from regvit.manifest import read_dataset
-from regvit.verification import draw_verification, open_models, verify
+from regvit.verification import draw_verification, open_models, verify, write_images
 from runtime import Runtime
 
 PICTURES = 6
@@ -24,10 +24,12 @@ def main(name: str) -> None:
     batches = Batches(
         images, models.run.transform, runtime.batch_size, runtime.workers, runtime.device, f"verify {name}"
     )
-    metrics = verify(models, batches, params["seed"])
+    found = verify(models, batches, params["seed"])
+    metrics = found.metrics
     write_json(out, metrics)
     scenes = read_dataset(Path("data") / params["verify"]["pictures"]).subset("test")
     draw_verification(out.with_suffix(".png"), name, models, scenes, PICTURES)
+    write_images(out.with_suffix("") / "images.csv", [row.image_id for row in images.rows], found.images)
     print(f"{name}: " + (", ".join(f"{k} {metrics[k]:.4g}" for k in metrics if f"{k}_lo" in metrics) or metrics["why"]))
 
 

@@ -66,11 +66,19 @@ def measured(
         layers |= {f"{metric}{end}": ["0.1", "0.2", "0.3"] for end in ("", "_lo", "_hi")}
     ids = ["a", "b", "c", "d"]
     empty = [""] * 4
+    cosines = ["0.95", "0.93", "", ""] if registers == "test_time" else ["0.9", "0.9", "", ""]
+    shares = ["0"] * 4 if registers == "test_time" else ["0.04", "0.02", "0", "0"]
+    verified = {"image_id": ids, "outlier_fraction": shares, "cls_cosine": cosines} if outliers else {}
+    right = ["0.5", "0.7"] if registers == "test_time" else ["0.1", "0.1"]
+    read = {"image_id": ids} | {f"{key}_normal": ["0.3"] * 4 for key in ("top1", "l2")}
+    read |= {f"{key}_outlier": [*right, "", ""] if outliers else empty for key in ("top1", "l2")}
     attended = ["0.1", "0.3", "0.1", "0.3"] if registers == "test_time" else ["0.4"] * 4
-    attentions = {"image_id": ids} | {metric: attended for metric in ATTENTION}
+    attentions = {"image_id": ids} | dict.fromkeys(ATTENTION, attended)
     attentions["on_outliers"] = [*attended[:2], "", ""] if outliers else empty
     tables = {
+        ("verify", "home", "images"): verified,
         ("tokens", "scenes", "norms"): {"layer": blocks, "q99": ["1", "2", "40"]},
+        ("tokens", "scenes", "images"): read,
         ("tokens", "scenes", "positions"): {"share": ["0.5", "0", "0", "0.1"] if outliers else ["0"] * 4},
         ("attention", "scenes", "layers"): layers,
         ("attention", "scenes", "images"): attentions,

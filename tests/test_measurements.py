@@ -67,6 +67,22 @@ def test_attention_on_outliers_is_compared_only_where_these_are_the_same():
     assert elsewhere["coherence of CLS attention"][-1] == "−0.200 [−0.300, −0.100] ▼"
 
 
+def test_what_tokens_know_is_paired_between_runs_on_one_backbone():
+    found = rows(ORIGINAL, CURED)
+    assert found["position, outlier patch, top-1 %"][-1] == "+50.0 [+40.0, +60.0] ▲"
+    assert found["pixels, outlier patch, L2 error"][-1] == "+0.50 [+0.40, +0.60] ▼"  # less is better
+    assert found["position, normal patch, top-1 %"][-1] == "±0.0 [±0.0, ±0.0]"
+    elsewhere = rows(ORIGINAL, dataclasses.replace(CURED, backbone="another"))
+    assert elsewhere["position, outlier patch, top-1 %"][-1] == NONE
+
+
+def test_outliers_and_the_way_back_to_the_unplanted_model_are_paired():
+    found = rows(INTACT, ORIGINAL, CURED)
+    assert found["outlier patches, %"][-1] == "−1.50 [−3.00, ±0.00]"
+    assert found["CLS cosine to the unplanted model"][-1] == "+0.040 [+0.030, +0.050] ▲"
+    assert found["outlier patches, %"][-2] == NONE
+
+
 def test_zero_shot_accuracy_has_a_row_and_the_gain_that_the_stage_measured():
     def with_clip(run, **metrics):
         return dataclasses.replace(run, found={**run.found, "zeroshot": {"words": {"n": 9, **metrics}}})

@@ -23,6 +23,7 @@ def params(tmp_path, monkeypatch) -> dict:
     monkeypatch.chdir(tmp_path)
     params = {stage: {"datasets": ["scenes"]} for stage in TABLES} | {
         "zeroshot": {"runs": ["second"], "datasets": ["scenes"]},
+        "in_distribution": "home",
         "runs": {"first": {"backbone": "vit"}, "second": {"backbone": "planted"}},
     }
     for stage, tables in TABLES.items():
@@ -33,6 +34,9 @@ def params(tmp_path, monkeypatch) -> dict:
             for table in tables:
                 with open(folder / f"{table}.csv", "w", newline="") as file:
                     csv.writer(file).writerows([["image_id", "value"], [f"{stage} {run}, {table}", ""]])
+    for run in ("first", "second"):
+        (tmp_path / "metrics/verify" / run).mkdir(parents=True)
+        (tmp_path / "metrics/verify" / run / "images.csv").write_text(f"image_id,cls_cosine\nof {run},0.9\n")
     return params
 
 
@@ -43,6 +47,7 @@ def test_each_run_gets_its_own_metrics_and_tables(params):
     assert second.tables["depth", "scenes", "images"] == {"image_id": ["depth second, images"], "value": [""]}
     assert set(first.found) == set(TABLES) - {"zeroshot"}  # asked for the second run only
     assert set(second.found) == set(TABLES)
+    assert second.tables["verify", "home", "images"] == {"image_id": ["of second"], "cls_cosine": ["0.9"]}
 
 
 def test_what_is_not_asked_for_is_not_read_though_its_files_lie_there(params):

@@ -1,4 +1,6 @@
+import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,12 +8,22 @@ import timm
 import torch
 from PIL import Image
 
+from regvit import verification
 from regvit.backbones import create, load_backbone, save_backbone
+from regvit.gallery import as_picture
 from regvit.images import Transform
 from regvit.manifest import Row, read_dataset, write_dataset
 from regvit.outliers import Detection
 from regvit.runs import describe_run
-from regvit.verification import Models, compare_with_intact, draw_verification, open_models, verify
+from regvit.verification import (
+    Models,
+    compare_with_intact,
+    draw_verification,
+    most_outliers,
+    open_models,
+    verify,
+    write_images,
+)
 
 
 @pytest.fixture
@@ -84,7 +96,7 @@ def test_a_run_opens_beside_the_models_before_planting_and_before_registers(fold
 
 def test_figures_are_means_over_images_with_their_intervals(folder):
     models, batches = opened(folder, "plain"), list(torch.randn(4, 3, 64, 64).split(2))
-    metrics = verify(models, batches)
+    metrics = verify(models, batches).metrics
     assert metrics["planted"] and metrics["images"] == metrics["images_with_outliers"] == 4  # all norms exceed 1
     assert metrics["outlier_fraction"] == metrics["outlier_fraction_lo"] == 1
     everywhere = np.ones((4, 16), bool)
@@ -102,9 +114,9 @@ def test_without_ground_truth_or_outliers_no_image_is_looked_at(folder):
 
     models = opened(folder, "plain")
     nothing_found = Models(models.intact, models.untreated, models.run, None, models.later)
-    assert verify(nothing_found, never())["why"] == "the search found no outliers in the planted backbone"
+    assert verify(nothing_found, never()).metrics["why"] == "the search found no outliers in the planted backbone"
     as_it_came = Models(models.intact, models.intact, models.intact, None, models.later)
-    assert verify(as_it_came, never())["planted"] is False
+    assert verify(as_it_came, never()).metrics["planted"] is False
 
 
 @pytest.fixture
@@ -141,6 +153,52 @@ def test_a_model_of_an_earlier_run_does_not_stay(drawn):
     (drawn / "plain" / "features-gone.png").write_text("")
     draw_verification(drawn / "plain.png", "plain", opened(drawn, "plain"), read_dataset(drawn), 2)
     assert not (drawn / "plain" / "features-gone.png").exists()
+
+
+def test_the_picture_shows_the_images_with_most_outliers_and_the_parts_the_first_ones(drawn, monkeypatch):
+    models, transform, data = opened(drawn, "cured"), Transform(64, (0.5,) * 3, (0.5,) * 3), read_dataset(drawn)
+    counts = {0: 3, 1: 7}  # of images a and b
+    files = [transform.normalise(transform.load(drawn / f"{name}.png")[None]) for name in "ab"]
+
+    def norms(model, batches, layers):
+        assert model is models.untreated.model and layers == [3]
+        rows = [
+            [2.0] * counts[next(i for i, x in enumerate(files) if torch.equal(x[0], y))] for b in batches for y in b
+        ]
+        return np.array([[row + [0.0] * (16 - len(row)) for row in rows]])
+
+    monkeypatch.setattr(verification, "patch_norms", norms)
+    assert most_outliers(models, data, transform, 4) == [1, 0]
+    counts[0] = 7
+    assert most_outliers(models, data, transform, 1) == [0]  # equals in their order
+    assert most_outliers(replace(models, detection=None), data, transform, 4) == [0, 1]
+    chosen = []
+    monkeypatch.setattr(verification, "most_outliers", lambda *_: [1])
+    monkeypatch.setattr(verification, "draw_maps", lambda path, images, maps, threshold: chosen.append(images))
+    draw_verification(drawn / "cured.png", "cured", models, data, 2)
+    assert np.array_equal(chosen[0], as_picture(replace(transform, size=128).load(drawn / "b.png")[None]))
+    assert Image.open(drawn / "cured" / "images.jpg").size == (2 * 128, 128)
+
+
+def test_the_table_has_a_row_an_image_with_empty_cells_where_nothing_is_defined(folder):
+    def table(path):
+        with open(path, newline="") as file:
+            return list(csv.DictReader(file))
+
+    models, batches = opened(folder, "cured"), list(torch.randn(4, 3, 64, 64).split(2))
+    found = verify(models, batches)
+    found.images.cls_cosine[2] = np.nan
+    write_images(folder / "new" / "images.csv", list("abcd"), found.images)
+    rows = table(folder / "new" / "images.csv")
+    assert [row["image_id"] for row in rows] == list("abcd")
+    assert list(rows[0]) == ["image_id", *vars(found.images)]
+    shares = [float(row["cls_attention_on_outliers"]) for row in rows]
+    assert np.mean(shares) == pytest.approx(found.metrics["cls_attention_on_outliers"], rel=1e-4)
+    assert [row["cls_cosine"] == "" for row in rows] == [False, False, True, False]
+    with pytest.raises(ValueError, match="3 images and 4 values; give the images that were compared"):
+        write_images(folder / "images.csv", list("abc"), found.images)
+    write_images(folder / "images.csv", list("abcd"), None)
+    assert (folder / "images.csv").read_text() == (folder / "new" / "images.csv").read_text().splitlines()[0] + "\n"
 
 
 def test_the_picture_has_a_pair_of_columns_a_model(drawn):
