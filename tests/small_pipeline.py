@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 
 ROOT = Path(__file__).parent.parent
 YAML_FILE = YAML(typ="safe", pure=True)
+YAML_FILE.default_flow_style = False  # a key a line, as stages/choose.py wants it
 CLASSES = ("one", "other")  # drawn alike, so that a probe's errors change with its settings
 TRACKED = ("Makefile", "dvc.yaml", "guard.yaml", ".dvcignore", ".gitignore", "requirements.txt", "pyproject.toml")
 SERVER = """

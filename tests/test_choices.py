@@ -108,7 +108,9 @@ def test_a_choice_that_reads_images_asks_for_their_folder_and_says_what_it_must_
 
 
 def test_an_unknown_choice_is_answered_with_those_that_there_are(pick):
-    with pytest.raises(choose.BadChoice, match="there is no choice 'imagnet'; there are cifar10, emoji, imagenet"):
+    with pytest.raises(
+        choose.BadChoice, match="there is no choice 'imagnet'; there are cifar10, dense, emoji, imagenet"
+    ):
         pick("imagnet")
 
 
@@ -146,6 +148,15 @@ def test_sections_end_where_the_comment_of_the_next_begins():
         "e": "e: {f: 2}\n",
     }
     assert choose.sections(choose.sections(text)["b"], "b") == {"c": "  c: 3\n", "d": "  d:\n    - 1\n"}
+
+
+def test_the_choice_of_dense_sets_measures_each_of_them_under_all_kinds_of_registers(pick):
+    pick("dense", "--images", "/pictures")
+    found = load(pick.file.read_text())
+    measured = {name for stage in ("discover", "segment", "depth") for name in found[stage]["datasets"]}
+    assert measured == set(found["scenes"])
+    assert [run["registers"] for run in found["runs"].values()] == ["none", "test_time", "trained"]
+    assert (found["depth"]["crop"], found["depth"]["max_depth"]) == ("eigen", 10.0)
 
 
 # The list of backbones, and the files of classes.

@@ -94,6 +94,7 @@ RUN = {
     "dvc repro -f download@mine": Run(says="Running stage 'download@mine'", copy="changed"),
     "dvc exp run -S probe.steps=2000": Run(says="Ran experiment", instead={"2000": "5"}, copy="changed"),
     "dvc metrics diff": Run(says=r"metrics/probe/original\.json", copy="changed"),
+    "dvc plots diff main": Run(leaves=("dvc_plots/index.html",), copy="changed"),
     "dvc params diff": Run(says=r"probe\.steps +4 +5", copy="changed"),
     SHARE: Run(
         says="(?s)(?!.*Running stage).*Data and pipelines are up to date",
@@ -116,6 +117,7 @@ CANNOT = {
     "make coverage": "runs the whole suite under a tracer",
     "python stages/sweep.py start --jobs 2": "leaves workers of DVC's queue behind; tests/test_sweeps.py holds what it starts",
     "python -m benchmarks": "takes many minutes; tests/test_benchmarks.py runs it at tiny sizes",
+    "python -m benchmarks.discovery": "takes minutes; tests/test_discovery_published.py runs it small",
     "python -m benchmarks.extraction": "takes minutes; tests/test_benchmarks.py runs it at tiny sizes",
     "pip install 'regvit[cluster]'": "fetches packages; tests/test_engine.py runs extraction on Ray",
     "cd /shared/regvit && source .venv/bin/activate": "needs SLURM and GPUs; tests/test_engine.py runs extraction on two nodes",
@@ -158,7 +160,21 @@ probe:
   steps: 4
 evaluate:
   detectors: [msp]
+scenes:
+  rooms: {source: relief}
+verify:
+  pictures: rooms
+tokens:
+  datasets: []
 attention:
+  datasets: []
+discover:
+  datasets: []
+patches:
+  datasets: []
+segment:
+  datasets: []
+depth:
   datasets: []
 """
 

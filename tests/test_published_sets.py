@@ -1,0 +1,128 @@
+"""The choice `dense` on small copies of the published sets: every set goes through the real stages to its measurement.
+
+The copies are in the formats and under the names that the choice expects; sizes and steps are cut, and a tiny model stands
+in for DINOv2.
+"""
+
+import csv
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ruamel.yaml import YAML
+from test_dense_sets import make_ade, make_coco, make_devkit
+from test_nyu import make as make_nyu
+
+from regvit.backbones import create, load_backbone, save_backbone
+from regvit.dense import load_image_values
+from regvit.images import Transform
+from regvit.manifest import read_dataset
+from regvit.runs import describe_run
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "stages"))
+
+import choose  # noqa: E402
+import params  # noqa: E402
+
+SIZE, RUN = 64, "test_time_reg"
+SETS = {  # images by split
+    "voc07": {"val": 2, "test": 18},
+    "voc12": {"val": 2, "test": 18},
+    "coco20k": {"val": 2, "test": 18},
+    "voc_masks": {"train": 9, "val": 1, "test": 4},
+    "ade20k": {"train": 9, "val": 1, "test": 3},
+    "nyu": {"train": 36, "val": 4, "test": 5},
+}
+
+
+def chosen(images: Path) -> dict:
+    """params.yaml after `make choose NAME=dense IMAGES=<images>`, with less work in every stage."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        text = choose.merge(Path("params.yaml").read_text(), choose.read_choice("emoji", None))
+        found = YAML(typ="safe", pure=True).load(choose.merge(text, choose.read_choice("dense", str(images))))
+    found["discover"] |= {"img_size": SIZE, "layers": 1, "features": ["k", "token"], "biases": [0.0, -0.5]}
+    found["patches"]["img_size"] = SIZE
+    for stage in ("segment", "depth"):
+        found[stage] |= {"learning_rates": [0.01], "steps": 20, "batch_size": 4}
+    found["depth"] |= {"bins": 16, "upsample": 1}
+    return found
+
+
+def run(folder: Path, given: dict, stage: str, *names: str) -> None:
+    """As `python stages/<stage>.py <names>` in `folder`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("DVC_ROOT", raising=False)
+        patch.setenv("REGVIT_DEVICE", "cpu")
+        patch.setattr(params, "load_params", lambda: given)
+        patch.setattr(sys, "argv", [f"{stage}.py", *names])
+        runpy.run_path(str(ROOT / "stages" / f"{stage}.py"), run_name="__main__")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """All sets of the choice, downloaded and measured with test-time registers."""
+    folder, images = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("images")
+    for make in (make_devkit, make_coco, make_ade):
+        make(images)
+    make_nyu(images / "nyu")
+    given = chosen(images)
+    for name in given["scenes"]:
+        run(folder, given, "download", name)
+    torch.manual_seed(0)
+    args = {"num_classes": 0, "img_size": SIZE, "dynamic_img_size": True}
+    save_backbone(
+        folder / "data/backbones/tiny", create("test_vit", args), name="tiny", architecture="test_vit",
+        model_args=args, transform=Transform(SIZE, (0.5,) * 3, (0.5,) * 3), source="random", licence="MIT",
+    )  # fmt: skip
+    described = describe_run(RUN, load_backbone(folder / "data/backbones/tiny"), "test_time", 1, {2: (1, 5)})
+    (folder / "features" / RUN).mkdir(parents=True)
+    (folder / "features" / RUN / "run.json").write_text(json.dumps(described))
+    detection = {"threshold": None, "detect_layer": None}
+    (folder / "features" / RUN / "detection.json").write_text(json.dumps(detection))
+    for stage, sets in (("discover", "discover"), ("extract_patches", "patches"), ("segment",) * 2, ("depth",) * 2):
+        for name in given[sets]["datasets"]:
+            run(folder, given, stage, RUN, name)
+    return folder
+
+
+def metrics(work, stage, name):
+    return json.loads((work / f"metrics/{stage}/{RUN}/{name}.json").read_text())
+
+
+def test_every_set_of_the_choice_is_read_with_its_splits(work):
+    assert sorted(folder.name for folder in (work / "data").iterdir()) == sorted(["backbones", *SETS])
+    for name, splits in SETS.items():
+        dataset = read_dataset(work / "data" / name)
+        assert {split: n for split in ("train", "val", "test") if (n := len(dataset.subset(split)))} == splits
+        assert (work / "data" / name / "rejected.csv").read_text().count("\n") == 1  # the header
+
+
+@pytest.mark.parametrize("name", ["voc07", "voc12", "coco20k"])
+def test_objects_are_sought_in_the_nine_tenths_that_did_not_choose_the_setting(work, name):
+    found = metrics(work, "discover", name)
+    assert found["n"] == 18 and found["chosen_on"]["n"] == 2 and found["without_boxes"] == 0
+    assert 0 <= found["corloc_lo"] <= found["corloc"] <= found["corloc_hi"] <= 1
+    assert found["published"] | {"kind": "k", "layer": 5, "normalised": False, "bias": 0.0} == found["published"]
+
+
+@pytest.mark.parametrize(("name", "classes"), [("voc_masks", ["background", "tvmonitor"]),
+                                               ("ade20k", ["thing 150, item 150"])])  # fmt: skip
+def test_pixels_are_classified_among_the_classes_of_the_set(work, name, classes):
+    found = metrics(work, "segment", name)
+    assert found["n"] == SETS[name]["test"] and 0 <= found["miou"] <= 1
+    with open(work / f"metrics/segment/{RUN}/{name}/classes.csv", newline="") as file:
+        assert [row["class"] for row in csv.DictReader(file)] == classes  # 0 of ADE20k is no class
+
+
+def test_depth_is_measured_in_metres_within_eigens_crop(work):
+    found = metrics(work, "depth", "nyu")
+    assert found["n"] == 5 and 0 < found["rmse"] < 3  # all is 1 m away; a layer that has learnt nothing says 5 m
+    values = load_image_values(work / f"features/{RUN}/depth/nyu.safetensors", "depth").values
+    # Of 9 x 12 pixels, rows 45/480 to 471/480 and columns 41/640 to 601/640: 1 to 8 and 1 to 10.
+    assert values["counted"].sum(1).tolist() == [8 * 10] * 5
