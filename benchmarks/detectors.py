@@ -6,11 +6,10 @@
   resample, of which 3 are timed.
 - Every detector: fit and score of features of the shape of a ViT-B data set.
 
-Prints a line a measurement and writes JSON.
+Prints a line a measurement; `--out` writes JSON.
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ from sklearn.covariance import LedoitWolf
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 
-from benchmarks.machine import in_turn, seconds_of
+from benchmarks.machine import in_turn, save, seconds_of
 from regvit.bootstrap import resample
 from regvit.detectors import DETECTORS, fit
 from regvit.metrics import ANOMALY_METRICS, auroc
@@ -36,7 +35,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=20_000, help="training images of the detectors")
     parser.add_argument("--channels", type=int, default=768)
     parser.add_argument("--classes", type=int, default=100)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/detectors.json"))
+    parser.add_argument("--out", type=Path, help="JSON; default: none")
     given = parser.parse_args()
     found = {
         "auroc": time_auroc(given.scores, given.rounds),
@@ -46,7 +45,7 @@ def main() -> None:
         ],
         "detectors": time_detectors(given.images, given.channels, given.classes),
     }
-    given.out.write_text(json.dumps(found, indent=1) + "\n")
+    save(given.out, found)
 
 
 def measure(quick: bool = False) -> list[dict]:

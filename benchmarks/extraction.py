@@ -7,7 +7,7 @@ cores could take over. On a GPU it is of throughput, which decoding must keep up
 and the share of the GPU's peak that the products of the model make.
 
 Beside it, what the ways to decode cost and change (pixels in levels of 255, features by their cosine), and what memory
-grows by for each image more. Prints a line a round and writes JSON.
+grows by for each image more. Prints a line a round; `--out` writes JSON.
 
     python -m benchmarks.extraction --device cuda --model vit_large_patch14_dinov2 --precision bfloat16 --images 16384
 
@@ -16,7 +16,6 @@ The images are made up, 500 by 375 pixels, the size of ImageNet's; `--files fold
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import re
@@ -36,7 +35,7 @@ from PIL import Image
 from timm.data import create_transform
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.machine import describe, in_turn, seconds_of
+from benchmarks.machine import describe, in_turn, save, seconds_of
 from regvit import lanes
 from regvit.arithmetic import PRECISIONS, arithmetic
 from regvit.backbones import Backbone, load_backbone
@@ -46,6 +45,7 @@ from regvit.images import RESIZINGS, Transform
 from regvit.manifest import Dataset, Row, read_dataset, write_dataset
 
 WANTED = {"cpu": 0.93, "cuda": 0.95}
+IMAGES = {"cpu": 96, "cuda": 8192}  # of the table of all benchmarks: some seconds of work
 PEAK = 989e12  # dense bfloat16 products of an H100 or H200, operations a second, by its data sheet
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DIFFERENT = 256  # files of different content; more images are copies of them
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="side of the input, pixels")
     parser.add_argument("--precision", default="float32", choices=PRECISIONS)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--batch-size", type=int, help="default: 8 on a CPU, looked for on a GPU")
+    parser.add_argument("--batch-size", type=int, help="default: extraction's own")
     parser.add_argument("--workers", type=int, help="decoding threads; default: 0 on a CPU, a thread a core on a GPU")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--compile", action="store_true", help="both ways")
@@ -68,24 +68,24 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peak", type=float, default=PEAK, help="of the GPU, operations a second")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/extraction.json"))
+    parser.add_argument("--out", type=Path, help="JSON; default: none")
     given = parser.parse_args()
     result = run(given, say=print)
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(result, indent=1) + "\n")
+    save(given.out, result)
     print(f"extraction has {result['ratio']:.3f} of the bare forward's {result['of']} (wanted {result['wanted']:g})")
 
 
 def measure(quick: bool = False) -> list[dict]:
-    """The ratios for the table of all benchmarks, on the CPU."""
+    """The ratios for the table of all benchmarks, on a GPU where there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     given = argparse.Namespace(
-        model="vit_small_patch14_dinov2", backbone=None, size=224, precision="float32", device="cpu", batch_size=None,
-        workers=None, threads=1, compile=False, resizing="pillow", files=None, images=32 if quick else 96,
-        rounds=1 if quick else 3, peak=PEAK,
+        model="vit_small_patch14_dinov2", backbone=None, size=224, precision="float32", device=device, batch_size=None,
+        workers=None, threads=1, compile=False, resizing="pillow", files=None,
+        images=32 if quick else IMAGES[device], rounds=1 if quick else 3, peak=PEAK,
     )  # fmt: skip
     result = run(given, say=lambda line: None)
     pillow, torchs = (result["decoding"][name] for name in RESIZINGS)
-    detail = f"{given.model} at {given.size}, {given.precision}, {given.images} files, CPU seconds"
+    detail = f"{given.model} at {given.size}, {given.precision}, {given.images:,} files, on {device}, {result['of']}, 1 thread"
     levels = f"at most {torchs['largest_difference']} of 255 levels off"
     return [
         {"name": "extraction / bare forward", "ratio": result["ratio"], "wanted": result["wanted"], "detail": detail},
@@ -99,15 +99,25 @@ def measure(quick: bool = False) -> list[dict]:
 
 
 def run(given: argparse.Namespace, say: Callable[[str], None]) -> dict:
-    """All measurements, as `main` writes them."""
+    """All measurements, as `main` writes them; torch has as many threads afterwards as before."""
+    before = torch.get_num_threads()
     torch.set_num_threads(given.threads)
+    try:
+        return measurements(given, say) | {"machine": describe()}
+    finally:
+        torch.set_num_threads(before)
+
+
+def measurements(given: argparse.Namespace, say: Callable[[str], None]) -> dict:
+    """The same, with the threads that are set."""
     device = torch.device(given.device)
     gpu = device.type == "cuda"
     workers = given.workers if given.workers is not None else lanes.usable_cores() if gpu else 0
     backbone = backbone_of(given)
     with tempfile.TemporaryDirectory() as folder:
         dataset = files_of(Path(folder), given)
-        batch_size = given.batch_size or (fitting(backbone, given, device) if gpu else lanes.usual_batch_size(device))
+        # What extraction makes of it: a unit of the store bounds it. The bare forward gets no larger one.
+        batch_size = Extractor(backbone, dataset, given.precision, device, given.batch_size).batch_size
         batches = decoded(backbone, dataset, batch_size, device)
         forward = backbone.model.to(device).forward_features
         if given.compile:
@@ -145,7 +155,7 @@ def run(given: argparse.Namespace, say: Callable[[str], None]) -> dict:
     result["settings"] = {
         key: value.name if isinstance(value, Path) else value for key, value in vars(given).items() if key != "out"
     }
-    return result | {"machine": describe()}
+    return result
 
 
 def backbone_of(given: argparse.Namespace) -> Backbone:
@@ -300,17 +310,6 @@ def peak_mib() -> float:
 def gpu_memory(device: torch.device, batch_size: int) -> dict:
     """Peak memory of the GPU in this process, model and batches in flight together (MiB)."""
     return {"peak_mib": torch.cuda.max_memory_allocated(device) / 2**20, "batch_size": batch_size}
-
-
-def fitting(backbone: Backbone, given: argparse.Namespace, device: torch.device) -> int:
-    """The batch size that extraction would look for."""
-    forward = backbone.model.to(device).forward_features
-
-    def seconds(images: int) -> float:
-        batch = torch.zeros(images, 3, backbone.transform.size, backbone.transform.size, device=device)
-        return lanes.seconds_of(lambda: bare(forward, [batch], given.precision), device)
-
-    return lanes.best_batch_size(seconds, min(1024, given.images))
 
 
 def operations(backbone: Backbone, precision: str, device: torch.device) -> int:

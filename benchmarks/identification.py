@@ -28,7 +28,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from benchmarks.machine import describe, in_turn
+from benchmarks.machine import in_turn, save
+from regvit.arithmetic import arithmetic
 from regvit.backbones import load_backbone
 from regvit.batches import Batches, sample
 from regvit.manifest import read_dataset
@@ -129,8 +130,10 @@ def ratios(subject: Subject, device: str, rounds: int) -> list[dict]:
 
 
 def published(model: nn.Module, images: Tensor, found: RegisterNeurons) -> Tensor:
-    one_by_one = iter(images.split(1))
-    return published_search(model, one_by_one, len(images), found.detection.layer, found.detection.threshold)
+    """The published search in full float32: on a GPU torch would take TF32 for convolutions, which ours does not."""
+    one_by_one, detection = iter(images.split(1)), found.detection
+    with arithmetic("float32", next(model.parameters()).device):
+        return published_search(model, one_by_one, len(images), detection.layer, detection.threshold)
 
 
 def check_against_published(found: RegisterNeurons, model: nn.Module, images: Tensor) -> None:
@@ -235,7 +238,7 @@ def main() -> None:
     parser.add_argument(
         "--memory", type=int, metavar="IMAGES", help="also measure memory at 1, 4, 16 times as many, on Linux"
     )
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--out", type=Path, help="JSON; default: none")
     parser.add_argument("--piece", nargs=2, help=argparse.SUPPRESS)  # the process of one measurement
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -246,11 +249,11 @@ def main() -> None:
     rows = ratios(subject, given.device, given.rounds)
     for row in rows:
         print(f"{row['name']}: {row['ratio']:.2f} times as fast (wanted {row['wanted']:g}); {row['detail']}")
-    result = {"machine": describe(), "rows": rows}
+    result = {"rows": rows}
     if given.memory:
         result["peak_mib"] = {"images": [given.memory * t for t in TIMES]}
         result["peak_mib"] |= peaks(given.backbone, given.dataset, given.memory)
-    given.out.write_text(json.dumps(result, indent=1) + "\n")
+    save(given.out, result)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -79,6 +80,13 @@ def describe() -> dict:
         "system": f"{platform.system()} {platform.release().split('-')[0]}",
         "versions": versions,
     }
+
+
+def save(out: Path | None, found: dict) -> None:
+    """Writes what was measured as JSON, with the machine where it is not in it; None writes nothing."""
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps({"machine": describe()} | found, indent=1) + "\n")
 
 
 def kind(name: str) -> str:

@@ -2,9 +2,16 @@
 
 Each piece of a stage runs on synthetic data of n, 4 n and 16 n images in a process of its own, whose largest resident set
 the system reports (`getrusage`). Memory is *flat* where 16 times the images take no more than 1.25 times the memory beyond
-that of a process that has imported the library, plus what a row of metadata costs (2 KiB an image: names, labels, the
-line of a manifest). Training from features runs with memory for none of them (`memory=0`), the mode for sets that do not
-fit. Prints a table and writes JSON.
+that of a process that has imported the library, plus what must be known of each image:
+
+- 1,536 bytes where a manifest is made or read from files: names, class, split and checksum of an image, in Python's objects;
+- 512 bytes for evaluation: a row of a manifest that is in memory (about 300 bytes) and 8 bytes a detector, seed and readout;
+- 256 bytes for pieces on features or scores alone: row numbers, labels, orders and scores, 8 bytes each.
+
+Evaluation has 1,000 classes, 3 seeds and 2 readouts, whose logits would be 24 KiB an image, and goes through them in
+blocks that are full from the smallest size on. Training from features runs with memory for none of them
+(`memory=0`), the mode for sets that do not fit. Prints a table and writes JSON; with --only, the rows of the other pieces
+stay in the file as they were.
 """
 
 import argparse
@@ -14,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,23 +29,31 @@ import torch
 from PIL import Image
 
 from benchmarks.machine import describe
+from regvit import detectors, evaluation
+from regvit import neighbours as neighbours_module
 from regvit.backbones import Backbone
 from regvit.batches import Batches, sample
 from regvit.bootstrap import resample
-from regvit.evaluation import TestSet, predict
+from regvit.evaluation import Plan, TestSet, confusion_rows, differences_within, draw, predict
+from regvit.evaluation import evaluate as evaluated
 from regvit.extraction import extract
+from regvit.files import write_table
 from regvit.images import Transform
 from regvit.manifest import Dataset, Row, read_dataset
 from regvit.neighbours import Neighbours, choose_neighbours
 from regvit.neurons import find_register_neurons
-from regvit.probes import load_probes, save_probes, train_probes
+from regvit.predictions import load_predictions, save_predictions
+from regvit.probes import Probe, ProbeSet, load_probes, save_probes, train_probes
 from regvit.sources import make_dataset
 from regvit.store import FeatureStore, StoreWriter
 from regvit.stored import stored_readouts
 
 TIMES = (1, 4, 16)
-ALLOWED, METADATA = 1.25, 2048
+ALLOWED = 1.25
+OF_MANIFEST, OF_EVALUATION, OF_FEATURES = 1536, 512, 256  # bytes an image
 CHANNELS, CLASSES, SIDE = 256, 4, 64
+BLOCK = 1024
+EVALUATED_CLASSES, EVALUATED_SEEDS, EVALUATED_READOUTS = 1000, 3, {"cls": 1, "cls_patch": 2}  # widths in tokens
 NAMES = ("cls", "patch_mean", "cls_patch", "cls_noise")
 MIB = 2**20
 
@@ -55,12 +69,19 @@ def main() -> None:
         print(json.dumps(peak_of(given.piece[0], int(given.piece[1]))))
         return
     rows = [measured(name, given.scale) for name in given.only]
-    print("| piece | images | MiB beyond the imports | KiB an image | |\n|---|---|---|---:|---|")
+    print("| piece | images | MiB beyond the imports | bytes an image | allowed | |\n|---|---|---|---:|---:|---|")
     for row in rows:
         grown = ", ".join(f"{peak / MIB:.0f}" for peak in row["bytes"])
         print(f"| {row['piece']} | {', '.join(f'{n:,}' for n in row['images'])} | {grown} | "
-              f"{row['bytes_per_image'] / 1024:.2f} | {'flat' if row['flat'] else 'GROWS'} |")  # fmt: skip
-    given.out.write_text(json.dumps({"machine": describe(), "rows": rows}, indent=1) + "\n")
+              f"{row['bytes_per_image']:.0f} | {row['allowed_per_image']} | {'flat' if row['flat'] else 'GROWS'} |")  # fmt: skip
+    given.out.write_text(json.dumps({"machine": describe(), "rows": merged(given.out, rows)}, indent=1) + "\n")
+
+
+def merged(out: Path, rows: list[dict]) -> list[dict]:
+    """The new rows and those of other pieces that the file has, in the order of the pieces."""
+    found = {row["piece"]: row for row in (json.loads(out.read_text())["rows"] if out.is_file() else [])}
+    found |= {row["piece"]: row for row in rows}
+    return [found[piece] for piece in PIECES if piece in found]
 
 
 def measured(piece: str, scale: float = 1.0) -> dict:
@@ -71,9 +92,15 @@ def measured(piece: str, scale: float = 1.0) -> dict:
         command = [sys.executable, "-m", "benchmarks.memory", "--piece", piece, str(n)]
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
         peaks.append(json.loads(done.stdout.splitlines()[-1]))
-    slope = (peaks[-1] - peaks[0]) / (images[-1] - images[0])
-    flat = peaks[-1] <= ALLOWED * peaks[0] + METADATA * (images[-1] - images[0])
-    return {"piece": piece, "images": images, "bytes": peaks, "bytes_per_image": slope, "flat": flat}
+    return row(piece, images, peaks)
+
+
+def row(piece: str, images: list[int], peaks: list[int]) -> dict:
+    """Peaks in bytes at each number of images, what they grow by for each image more, and whether that is flat."""
+    more, allowed = images[-1] - images[0], PIECES[piece][2]
+    flat = peaks[-1] <= ALLOWED * peaks[0] + allowed * more
+    return {"piece": piece, "images": images, "bytes": peaks, "bytes_per_image": (peaks[-1] - peaks[0]) / more,
+            "allowed_per_image": allowed, "flat": flat}  # fmt: skip
 
 
 def peak_of(piece: str, n: int) -> int:
@@ -127,12 +154,23 @@ def write_store(folder: Path, n: int) -> None:
 
 
 def write_probes(folder: Path, n: int) -> None:
-    """Features, and probes trained on some of them."""
+    """Features, and probes with made-up weights: what they say costs what the sayings of trained ones do."""
     write_store(folder, n)
-    few, labels = np.arange(512), np.arange(512) % CLASSES
-    features = stored_readouts(FeatureStore.open(folder / "x.zarr"), NAMES[:1], few)
-    trained = train_probes(features, labels, features, labels, list("abcd"), [0.1], 20, 128)
-    save_probes(folder / "probes.safetensors", replace(trained.probes, knn={NAMES[0]: Neighbours(10, 0.07)}))
+    rng, seeds = np.random.default_rng(0), tuple(range(EVALUATED_SEEDS))
+
+    def probe(name: str, seed: int) -> Probe:
+        weight = rng.normal(size=(EVALUATED_CLASSES, CHANNELS * EVALUATED_READOUTS[name])).astype(np.float32)
+        return Probe(name, weight, np.zeros(EVALUATED_CLASSES, dtype=np.float32), 0.1, 0, seed)
+
+    probes = {name: tuple(probe(name, seed) for seed in seeds) for name in EVALUATED_READOUTS}
+    save_probes(folder / "probes.safetensors", ProbeSet(
+        probes, tuple(class_names()), (0.1,), 1, 1, 0.0, 0.9, "cosine", False, seeds, n, 1,
+        knn=dict.fromkeys(EVALUATED_READOUTS, Neighbours(10, 0.07)),
+    ))  # fmt: skip
+
+
+def class_names() -> list[str]:
+    return [f"c{c:03}" for c in range(EVALUATED_CLASSES)]
 
 
 def splits(folder: Path, n: int) -> tuple[dict, dict, tuple[np.ndarray, np.ndarray]]:
@@ -178,13 +216,25 @@ def neighbours(folder: Path, n: int) -> None:
 
 
 def evaluate(folder: Path, n: int) -> None:
-    """Detectors fitted on nine tenths, all of them and the neighbours applied to one tenth."""
-    rows = tuple(Row(f"{i:07}", f"{i:07}.jpg", "abcd"[i % CLASSES], "test" if i % 10 == 9 else "train")
-                 for i in range(n))  # fmt: skip
-    home = Dataset("home", folder, tuple("abcd"), rows, "0" * 64)
-    detectors = ("msp", "knn", "relative_mahalanobis", "vim", "react")
-    predict(load_probes(folder / "probes.safetensors"), {"home": TestSet(home, "id", FeatureStore.open(folder / "x.zarr"))},
-            detectors)  # fmt: skip
+    """Detectors fitted on half; all of them and the neighbours applied to the others; saved, opened and counted.
+
+    What is bounded by constants of the library (blocks of test images, blocks and samples of detectors, some 200 MiB) is
+    bounded by smaller ones: full at the smallest size already, so that what grows is what an image more takes.
+    """
+    evaluation.TEST_ROWS = neighbours_module.TEST_ROWS_A_PASS = BLOCK
+    detectors.CLIP_VALUES = detectors.CELLS_AT_ONCE = BLOCK * CHANNELS * 2
+    names = class_names()
+    rows = tuple(Row(f"{i:07}", f"{i:07}.jpg", names[i % EVALUATED_CLASSES],
+                     "test" if i // EVALUATED_CLASSES % 2 else "train") for i in range(n))  # fmt: skip
+    sets = {"home": TestSet(Dataset("home", folder, tuple(names), rows, "0" * 64), "id",
+                            FeatureStore.open(folder / "x.zarr"))}  # fmt: skip
+    plan = Plan("home", (), (), ("msp", "knn", "relative_mahalanobis", "vim", "react"))
+    made = predict(load_probes(folder / "probes.safetensors"), sets, plan.detectors, scratch=folder)
+    save_predictions(folder / "predictions.safetensors", made)
+    drawn = draw(load_predictions(folder / "predictions.safetensors"), plan)
+    evaluated(drawn, plan)
+    differences_within(drawn, plan)
+    write_table(folder / "confusion.csv", ["actual", "predicted"], confusion_rows(drawn.predictions, plan))
 
 
 def bootstrap(folder: Path, n: int) -> None:
@@ -195,14 +245,14 @@ def bootstrap(folder: Path, n: int) -> None:
 # What each works on is made by another process, as its memory would count.
 PREPARED = {"download": write_images, "identify": write_dataset, "extract": write_dataset, "probe": write_store,
             "neighbours": write_store, "evaluate": write_probes}  # fmt: skip
-PIECES: dict[str, tuple[Callable[[Path, int], None], int]] = {
-    "download": (make_set, 1024),
-    "identify": (identify, 256),
-    "extract": (extract_set, 512),
-    "probe": (probe, 8192),
-    "neighbours": (neighbours, 16384),
-    "evaluate": (evaluate, 8192),
-    "bootstrap": (bootstrap, 16384),
+PIECES: dict[str, tuple[Callable[[Path, int], None], int, int]] = {  # the work, the fewest images, bytes for each more
+    "download": (make_set, 1024, OF_MANIFEST),
+    "identify": (identify, 256, OF_MANIFEST),
+    "extract": (extract_set, 512, OF_MANIFEST),
+    "probe": (probe, 8192, OF_FEATURES),
+    "neighbours": (neighbours, 16384, OF_FEATURES),
+    "evaluate": (evaluate, 4096, OF_EVALUATION),
+    "bootstrap": (bootstrap, 16384, OF_FEATURES),
 }
 
 

@@ -3,15 +3,13 @@
 Forty heads, 4 readouts × 10 learning rates, on made-up features of the shape of a ViT-S data set. Both ways run in turn in
 one process, so that a loaded machine slows both alike, and CPU seconds are taken (on a GPU: seconds); the ratio is the
 median over the rounds. It also holds the losses of both against each other: batching must change nothing but the time.
-Prints a line a round and writes JSON.
+Prints a line a round; `--out` writes JSON.
 
 With few classes what a step costs besides its products is shared by all heads; with many (--classes 100) the products
 dominate, which are as large either way.
 """
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -19,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.machine import in_turn
+from benchmarks.machine import in_turn, save
 from regvit.probes import Training, train_probes
 
 READOUTS = {"cls": 1, "patch_mean": 1, "cls_reg": 2, "cls_patch": 2}  # width in tokens
@@ -37,7 +35,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/probes.json"))
+    parser.add_argument("--out", type=Path, help="JSON; default: none")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
 
@@ -61,11 +59,8 @@ def main() -> None:
         "largest_relative_difference_of_losses": difference,
         "rounds": rounds,
         "settings": {key: value for key, value in vars(given).items() if key != "out"},
-        "torch": torch.__version__,
-        "processor": platform.processor() or platform.machine(),
     }
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(result, indent=1) + "\n")
+    save(given.out, result)
     print(f"{result['heads']} heads together are {result['ratio']:.2f} times as fast as one by one (wanted {WANTED:g}); "
           f"their losses differ by at most {difference:.1e}")  # fmt: skip
     if difference > LOSS_TOLERANCE:

@@ -1,23 +1,37 @@
 """Files, bytes, reading, writing and hashing of feature stores, against NumPy: `python -m benchmarks.stores`.
 
-Writes one array of float16 features as a feature store and with `np.save`, reads both whole, and hashes both as DVC does
-(MD5 of every file). CPU seconds, in turn; the disk is left out by reading what the system has cached. Rows of sizes that
-were not measured say so: files and bytes follow from the format, seconds are extrapolated in proportion to the bytes.
+Writes float16 features as a feature store and with `np.save`, reads both whole, and hashes both as DVC does (MD5 of every
+file). CPU seconds, in turn; the disk is left out by reading what the system has cached. Rows of sizes that were not measured
+say so: files and bytes follow from the format, seconds are extrapolated in proportion to the bytes.
+
+Two kinds of stores, of a ViT-L/14 with four registers at 224 px: `features`, the three arrays that extraction leaves by
+default (CLS, registers, patch mean; 12 KiB an image), and `patches`, all patch tokens (512 KiB an image), as segmentation
+and depth read them.
 """
 
 import argparse
 import hashlib
 import json
+import math
+import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.machine import describe, in_turn, seconds_of
-from regvit.store import CHECKSUM_BYTES, FeatureStore, StoreWriter, default_rows_per_unit
+from regvit.store import CHECKSUM_BYTES, DTYPE, FeatureStore, StoreWriter, default_rows_per_unit
 
-SIZES, CHANNELS = (10_000, 100_000, 1_281_167), 1024
-METADATA = 2  # zarr.json of the group and of the array
+CHANNELS, REGISTERS, PATCHES = 1024, 4, 256
+KINDS: dict[str, dict[str, tuple[int, ...]]] = {  # arrays and their shapes, but for the images
+    "features": {"cls": (CHANNELS,), "registers": (REGISTERS, CHANNELS), "patch_mean": (CHANNELS,)},
+    "patches": {"patches": (PATCHES, CHANNELS)},
+}
+MEASURED = {"features": (10_000, 30_000), "patches": (512,)}  # images; about 400 MB at most
+IMAGENET = 1_281_167
+Shapes = Mapping[str, tuple[int, ...]]
+
 # NumPy copies memory into the system's cache. A store is rounded and checked for overflow, gets checksums, is synced to
 # disk unit by unit, and is read through its checksums with a look for NaN. The ratio is the price of that, and no aim: at
 # some 100 MB a second of the CPU it is far from what limits extraction.
@@ -25,21 +39,18 @@ METADATA = 2  # zarr.json of the group and of the array
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measured", type=int, default=100_000, help="rows of the largest store that is really made")
-    parser.add_argument("--channels", type=int, default=CHANNELS)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "stores.json")
     given = parser.parse_args()
-    rows, last = [], None
-    for size in SIZES:
-        if size <= given.measured:
-            last = measured(size, given.channels)
-            rows.append(last)
-        elif last is not None:
-            rows.append(extrapolated(size, given.channels, last))
-    print("| rows | | files | MB | store: write | read | hash | numpy: write | read | hash |\n"
-          "|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|")  # fmt: skip
+    rows = []
+    for kind in given.kinds:
+        found = [measured(size, KINDS[kind]) for size in MEASURED[kind]]
+        found.append(extrapolated(IMAGENET, KINDS[kind], found[-1]))
+        rows += [{"kind": kind} | row for row in found]
+    print("| store | images | | files | MB | store: write | read | hash | numpy: write | read | hash |\n"
+          "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|")  # fmt: skip
     for row in rows:
-        print(f"| {row['rows']:,} | {row['how']} | {row['files']} | {row['bytes'] / 1e6:,.0f} | "
+        print(f"| {row['kind']} | {row['rows']:,} | {row['how']} | {row['files']:,} | {row['bytes'] / 1e6:,.0f} | "
               + " | ".join(f"{row[key]:.2f} s" for key in KEYS) + " |")  # fmt: skip
     given.out.write_text(json.dumps({"machine": describe(), "rows": rows}, indent=1) + "\n")
 
@@ -51,7 +62,7 @@ def measure(quick: bool = False) -> list[dict]:
     """Rows of the table of all benchmarks: writing and reading a store against NumPy."""
     n, channels = (2_000, 32) if quick else (50_000, CHANNELS)
     with tempfile.TemporaryDirectory() as folder:
-        work = _Work(Path(folder), n, channels)
+        work = _Work(Path(folder), n, {"cls": (channels,)})
         rounds = 1 if quick else 5
         write = in_turn(work.store_write, work.numpy_write, rounds)
         read = in_turn(work.store_read, work.numpy_read, rounds)
@@ -62,56 +73,59 @@ def measure(quick: bool = False) -> list[dict]:
     ]
 
 
-def measured(rows: int, channels: int) -> dict:
+def measured(rows: int, shapes: Shapes) -> dict:
     """Seconds, files and bytes of one size."""
     with tempfile.TemporaryDirectory() as folder:
-        work = _Work(Path(folder), rows, channels)
+        work = _Work(Path(folder), rows, shapes)
         took = {key: min(seconds_of(getattr(work, key)) for _ in range(2)) for key in KEYS}
         files = [path for path in work.store.rglob("*") if path.is_file()]
         found = {"files": len(files), "bytes": sum(path.stat().st_size for path in files)}
-    assert found["files"] == n_files(rows), "the format has changed: correct n_files"
+    assert found["files"] == n_files(rows, shapes), "the format has changed: correct n_files"
     return {"rows": rows, "how": "measured", **found, **took}
 
 
-def extrapolated(rows: int, channels: int, known: dict) -> dict:
+def extrapolated(rows: int, shapes: Shapes, known: dict) -> dict:
     """The same of a size that is not made."""
-    unit = default_rows_per_unit(rows)
+    unit = default_rows_per_unit(rows, shapes)
     units = -(-rows // unit)
-    size = units * (unit * channels * 2 + CHECKSUM_BYTES)
+    size = units * sum(unit * math.prod(shape) * DTYPE.itemsize + CHECKSUM_BYTES for shape in shapes.values())
     took = {key: known[key] * size / known["bytes"] for key in KEYS}
-    return {"rows": rows, "how": "extrapolated", "files": n_files(rows), "bytes": size, **took}
+    return {"rows": rows, "how": "extrapolated", "files": n_files(rows, shapes), "bytes": size, **took}
 
 
-def n_files(rows: int) -> int:
-    """Files of a store of one array."""
-    return -(-rows // default_rows_per_unit(rows)) + METADATA
+def n_files(rows: int, shapes: Shapes) -> int:
+    """Files of a store: for each array a chunk a unit and its metadata, and the metadata of the group."""
+    return len(shapes) * (-(-rows // default_rows_per_unit(rows, shapes)) + 1) + 1
 
 
 class _Work:
-    """One array, written, read and hashed both ways."""
+    """Some arrays, written, read and hashed both ways."""
 
-    def __init__(self, folder: Path, rows: int, channels: int):
-        self.folder, self.store, self.array = folder, folder / "x.zarr", folder / "x.npy"
+    def __init__(self, folder: Path, rows: int, shapes: Shapes):
+        self.folder, self.store, self.shapes, self.rows = folder, folder / "x.zarr", shapes, rows
         rng = np.random.default_rng(0)
-        block = rng.standard_normal((min(rows, 10_000), channels), dtype=np.float32).astype(np.float16)
-        self.values = np.resize(block, (rows, channels))
+        self.values = {}
+        for name, shape in shapes.items():
+            block = rng.standard_normal((min(rows, 1_000), *shape), dtype=np.float32).astype(DTYPE)
+            self.values[name] = np.resize(block, (rows, *shape))
         self.made = 0
 
     def store_write(self) -> None:
         self.made += 1
         final = self.folder / f"{self.made}.zarr"
-        with StoreWriter(
-            final, self.folder / "partial", len(self.values), {"cls": self.values.shape[1:]}, {}
-        ) as writer:
+        with StoreWriter(final, self.folder / "partial", self.rows, self.shapes, {}) as writer:
             for unit in writer.missing_units():
                 start, stop = writer.unit_rows(unit)
-                writer.write(unit, {"cls": self.values[start:stop]})
+                writer.write(unit, {name: values[start:stop] for name, values in self.values.items()})
             writer.finish()
+        if self.made > 1:
+            shutil.rmtree(self.store)
         self.store = final
 
     def store_read(self) -> None:
         store = FeatureStore.open(self.store)
-        store.read_rows("cls", 0, len(store))
+        for name in self.shapes:
+            store.read_rows(name, 0, len(store))
 
     def store_hash(self) -> None:
         for path in sorted(self.store.rglob("*")):
@@ -120,14 +134,17 @@ class _Work:
                     hashlib.file_digest(file, "md5")
 
     def numpy_write(self) -> None:
-        np.save(self.array, self.values)
+        for name, values in self.values.items():
+            np.save(self.folder / f"{name}.npy", values)
 
     def numpy_read(self) -> None:
-        np.load(self.array)
+        for name in self.shapes:
+            np.load(self.folder / f"{name}.npy")
 
     def numpy_hash(self) -> None:
-        with open(self.array, "rb") as file:
-            hashlib.file_digest(file, "md5")
+        for name in self.shapes:
+            with open(self.folder / f"{name}.npy", "rb") as file:
+                hashlib.file_digest(file, "md5")
 
 
 if __name__ == "__main__":

@@ -5,10 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from regvit.images import RESIZINGS
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import __main__ as runner
-from benchmarks import machine, memory, pipeline, probes, stores
+from benchmarks import extraction, identification, machine, memory, pipeline, probes, stores
 
 
 def row(ratio, wanted=1.0):
@@ -67,19 +70,87 @@ def test_a_machine_is_named_by_its_processor_in_letters_and_digits(tmp_path):
     assert machine.describe()["versions"]["torch"]
 
 
-def test_a_store_that_is_not_made_has_the_files_of_the_format():
-    found = stores.measured(600, 4)
-    assert found["files"] == 3 + 2  # units of 256 rows, and the metadata of the group and of the array
-    large = stores.extrapolated(1_281_167, 4, found)
-    assert large["how"] == "extrapolated" and large["files"] == 313 + 2
-    assert large["bytes"] == 313 * (4096 * 4 * 2 + 4)
+@pytest.mark.parametrize(
+    ("shapes", "units", "imagenet"),
+    [({"cls": (4,), "registers": (2, 4), "patch_mean": (4,)}, 3, 313), ({"patches": (5, 4)}, 19, 40_037)],
+)
+def test_a_store_that_is_not_made_has_the_files_of_the_format(shapes, units, imagenet):
+    found = stores.measured(600, shapes)  # units of 256 rows, and of 32 with patches
+    assert found["files"] == len(shapes) * (units + 1) + 1  # with the metadata of the arrays and of the group
+    large = stores.extrapolated(1_281_167, shapes, found)
+    assert large["how"] == "extrapolated" and large["files"] == len(shapes) * (imagenet + 1) + 1
+    rows = 32 if "patches" in shapes else 4096
+    values = {"cls": 4, "registers": 8, "patch_mean": 4, "patches": 20}
+    assert large["bytes"] == sum(imagenet * (rows * values[name] * 2 + 4) for name in shapes)
 
 
-def test_memory_is_flat_if_it_grows_by_metadata_only(monkeypatch):
-    peaks = iter([100 << 20, 101 << 20, 110 << 20, 100 << 20, 200 << 20, 900 << 20])
+def test_memory_is_flat_if_it_grows_by_what_must_be_known_of_each_image_only(monkeypatch):
+    mib = 1 << 20  # 92,160 images more are allowed 45 MiB, and the first peak a quarter
+    peaks = iter([100 * mib, 120 * mib, 169 * mib, 100 * mib, 120 * mib, 171 * mib])
+    monkeypatch.setitem(memory.PIECES, "evaluate", (memory.evaluate, 6144, 512))
     answer = type("Done", (), {"stdout": property(lambda _: f"{next(peaks)}\n")})
     monkeypatch.setattr(memory.subprocess, "run", lambda *_, **__: answer())
-    assert memory.measured("probe")["flat"] and not memory.measured("probe")["flat"]
+    flat, grown = memory.measured("evaluate"), memory.measured("evaluate")
+    assert flat["flat"] and not grown["flat"]
+    assert flat["images"] == [6144, 24576, 98304] and flat["allowed_per_image"] == 512
+
+
+def test_memory_allows_far_less_than_the_logits_of_an_image():
+    logits = 4 * memory.EVALUATED_CLASSES * memory.EVALUATED_SEEDS * len(memory.EVALUATED_READOUTS)
+    assert memory.PIECES["evaluate"][2] < logits / 40
+    assert max(allowed for _, _, allowed in memory.PIECES.values()) == memory.OF_MANIFEST == 1536
+
+
+def test_one_piece_is_measured_again_and_the_others_stay(tmp_path):
+    out = tmp_path / "memory.json"
+    first = [memory.row(name, [1, 4, 16], [5, 5, 5]) for name in ("probe", "evaluate")]
+    assert memory.merged(out, first) == first
+    out.write_text(json.dumps({"rows": first}))
+    again = memory.row("evaluate", [1, 4, 16], [7, 7, 7])
+    assert memory.merged(out, [again]) == [first[0], again]
+
+
+def test_what_is_in_the_folder_was_judged_by_the_allowance_of_its_piece():
+    for row in json.loads((Path(memory.__file__).parent / "memory.json").read_text())["rows"]:
+        assert row == memory.row(row["piece"], row["images"], row["bytes"])
+
+
+def test_extraction_is_measured_on_a_gpu_where_there_is_one(monkeypatch):
+    given = []
+
+    def run(asked, say):
+        given.append(asked)
+        decoding = {name: {"images_per_cpu_s": 1, "largest_difference": 2, "least_cosine": 1} for name in RESIZINGS}
+        return {"ratio": 1.0, "wanted": 0.9, "of": "throughput", "decoding": decoding}
+
+    monkeypatch.setattr(extraction, "run", run)
+    for there, device in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert device in extraction.measure(True)[0]["detail"] and given[-1].device == device
+
+
+def test_extraction_leaves_the_threads_as_they_were_and_records_its_own(monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(extraction, "measurements", lambda given, say: {"threads": torch.get_num_threads()})
+    given = type("Given", (), {"threads": before + 1})
+    found = extraction.run(given, print)
+    assert found["threads"] == found["machine"]["threads"] == before + 1 and torch.get_num_threads() == before
+
+
+def test_the_published_search_runs_in_full_float32(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(identification, "published_search", lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    found = type("Found", (), {"detection": type("Detection", (), {"layer": 1, "threshold": 2.0})})
+    identification.published(torch.nn.Linear(2, 2), torch.zeros(3, 2), found)
+    assert seen == [False] and torch.backends.cudnn.allow_tf32
+
+
+def test_what_is_saved_names_the_machine(tmp_path):
+    machine.save(None, {"x": 1})
+    machine.save(tmp_path / "deep" / "x.json", {"x": 1})
+    found = json.loads((tmp_path / "deep" / "x.json").read_text())
+    assert found["x"] == 1 and found["machine"]["versions"]["torch"]
 
 
 def test_the_peak_of_a_piece_is_measured():
