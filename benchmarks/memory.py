@@ -218,7 +218,7 @@ def neighbours(folder: Path, n: int) -> None:
 def evaluate(folder: Path, n: int) -> None:
     """Detectors fitted on half; all of them and the neighbours applied to the others; saved, opened and counted.
 
-    What is bounded by constants of the library (blocks of test images, blocks and samples of detectors, some 200 MiB) is
+    What is bounded by constants of the library (blocks of test images, blocks and samples of detectors) is
     bounded by smaller ones: full at the smallest size already, so that what grows is what an image more takes.
     """
     evaluation.TEST_ROWS = neighbours_module.TEST_ROWS_A_PASS = BLOCK

@@ -338,7 +338,7 @@ SCHEMA = block(
                 "schedule": choice(*SCHEDULES),
                 "standardise": flag,
                 "seeds": number(1, whole=True),
-                "neighbours": several(number(1, whole=True)),
+                "neighbours": optional(several(number(1, whole=True))),
                 "temperature": number(0, above=True),
                 "logistic": optional(several(number(0, above=True))),
             }

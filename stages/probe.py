@@ -76,13 +76,15 @@ def main(run: str) -> None:
 
 
 def add_others(probes: ProbeSet, data: tuple, settings: dict, device: str) -> ProbeSet:
-    """The same with logistic regression (null in the params: none) and neighbours, for each readout."""
+    """The same with logistic regression and neighbours (null in the params: none), for each readout."""
     train, labels, val, val_labels = data
-    classes, grid, logistic, knn = probes.classes, settings["logistic"], {}, {}
+    classes, grid, neighbours = probes.classes, settings["logistic"], settings["neighbours"]
+    logistic, knn = {}, {}
     with progress(len(train), "neighbours and logistic regression", "readouts") as bar:
         for name, x in train.items():
-            knn[name] = choose_neighbours(x, labels, val[name], val_labels, len(classes), settings["neighbours"],
-                                          settings["temperature"], device)  # fmt: skip
+            if neighbours:
+                knn[name] = choose_neighbours(x, labels, val[name], val_labels, len(classes), neighbours,
+                                              settings["temperature"], device)  # fmt: skip
             if grid:
                 logistic[name] = fit_logistic(name, x, labels, val[name], val_labels, classes, grid)
             bar.advance()

@@ -17,6 +17,7 @@ from regvit.detectors import DETECTORS
 from regvit.manifest import Row, read_dataset, write_dataset
 from regvit.metrics import accuracy
 from regvit.predictions import load_predictions, paired_difference
+from regvit.probes import train_probes
 from regvit.store import FeatureStore, StoreWriter
 
 ROOT = Path(__file__).parents[1]
@@ -241,3 +242,17 @@ def test_features_of_another_manifest_are_refused(done, tmp_path):
     with pytest.raises(SystemExit, match=r"probe: .*home\.zarr was made from a manifest with SHA-256"):
         run("probe", tmp_path, "one")
     assert FeatureStore.open(done / "features/one/home.zarr", dataset.digest)
+
+
+@pytest.mark.parametrize("left_out", ["neighbours", "logistic"])
+def test_a_classifier_that_is_null_in_the_params_is_left_out(left_out):
+    from probe import add_others
+
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 3
+    x = {"cls": CENTRES[labels] + rng.normal(size=(60, 8))}
+    probes = train_probes(x, labels, x, labels, "abc", [0.1], 20, 16).probes
+    settings = {"neighbours": [5], "temperature": 0.07, "logistic": [0.1], left_out: None}
+    found = add_others(probes, (x, labels, x, labels), settings, "cpu")
+    assert set(found.knn) == ({"cls"} if left_out == "logistic" else set())
+    assert set(found.logistic) == ({"cls"} if left_out == "neighbours" else set())
