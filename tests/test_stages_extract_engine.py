@@ -15,8 +15,9 @@ pytest.importorskip("ray", reason="the engine needs the extra `cluster`")
 
 # As trust_project does: units of four images, of which there are eleven then; and time to stop the driver in between.
 SMALL_UNITS = """
-import runpy, sys, time
+import runpy, signal, sys, time
 from regvit import store
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore Ctrl-C
 store.SMALLEST_UNIT = 4
 record = store.StoreWriter.record
 store.StoreWriter.record = lambda *arguments: (record(*arguments), time.sleep(0.3))
