@@ -31,7 +31,6 @@ test: env
 
 check: env
 	@python stages/params.py
-	@dvc stage list --all --fail --name-only > /dev/null
 
 choose: env  # make choose NAME=imagenet IMAGES=/data/images; without NAME: what there is
 	@python stages/choose.py $(if $(NAME),$(NAME) $(if $(IMAGES),--images "$(IMAGES)"),--list)

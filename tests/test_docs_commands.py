@@ -81,6 +81,7 @@ RUN = {
     "regvit classify test_time_reg cat.jpg": Run(says=r"\d%  (one|other) +energy .*cat.jpg"),
     "dvc repro": Run(says="Data and pipelines are up to date"),
     "dvc plots show": Run(leaves=("dvc_plots/index.html",)),
+    "make check": Run(says="no fault found"),
     "make experiments": Run(),
     'make compare EXPS="main my-experiment"': Run(leaves=("work/compare",), instead={"my-experiment": "workspace"}),
     "python stages/gate.py --against main": Run(says="No guarded metric fell"),
