@@ -12,7 +12,7 @@ from another, are made to compute their weights in the open.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -52,9 +52,25 @@ def cls_attention(
     Raises:
         ValueError: the model has no CLS token; see also `watch_prefix_attention`.
     """
-    if not TokenLayout.of(model).cls:
+    layers = list(range(len(blocks(model)))) if layers is None else layers
+    with watch_prefix_attention(model, layers) as seen:
+        model.forward_features(images)
+    return cls_rows(model, seen, layers)
+
+
+def cls_rows(
+    model: nn.Module, seen: Mapping[int, Float[Tensor, "b h q n"]], layers: Sequence[int]
+) -> Float[Tensor, "l b n"]:
+    """Attention of CLS, mean over heads, of what `watch_prefix_attention` left in its dict.
+
+    Raises:
+        ValueError: the model has no CLS token.
+    """
+    layout = TokenLayout.of(model)
+    if not layout.cls:
         raise ValueError("this model has no CLS token, so there is no CLS attention")
-    return prefix_attention(model, images, layers)[:, :, :, 0].mean(2)
+    cls = query_names(layout).index("cls")
+    return torch.stack([seen[layer][:, :, cls].mean(1) for layer in layers])
 
 
 @contextmanager

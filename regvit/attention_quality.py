@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from .anatomy import Subject, grid_side
 from .attention import query_names, watch_prefix_attention
 from .batches import Batches
-from .files import write_table
+from .files import cell, write_table
 from .finite import check_finite
 from .hooks import blocks, watch_outputs
 from .images import Transform, open_image
@@ -355,7 +355,7 @@ def write_tables(folder: Path, quality: AttentionQuality | None, image_ids: Sequ
         others = [row for row in rows if row[0] != quality.queries[0]]
         columns = _by_image(quality)["heads"]
         values = zip(image_ids, *(columns[name] for name in METRICS), strict=True)
-        images = [[image, *map(_cell, row)] for image, *row in values]
+        images = [[image, *map(cell, row)] for image, *row in values]
     write_table(folder / "layers.csv", ["layer", *estimates], layers)
     write_table(folder / "heads.csv", ["layer", "head", *estimates], heads)
     write_table(folder / "registers.csv", ["query", "layer", "head", *estimates], others)
@@ -369,11 +369,7 @@ def _rows(
     stacked = np.stack([_means_with_intervals(tables[name], seed) for name in METRICS], axis=-1)
     for q, query in enumerate(queries):
         for layer, head in np.ndindex(stacked.shape[1:3]):
-            yield [query, layer, head, *map(_cell, stacked[:, layer, head, q].T.ravel())]  # (metric, 3) row by row
-
-
-def _cell(value: float) -> str:
-    return f"{value:.6g}" if np.isfinite(value) else ""
+            yield [query, layer, head, *map(cell, stacked[:, layer, head, q].T.ravel())]  # (metric, 3) row by row
 
 
 def _means_with_intervals(values: Float[np.ndarray, "b ..."], seed: int) -> Float[np.ndarray, "3 ..."]:

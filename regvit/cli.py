@@ -141,13 +141,7 @@ examples:
         help="from `regvit neurons` or the identify stage; default: features/neurons/<backbone>.json, and where that is "
         "missing they are searched on the image itself",
     )
-    parser.add_argument(
-        "--num-registers",
-        type=_registers,
-        default=1,
-        metavar="N",
-        help=f"1 to {MAX_REGISTERS}; default: %(default)s",
-    )
+    _add_num_registers(parser)
     _add_backbone_options(parser, f"{IMG_SIZE} where the model takes it, else its own")
     parser.set_defaults(run=_look)
 
@@ -365,8 +359,8 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
         help="write a backbone with its test-time registers baked in",
         description="Writes a backbone with its test-time registers baked in: safetensors and JSON that regvit.load(FOLDER)"
         "\nopens, and on request graphs that need none of this software. Each is compared with the model that it was\n"
-        "made of: no value of an output may differ by more than 0.0001 of that output's largest. The graphs take images (b, 3, size, size), normalised, of any batch size b, and give pooled, cls,\n"
-        "registers and patches.",
+        "made of: no value of an output may differ by more than 0.0001 of that output's largest. The graphs take images\n"
+        "(b, 3, size, size), normalised, of any batch size b, and give pooled, cls, registers and patches.",
         epilog=f"""\
 {BACKBONES}
 examples:
@@ -385,13 +379,7 @@ then:
         "--neurons", type=Path, required=True, metavar="FILE", help="from `regvit neurons` or the identify stage"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new, empty, or an earlier export")
-    parser.add_argument(
-        "--num-registers",
-        type=_registers,
-        default=1,
-        metavar="N",
-        help=f"1 to {MAX_REGISTERS}; default: %(default)s",
-    )
+    _add_num_registers(parser)
     parser.add_argument("--statistic", default="per_neuron", help="per_neuron, per_neuron_patches or reference")
     parser.add_argument("--patches", default="zero", help="zero, mean, only_outliers or same")
     parser.add_argument("--scale", type=_number, default=1.0, help="factor on a register's value; default: %(default)s")
@@ -573,6 +561,16 @@ def _count(text: str) -> int:
     return value
 
 
+def _add_num_registers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--num-registers",
+        type=_registers,
+        default=1,
+        metavar="N",
+        help=f"1 to {MAX_REGISTERS}; default: %(default)s",
+    )
+
+
 def _registers(text: str) -> int:
     value = _count(text)
     if value > MAX_REGISTERS:
@@ -594,9 +592,8 @@ def _number(text: str) -> float:
     return value
 
 
-_count.__name__ = _registers.__name__ = _count_or_none.__name__ = (
-    "whole number"  # argparse names the type in its message
-)
+# argparse names the type in its message.
+_count.__name__ = _registers.__name__ = _count_or_none.__name__ = "whole number"
 _number.__name__ = "number"
 
 

@@ -215,9 +215,7 @@ class _Crew:
             self._stillborn = 0
         except self._ray.exceptions.RayActorError as error:
             del self._workers[number]
-            if NODE_DIED in str(
-                error
-            ):  # Ray goes on placing workers on a dead node until it misses the node's heartbeat
+            if NODE_DIED in str(error):  # Ray places workers on a dead node until it misses its heartbeat
                 return
             self._stillborn += 1
             if self._stillborn == ATTEMPTS:

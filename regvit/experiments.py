@@ -207,8 +207,8 @@ def experiment_table(experiments: Sequence[Experiment], rows: Sequence[Row], eve
         lines.append((row.run, row.label, row.dataset, "–".join(map(str, counts)) or "–", *values, *changes))
     note = (
         "Brackets: 95 % intervals. ▲ better, ▼ worse where the interval of the difference leaves out zero; not corrected"
-        " for the number of rows. Differences are paired, over the images for which both have a value; †: not paired, the interval is that of two"
-        " independent figures."
+        " for the number of rows. Differences are paired, over the images for which both have a value;"
+        " †: not paired, the interval is that of two independent figures."
     )
     if left_out := len(rows) - len(shown):
         note += f" {left_out} rows in which nothing differs are left out."

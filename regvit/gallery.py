@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
-from .attention import query_names, watch_prefix_attention
+from .attention import cls_rows, query_names, watch_prefix_attention
 from .feature_colours import Palette
 from .files import replacing
 from .hooks import blocks, watch_outputs
@@ -73,7 +73,7 @@ def token_maps(model: nn.Module, images: Float[Tensor, "b 3 h w"], layer: int, a
 
     attention = None
     if layout.cls:
-        row = torch.stack([seen[at][:, :, 0].mean(1) for at in attention_layers]).mean(0)[..., None]  # (b, n, 1)
+        row = cls_rows(model, seen, attention_layers).mean(0)[..., None]  # (b, n, 1)
         attention = grid(layout.patches(row)[..., 0])
     return Maps(grid(norms[0]), attention, grid(layout.patches(tokens)))
 

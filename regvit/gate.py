@@ -2,8 +2,8 @@
 
 A rule names metrics by pattern, says which direction is better, and how much worse a value may become. It should name
 quantities that are good or bad by themselves: the difference of two readouts falls when the one held against improves,
-and a control is neither. A metric with a 95 % interval (`<name>_lo`, `<name>_hi` beside it) fails only if the new value also lies outside the old interval on the
-bad side: what stays inside is noise of the finite test set. A guarded metric that is gone, or is no number any more,
+and a control is neither. A metric with a 95 % interval (`<name>_lo`, `<name>_hi` beside it) fails only if the new value
+also lies outside the old interval on the bad side: what stays inside is noise of the finite test set. A guarded metric that is gone, or is no number any more,
 fails; so does a rule that guards nothing.
 """
 

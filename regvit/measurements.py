@@ -76,9 +76,10 @@ def measurement_table(runs: Sequence[Measurements], in_distribution: str, seed: 
         cells += [show_change(change, measure.scale, measure.digits, measure.better) for change in changes]
         rows.append((measure.label, measure.dataset, _images(values), *cells))
     note = (
-        "Brackets: 95 % intervals over the n images. Differences are of the same images in both runs; ▲ better, ▼ worse where the"
-        " interval leaves out zero, unmarked where neither direction is better; – where there is no outlier to measure at,"
-        " or where the two have other outliers. Outliers are those of the backbone without registers, so that the same places are compared."
+        "Brackets: 95 % intervals over the n images. Differences are of the same images in both runs; ▲ better, ▼ worse"
+        " where the interval leaves out zero, unmarked where neither direction is better; – where there is no outlier to measure at,"
+        " or where the two have other outliers. Outliers are those of the backbone without registers, so that the same"
+        " places are compared."
     )
     return Table(TITLE, header, tuple(rows), note if pairs and rows else "")
 

@@ -48,31 +48,6 @@ class Neighbours:
     val_correct: int | None = None
 
 
-def knn_logits(
-    train: Float[np.ndarray, "n d"],
-    labels: Int[np.ndarray, " n"],
-    test: Float[np.ndarray, "b d"],
-    k: int,
-    temperature: float,
-    n_classes: int,
-    device: str | torch.device = "cpu",
-) -> Float[np.ndarray, "b c"]:
-    """Logarithm of the weighted share of votes of each class, float32, finite.
-
-    Args:
-        train: features of the training images, an array or `stored.StoredReadout`; they are normalised here.
-        labels: class index of each training image.
-        test: features of the images to classify.
-        device: where to compute; the training features are copied there block by block.
-    Raises:
-        ValueError: shapes, labels, k or temperature do not fit; the message gives value and cure.
-    """
-    logits = np.empty((len(test), n_classes), dtype=np.float32)
-    for rows, found in knn_logit_blocks(train, labels, test, k, temperature, n_classes, device):
-        logits[rows] = found
-    return logits
-
-
 def knn_logit_blocks(
     train: Float[np.ndarray, "n d"],
     labels: Int[np.ndarray, " n"],
@@ -82,10 +57,17 @@ def knn_logit_blocks(
     n_classes: int,
     device: str | torch.device = "cpu",
 ) -> Iterator[tuple[slice, Float[np.ndarray, "b c"]]]:
-    """`knn_logits` block by block: rows of the images to classify, and their logits; for more images than fit.
+    """Logarithm of the weighted share of votes of each class, float32, finite; block by block, as for many images and
+    classes it does not fit into memory: rows of the images to classify, in their order, and their logits.
 
+    Args:
+        train: features of the training images, an array or `stored.StoredReadout`; they are normalised here.
+        labels: class index of each training image.
+        test: features of the images to classify.
+        device: where to compute; the training features are copied there block by block.
     Raises:
-        ValueError: as `knn_logits`, when the first block is asked for.
+        ValueError: shapes, labels, k or temperature do not fit; the message gives value and cure. It comes when the first
+            block is asked for.
     """
     _check(train, labels, test, k, temperature, n_classes)
     start = 0
@@ -110,7 +92,7 @@ def choose_neighbours(
     Numbers above that of the training images are left out; where that leaves none, all training images vote.
 
     Raises:
-        ValueError: as `knn_logits`, or there is no validation image.
+        ValueError: as `knn_logit_blocks`, or there is no validation image.
     """
     if not ks or min(ks) < 1:
         raise ValueError(f"ks are {list(ks)}; expected at least one number of neighbours, each 1 or more")

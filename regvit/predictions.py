@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 
 from .files import replacing
 from .metrics import PairedDifference, paired_accuracy_difference, top1_correct
-from .probes import InvalidProbes
+from .probes import InvalidProbes, described_in
 from .stored import blocks
 from .tensor_file import DiskArray, open_tensors, write_tensors
 
@@ -179,14 +179,7 @@ def load_predictions(path: Path | str) -> Predictions:
         tensors, described = open_tensors(path)
     except (SafetensorError, ValueError) as error:
         raise InvalidProbes(f"{path} is no safetensors file of predictions ({error}); {cure}") from error
-    if METADATA_KEY not in described:
-        raise InvalidProbes(f"{path} has no {METADATA_KEY!r} in its metadata; {cure}")
-    metadata = json.loads(described[METADATA_KEY])
-    if metadata.get("format_version") != FORMAT_VERSION:
-        raise InvalidProbes(
-            f"{path} has predictions format {metadata.get('format_version')}, this version reads {FORMAT_VERSION}; "
-            "run the evaluate stage again"
-        )
+    metadata = described_in(path, described, METADATA_KEY, FORMAT_VERSION, "predictions", "evaluate")
     on_disk = {
         kind: {tuple(key): tensors["/".join((kind, *key))] for key in keys} for kind, keys in metadata["keys"].items()
     }

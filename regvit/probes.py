@@ -359,15 +359,28 @@ def read_described(
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise InvalidProbes(f"{path} is no safetensors file ({error}); {cure}") from error
+    return tensors, described_in(path, metadata, key, version, what, stage)
+
+
+def described_in(path: Path | str, metadata: Mapping[str, str], key: str, version: int, what: str, stage: str) -> dict:
+    """The JSON that stands under `key` in the metadata of a safetensors file.
+
+    Args:
+        version, what, stage: as in `read_described`.
+    Raises:
+        InvalidProbes: the key is missing, or of another version.
+    """
     if key not in metadata:
-        raise InvalidProbes(f"{path} has no {key!r} in its metadata; {cure}")
+        raise InvalidProbes(
+            f"{path} has no {key!r} in its metadata; expected a file of {what}; run the {stage} stage again"
+        )
     described = json.loads(metadata[key])
     if described.get("format_version") != version:
         raise InvalidProbes(
             f"{path} has {what} format {described.get('format_version')}, this version reads {version}; "
             f"run the {stage} stage again"
         )
-    return tensors, described
+    return described
 
 
 class _State:

@@ -182,8 +182,8 @@ def before_and_after(of: Material) -> str:
         " on a map itself."
     )
     note = (
-        "Patch norms: logarithmic, bright from the 99 % quantile of the patches that are no outliers on; outliers in cyan. CLS attention: mean over heads and"
-        " the blocks after the register neurons; the scale of each image ends where its patches that are no outliers"
+        "Patch norms: logarithmic, bright from the 99 % quantile of the patches that are no outliers on; outliers in"
+        " cyan. CLS attention: mean over heads and the blocks after the register neurons; the scale of each image ends where its patches that are no outliers"
         " end. Features: the first three principal components of the patch tokens as red, green and blue, fitted once, on"
         " patches of the backbone before planting and without registers that are no outliers; so the same colour is the"
         " same feature in all images and in all runs of one backbone."

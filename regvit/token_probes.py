@@ -39,12 +39,8 @@ RIDGE = 1e-2  # of the mean diagonal: on images held out of a training split bet
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # λ of the logistic regression, chosen by cross-validation on the training tokens
 FOLDS = 3
 
-FIGURES = {
-    "top1": "correct",
-    "distance": "distance",
-    "l2": "pixel_error",
-    "guess_l2": "mean_patch_error",
-}  # of PatchErrors
+# Of PatchErrors, by their names in metrics and tables.
+FIGURES = {"top1": "correct", "distance": "distance", "l2": "pixel_error", "guess_l2": "mean_patch_error"}
 
 
 @dataclass(frozen=True)

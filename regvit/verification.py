@@ -14,10 +14,10 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
-from .attention import watch_prefix_attention
+from .attention import cls_rows, watch_prefix_attention
 from .backbones import Backbone, load_backbone, unplanted
 from .feature_colours import fit_palette
-from .files import write_table
+from .files import cell, write_table
 from .gallery import Maps, as_picture, draw_maps, first_images, save_strip, tile_colours, token_maps
 from .hooks import blocks
 from .images import Transform
@@ -145,7 +145,7 @@ def write_images(path: Path, image_ids: Sequence[str], recovery: Recovery | None
     columns = [] if recovery is None else [getattr(recovery, field) for field in fields]
     if columns and len(columns[0]) != len(image_ids):
         raise ValueError(f"{len(image_ids)} images and {len(columns[0])} values; give the images that were compared")
-    cells = [[f"{value:.6g}" if np.isfinite(value) else "" for value in column] for column in columns]
+    cells = [[cell(value) for value in column] for column in columns]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_table(path, ["image_id", *fields], zip(image_ids, *cells, strict=True) if cells else [])
 
@@ -286,4 +286,4 @@ def _tokens_and_attention(
     """Last-layer tokens, and CLS attention averaged over heads and `layers`, from one forward."""
     with watch_prefix_attention(model, layers) as seen:
         tokens = model.forward_features(images)
-    return tokens, torch.stack([seen[layer][:, :, 0].mean(1) for layer in layers]).mean(0)[..., None]
+    return tokens, cls_rows(model, seen, layers).mean(0)[..., None]

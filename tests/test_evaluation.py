@@ -27,7 +27,7 @@ from regvit.evaluation import (
 )
 from regvit.manifest import Dataset, Row
 from regvit.metrics import accuracy, fpr95
-from regvit.neighbours import Neighbours, knn_logits
+from regvit.neighbours import Neighbours, knn_logit_blocks
 from regvit.predictions import paired_difference
 from regvit.probes import Probe, ProbeSet
 from regvit.readouts import InMemory, readout
@@ -122,7 +122,7 @@ def test_every_seed_and_classifier_predicts_the_test_images_of_every_set(predict
         assert predictions.logits["cls", name].shape == (3, sum(is_test(each)), 3)
     assert set(predictions.other) == {(kind, "cls", name) for kind in ("knn", "logistic") for name in sets}
     home, away = (sets[name].features.read("cls") for name in ("home", "away"))
-    votes = knn_logits(home[:90], np.arange(90) % 3, away[5:], 7, 0.07, 3)
+    ((_, votes),) = knn_logit_blocks(home[:90], np.arange(90) % 3, away[5:], 7, 0.07, 3)
     assert np.allclose(predictions.other["knn", "cls", "away"], votes, atol=1e-5)
 
 

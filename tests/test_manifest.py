@@ -1,5 +1,6 @@
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -134,10 +135,7 @@ HEADER = b"image_id,path,label,split\n"
     ],
 )
 def test_a_table_that_is_no_csv_is_refused_with_its_line(tmp_path, content, said):
-    write(tmp_path)
-    (tmp_path / "manifest.csv").write_bytes(content)
-    with pytest.raises(InvalidManifest, match=rf"manifest\.csv.*{said}"):
-        read_dataset(tmp_path)
+    refuses(tmp_path, "manifest.csv", content, said)
 
 
 @pytest.mark.parametrize(
@@ -156,10 +154,15 @@ def test_a_table_that_is_no_csv_is_refused_with_its_line(tmp_path, content, said
     ],
 )
 def test_a_description_that_is_not_what_it_should_be_is_refused(tmp_path, content, said):
-    write(tmp_path)
-    (tmp_path / "dataset.json").write_bytes(content)
-    with pytest.raises(InvalidManifest, match=rf"dataset\.json.*{said}"):
-        read_dataset(tmp_path)
+    refuses(tmp_path, "dataset.json", content, said)
+
+
+def refuses(folder, file, content, said):
+    """Holds that a data set with this file of other content is refused, in these words after its name."""
+    write(folder)
+    (folder / file).write_bytes(content)
+    with pytest.raises(InvalidManifest, match=rf"{re.escape(file)}.*{said}"):
+        read_dataset(folder)
 
 
 def test_a_missing_column_is_named_and_optional_ones_may_be_absent(tmp_path):

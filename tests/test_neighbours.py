@@ -3,7 +3,7 @@ import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
 from regvit import neighbours
-from regvit.neighbours import Neighbours, choose_neighbours, knn_logit_blocks, knn_logits
+from regvit.neighbours import Neighbours, choose_neighbours, knn_logit_blocks
 
 
 def clouds(n, seed, spread=1.0):
@@ -14,13 +14,22 @@ def clouds(n, seed, spread=1.0):
     ), labels
 
 
+def knn_logits(train, labels, test, k, temperature, n_classes):
+    """Of all images at once."""
+    logits = np.full((len(test), n_classes), np.nan, dtype=np.float32)
+    for rows, found in knn_logit_blocks(train, labels, test, k, temperature, n_classes):
+        assert found.dtype == np.float32
+        logits[rows] = found
+    return logits
+
+
 def test_votes_are_worked_out_by_hand():
     train, labels = np.array([[1, 0], [0, 2], [-3, 0]], np.float32), np.array([0, 1, 0])
     test = np.array([[5, 0]], np.float32)  # similarities 1, 0, −1, whatever the lengths
     logits = knn_logits(train, labels, test, k=2, temperature=0.5, n_classes=3)
     share = np.exp(2) / (np.exp(2) + 1)
     np.testing.assert_allclose(np.exp(logits), [[share, 1 - share, 0]], rtol=1e-5, atol=1e-9)
-    assert logits.dtype == np.float32 and np.isfinite(logits).all()
+    assert np.isfinite(logits).all()
 
 
 @pytest.mark.parametrize("k", [1, 7, 50])
@@ -48,10 +57,11 @@ def test_blocks_do_not_change_a_vote(monkeypatch):
 def test_logits_come_in_blocks_of_which_none_is_large(monkeypatch):
     (x, y), (v, _) = clouds(300, 1), clouds(120, 2)
     monkeypatch.setattr(neighbours, "TEST_ROWS", 50)
+    whole = knn_logits(x, y, v, 20, 0.07, 4)
     monkeypatch.setattr(neighbours, "VOTES_AT_ONCE", 30 * 20 * 4)
     found = list(knn_logit_blocks(x, y, v, 20, 0.07, 4))
     assert [(rows.start, rows.stop) for rows, _ in found] == [(0, 30), (30, 50), (50, 80), (80, 100), (100, 120)]
-    np.testing.assert_array_equal(np.concatenate([logits for _, logits in found]), knn_logits(x, y, v, 20, 0.07, 4))
+    np.testing.assert_array_equal(np.concatenate([logits for _, logits in found]), whole)
 
 
 def test_k_is_chosen_on_validation_among_those_that_the_training_images_allow():
