@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from command import command
-from params import load_params
 from regvit.backbones import Backbone
 from regvit.engine import RayEngine
 from regvit.extraction import ARRAYS, Engine, describe, extract, row_shapes
@@ -28,27 +27,23 @@ INTERRUPTED = "finished units are kept in work/"
 def main(run_name: str, dataset_name: str) -> None:
     final = Path("features") / run_name / f"{dataset_name}.zarr"
     record = Path("metrics/extract") / run_name / f"{dataset_name}.json"
-    fill_store(run_name, dataset_name, load_params()["extract"], final, record)
+    fill_store(run_name, dataset_name, final, record)
 
 
 def fill_store(
     run_name: str,
     dataset_name: str,
-    choices: Mapping,
     final: Path,
     record: Path,
     prepare: Callable[[Backbone], Backbone] = lambda backbone: backbone,
     arrays: Sequence[str] = ARRAYS,
     purpose: str | None = None,
 ) -> None:
-    """Extracts, or goes on extracting, and writes the record.
-
-    Args:
-        choices: block `extract` of the parameters: `precision`, and `resizing` where it is not Pillow's.
-    """
+    """Extracts, or goes on extracting, and writes the record."""
     runtime = Runtime.load()
     run_file = Path("features") / run_name / "run.json"
     run = read_run(run_file)
+    choices = json.loads(run_file.with_name("extract.json").read_text())  # `precision`, and `resizing` if not Pillow's
     backbone = open_run(run_file, Path("data/backbones"))
     transform = replace(backbone.transform, resizing=choices.get("resizing", "pillow"))
     backbone = prepare(replace(backbone, transform=transform))

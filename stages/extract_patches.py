@@ -15,15 +15,15 @@ from regvit.whole_images import WholeTransform
 
 
 def main(run: str, dataset: str) -> None:
-    params = load_params()
+    img_size = load_params()["patches"]["img_size"]
 
     def whole(backbone: Backbone) -> Backbone:
-        backbone = resized(backbone, params["patches"]["img_size"])
+        backbone = resized(backbone, img_size)
         return replace(backbone, transform=WholeTransform.of(backbone.transform))
 
     final = Path("features") / run / "patches" / f"{dataset}.zarr"
     record = Path("metrics/extract_patches") / run / f"{dataset}.json"
-    fill_store(run, dataset, params["extract"], final, record, whole, ["patches"], "patches")
+    fill_store(run, dataset, final, record, whole, ["patches"], "patches")
 
 
 if __name__ == "__main__":

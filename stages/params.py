@@ -15,6 +15,7 @@ from pathlib import Path
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import ConstructorError, SafeConstructor
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent, ScalarEvent
 from ruamel.yaml.nodes import Node
 
 from architectures import architecture
@@ -78,14 +79,19 @@ _shown = _Short().repr
 
 
 def check_params(path: str | Path = "params.yaml") -> dict:
-    """As `load_params`, with the layers held to the depth of each architecture: before a pipeline, not before each stage.
+    """As `load_params`, for what is looked at before a pipeline and not before each stage.
 
     Raises:
-        ParamsError: as `load_params`, or timm does not know an architecture, or one has fewer layers.
+        ParamsError: as `load_params`, or DVC could not read the file, be it after `dvc exp run -S` has written it anew; or
+            timm does not know an architecture, or one has fewer layers.
         OSError: what timm said of an architecture cannot be kept in work/.
     """
     params = load_params(path)
-    _refuse(path, list(_broken_layers(params)))
+    _refuse(path, [*_colons_in_braces(Path(path).read_text(encoding="utf-8")), *_broken_layers(params)])
+    try:
+        YAML(typ="safe").load(Path(path))  # as DVC does
+    except YAMLError as error:
+        raise ParamsError(f"{path} cannot be read by DVC: {' '.join(str(error).split())}") from error
     return params
 
 
@@ -98,7 +104,7 @@ def load_params(path: str | Path = "params.yaml") -> dict:
     path = Path(path)
     if not path.is_file():
         raise ParamsError(f"there is no {path} in {Path.cwd()}: stages run from the root of the repository")
-    reader = YAML(typ="safe", pure=True)  # pure: the C reader is YAML 1.1
+    reader = YAML(typ="safe", pure=True)  # pure: has a line of its own for each value that cannot be made
     reader.Constructor = _Constructor
     try:
         params = reader.load(path)
@@ -108,6 +114,22 @@ def load_params(path: str | Path = "params.yaml") -> dict:
         raise ParamsError(f"{path} has too many lists or blocks within each other: take levels away") from error
     _refuse(path, list(faults_of(params)))
     return params
+
+
+def _colons_in_braces(text: str) -> Iterator[str]:
+    """Texts such as `emoji:noto` in braces or brackets: libyaml, by which DVC reads, takes them in quotes only, and
+    `dvc exp run -S` writes the file without the quotes."""
+    within = []
+    for event in YAML(typ="safe", pure=True).parse(text):
+        if isinstance(event, CollectionStartEvent):
+            within.append(event.flow_style)
+        elif isinstance(event, CollectionEndEvent):
+            within.pop()
+        elif isinstance(event, ScalarEvent) and within[-1:] == [True] and re.search(r":\S", event.value):
+            yield (
+                f"line {event.start_mark.line + 1}: {_shown(event.value)} stands in braces or brackets, where DVC reads a"
+                " colon only in quotes, and `dvc exp run -S` takes quotes away: write this entry a key a line"
+            )
 
 
 def _refuse(path: str | Path, faults: list[str]) -> None:

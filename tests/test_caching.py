@@ -90,10 +90,25 @@ def test_editing_the_metrics_extracts_nothing(pipeline):
     with open(pipeline.folder / "regvit/metrics.py", "a") as file:
         file.write("\nCHANGED = True\n")
     ran, _ = pipeline.repro()
-    using = {name for name, stage in YAML_FILE.load(pipeline.folder / "dvc.yaml")["stages"].items()
-             if "regvit/metrics.py" in stage.get("do", stage)["deps"]}  # fmt: skip
+    fingerprints = (pipeline.folder / "metrics/fingerprint").glob("*.json")
+    using = {file.stem for file in fingerprints if "regvit/metrics.py" in file.read_text()}
     assert {"probe", "evaluate"} <= using and not using & {"extract", "extract_patches", "identify", "compose"}
-    assert {name.partition("@")[0] for name in ran} == using - {"discover", "zeroshot"}  # same bytes: no report
+    assert {name.partition("@")[0] for name in ran} == using - {"discover", "zeroshot"} | {"fingerprint"}
+
+
+def test_a_comment_and_a_new_module_that_nothing_imports_rerun_nothing_but_the_fingerprint(pipeline):
+    path = pipeline.folder / "regvit/tokens.py"
+    path.write_text("# A remark.\n" + path.read_text().replace('"""', '"""Said again. ', 1))
+    (pipeline.folder / "regvit/unused.py").write_text("UNUSED = 1\n")
+    assert pipeline.repro() == ({"fingerprint"}, set())
+    (pipeline.folder / "regvit/unused.py").unlink()
+
+
+def test_the_precision_of_extraction_reruns_what_features_decide_and_no_measurement(pipeline):
+    pipeline.change("extract", "precision", to="float32")
+    ran, _ = pipeline.repro()
+    assert {"compose@original", "extract@original-plain", "extract_patches@cured-rooms", "probe@cured"} <= ran
+    assert not {name.partition("@")[0] for name in ran} & {"identify", "verify", "tokens", "attention"}
 
 
 def test_a_data_set_taken_out_is_not_reported_though_its_files_still_lie_there(pipeline):

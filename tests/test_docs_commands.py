@@ -80,6 +80,8 @@ RUN = {
     ),
     "regvit classify test_time_reg cat.jpg": Run(says=r"\d%  (one|other) +energy .*cat.jpg"),
     "dvc repro": Run(says="Data and pipelines are up to date"),
+    "dvc repro fingerprint": Run(says="Data and pipelines are up to date"),
+    "dvc status": Run(says="Data and pipelines are up to date"),
     "dvc plots show": Run(leaves=("dvc_plots/index.html",)),
     "make check": Run(says="no fault found"),
     "make experiments": Run(),
@@ -149,9 +151,14 @@ IMAGENET = """\
 # Drawings instead of ImageNet.
 in_distribution: imagenet
 datasets:
-  imagenet: {source: "folder:{images}/plain", role: id}
+  imagenet:
+    source: "folder:{images}/plain"
+    role: id
 backbones:
-  large: {source: "file:weights.safetensors", architecture: test_vit, img_size: 48}
+  large:
+    source: file:weights.safetensors
+    architecture: test_vit
+    img_size: 48
 runs:
   large: {backbone: large, registers: none, num_registers: 0}
   also: {backbone: large, registers: none, num_registers: 0}
@@ -162,7 +169,8 @@ probe:
 evaluate:
   detectors: [msp]
 scenes:
-  rooms: {source: relief}
+  rooms:
+    source: relief
 verify:
   pictures: rooms
 tokens:
@@ -357,9 +365,9 @@ def test_parameters_in_the_text_make_a_whole_experiment_and_name_weights_that_ti
 
 
 def test_an_entry_of_the_readers_own_images_is_one_that_works(project):
-    (entry,) = re.findall(r"`(mine: \{source: .*?\})`", read(ROOT / "README.md"))
+    (shown,) = re.findall(r"^  ```yaml\n(  datasets:\n    mine:.*?)^  ```$", read(ROOT / "README.md"), re.M | re.S)
     params = YAML_FILE.load(read(ROOT / "params.yaml"))
-    params["datasets"] = params["datasets"] | YAML_FILE.load(entry)
+    params["datasets"] = params["datasets"] | YAML_FILE.load(shown)["datasets"]
     del params["datasets"]["twemoji"]
     assert list(faults_of(params | {"in_distribution": "mine"})) == []
 

@@ -1,4 +1,4 @@
-"""dvc.yaml names, for every stage, just the modules and the parameters that its script uses."""
+"""dvc.yaml names, for every stage, just the code and the parameters that its script uses."""
 
 import ast
 import sys
@@ -9,10 +9,16 @@ from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "stages"))
-from code_deps import closure, script_of  # noqa: E402
+from fingerprint import closure, scripts  # noqa: E402
 
 STAGES = YAML(typ="safe", pure=True).load(ROOT / "dvc.yaml")["stages"]
+FINGERPRINT = STAGES.pop("fingerprint")
 STAGES = {name: stage.get("do", stage) for name, stage in STAGES.items()}
+
+
+def script_of(stage: dict) -> str:
+    """`stages/extract.py` of a stage whose cmd is `python stages/extract.py ${item.run} …`."""
+    return stage["cmd"].split()[1]
 
 
 def keys_used(file: str) -> set[str]:
@@ -30,20 +36,28 @@ def keys_used(file: str) -> set[str]:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_depends_on_the_modules_that_its_script_imports_and_no_others(stage):
-    listed = {dep for dep in STAGES[stage]["deps"] if dep.endswith(".py")}
-    assert sorted(listed) == sorted(closure(script_of(STAGES[stage]), ROOT)), (
-        "python stages/code_deps.py --write corrects dvc.yaml"
-    )
+def test_a_stage_depends_on_the_fingerprint_of_its_own_script_and_on_no_code_else(stage):
+    of_code = [dep for dep in STAGES[stage]["deps"] if dep.endswith(".py") or "fingerprint" in dep]
+    assert of_code == [f"metrics/fingerprint/{Path(script_of(STAGES[stage])).stem}.json"]
+
+
+def test_every_script_of_the_pipeline_has_a_fingerprint_and_nothing_else_has():
+    assert scripts(ROOT) == sorted({Path(script_of(stage)).stem for stage in STAGES.values()})
+    assert FINGERPRINT["deps"] == ["regvit", "stages"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_tracks_the_parameters_that_its_script_reads_and_no_others(stage):
-    listed = {key.split(".")[0] for key in STAGES[stage]["params"]}
+    listed = {key.split(".")[0] for key in STAGES[stage].get("params", [])}
     used = keys_used(script_of(STAGES[stage]))
     if stage.startswith("download"):  # reads its entry by `source_of`
         used.add("scenes" if stage == "download_scenes" else "datasets")
     assert sorted(listed) == sorted(used), f"correct the params of {stage} in dvc.yaml"
+
+
+def test_extraction_reads_no_parameters_as_hundreds_of_its_stages_would_each_have_dvc_parse_them():
+    assert "params" not in STAGES["extract"]
+    assert "features/${item.run}/extract.json" in STAGES["extract"]["deps"]
 
 
 def test_no_stage_that_makes_features_depends_on_metrics_or_probes():

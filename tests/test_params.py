@@ -2,11 +2,15 @@
 
 import copy
 import json
+import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from dvc.utils.serialize import load_yaml, modify_yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.cyaml import CParser
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "stages"))
@@ -37,7 +41,7 @@ def test_the_parameters_of_this_repository_have_no_fault(params):
 def test_numbers_and_words_are_read_as_yaml_1_2_as_dvc_does(tmp_path):
     text = (ROOT / "params.yaml").read_text()
     text = text.replace("weight_decay: 0.0", "weight_decay: 1e-4").replace(
-        "source: digits,", "source: digits, classes: [yes],"
+        "    source: digits\n", "    source: digits\n    classes: [yes]\n"
     )
     (tmp_path / "params.yaml").write_text(text)
     read = load_params(tmp_path / "params.yaml")
@@ -255,9 +259,7 @@ def test_a_layer_that_a_backbone_does_not_have_is_refused_before_a_pipeline(know
 )
 def test_an_architecture_that_timm_does_not_have_is_refused_before_a_pipeline(known, model, said):
     text = (known / "params.yaml").read_text()
-    (known / "params.yaml").write_text(
-        text.replace("backbones:\n", f'backbones:\n  mine: {{source: "timm:{model}"}}\n')
-    )
+    (known / "params.yaml").write_text(text.replace("backbones:\n", f"backbones:\n  mine:\n    source: timm:{model}\n"))
     with pytest.raises(ParamsError, match=f"backbones.mine: .*{said}"):
         check_params()
 
@@ -297,6 +299,42 @@ def test_a_folder_of_the_projects_own_cannot_be_a_name(params):
 def test_a_missing_file_says_where_stages_run(tmp_path):
     with pytest.raises(ParamsError, match="stages run from the root of the repository"):
         load_params(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize("quote", ["", '"', "'"])
+@pytest.mark.parametrize("entry", ["{{source: {source}, role: anomaly}}", "{{classes: [{source}]}}"])
+def test_a_colon_in_braces_is_refused_before_a_pipeline_as_libyaml_could_not_read_it(known, quote, entry):
+    text = (known / "params.yaml").read_text()
+    entry = entry.format(source=f"{quote}emoji:noto{quote}")
+    (known / "params.yaml").write_text(text.replace("  flags:\n", f"  flags: {entry}\n  other:\n"))
+    line = text[: text.index("  flags:")].count("\n") + 1
+    said = f"line {line}: 'emoji:noto' stands in braces or brackets, .*: write this entry a key a line"
+    with pytest.raises(ParamsError, match=said):
+        stage_params._refuse("params.yaml", list(stage_params._colons_in_braces((known / "params.yaml").read_text())))
+    with pytest.raises(ParamsError):
+        check_params()
+
+
+def test_what_dvc_writes_on_exp_run_is_what_it_can_read(tmp_path):
+    for file in [ROOT / "params.yaml", *(ROOT / "choices").glob("*.yaml")]:
+        copy_of = tmp_path / file.name
+        copy_of.write_text(file.read_text().replace("{images}", "/pictures"))
+        before = load_yaml(copy_of)
+        with modify_yaml(copy_of) as values:  # as `dvc exp run -S in_distribution=other`
+            values["in_distribution"] = "other"
+        assert load_yaml(copy_of) == before | {"in_distribution": "other"}
+        if file.name == "params.yaml":
+            check = list(stage_params._colons_in_braces(copy_of.read_text()))
+            assert check == [] and "'" not in re.sub("#.*", "", copy_of.read_text())
+
+
+def test_dvc_reads_by_libyaml_with_the_meaning_that_values_have_here(tmp_path):
+    text = "a: 1e-4\nb: yes\nc: 010\nd: 12:30\ne: ~\nf: [0x1f, 1.5]\ng: {h: off}\n"
+    (tmp_path / "values.yaml").write_text(text)
+    assert YAML(typ="safe").Parser is CParser
+    assert load_yaml(tmp_path / "values.yaml") == YAML(typ="safe", pure=True).load(text) == {
+        "a": 1e-4, "b": "yes", "c": 10, "d": "12:30", "e": None, "f": [31, 1.5], "g": {"h": "off"},
+    }  # fmt: skip
 
 
 def test_text_that_is_no_yaml_is_refused(tmp_path):

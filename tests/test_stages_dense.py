@@ -33,7 +33,6 @@ KNOBS = {"datasets": ["rooms"], "learning_rates": [0.003, 0.03], "weight_decays"
          "steps": 30, "batch_size": 4}  # fmt: skip
 PARAMS = {
     "seed": 0,
-    "extract": {"precision": "float32"},
     "patches": {"datasets": ["rooms"], "img_size": SIZE},
     "segment": KNOBS,
     "depth": {**KNOBS, "min_depth": 0.001, "max_depth": 10.0, "crop": "none", "bins": 16, "upsample": 1},
@@ -78,6 +77,7 @@ def work(tmp_path_factory):
     found = {"threshold": float(np.sort(norms.ravel())[-4]), "detect_layer": LAYER}
     for name, kind, count in (("plain", "none", 0), ("cured", "test_time", 1)):
         (folder / "features" / name).mkdir(parents=True)
+        (folder / "features" / name / "extract.json").write_text('{"precision": "float32"}')
         (folder / "features" / name / "detection.json").write_text(json.dumps(found))
         described = describe_run(name, backbone, kind, count, {2: (1, 5)})
         (folder / "features" / name / "run.json").write_text(json.dumps(described))

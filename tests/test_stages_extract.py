@@ -57,6 +57,7 @@ def test_a_finished_store_with_its_record_is_not_written_over(stages, project):
 def test_a_finished_store_of_other_settings_is_not_taken_for_this_one(stages, project):
     (project / RECORD).unlink()
     change(project, "extract", precision="bfloat16")
+    stages.finish(project, "compose", "cured")
     ended = stages.run(project, "extract", "cured", "home")
     assert ended.status == 1 and "features/cured/home.zarr exists; delete it" in ended.text
     assert not (project / RECORD).exists()
@@ -75,6 +76,7 @@ def test_the_record_says_how_images_were_resized_where_it_was_not_by_pillow(stag
     shutil.rmtree(project / "features/cured/home.zarr")
     (project / RECORD).unlink()
     change(project, "extract", resizing="torch")
+    stages.finish(project, "compose", "cured")
     ended = stages.run(project, "extract", "cured", "home")
     assert ended.status == 0, ended.text
     after = json.loads((project / RECORD).read_text())[0]

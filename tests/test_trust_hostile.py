@@ -63,7 +63,6 @@ ALLOWED = {  # file, what: why
     ): "to send an extractor from the driver to its own workers, as Ray does itself",
     ("regvit/engine.py", "pickle.loads()"): "of what the driver of the same run has just sent: never of a file",
     ("stages/experiment_trees.py", "yaml.load()"): "`yaml` is ruamel's safe reader, which makes no objects",
-    ("stages/code_deps.py", "yaml.load()"): "`yaml` is ruamel's reader in its round-trip mode, which makes no objects",
 }
 
 
