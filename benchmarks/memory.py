@@ -4,9 +4,12 @@ Each piece of a stage runs on synthetic data of n, 4 n and 16 n images in a proc
 the system reports (`getrusage`). Memory is *flat* where 16 times the images take no more than 1.25 times the memory beyond
 that of a process that has imported the library, plus what must be known of each image:
 
-- 1,536 bytes where a manifest is made or read from files: names, class, split and checksum of an image, in Python's objects;
-- 512 bytes for evaluation: a row of a manifest that is in memory (about 300 bytes) and 8 bytes a detector, seed and readout;
-- 256 bytes for pieces on features or scores alone: row numbers, labels, orders and scores, 8 bytes each.
+- 512 bytes where a data set is made: what is found of an image (path, class, split), in Python's objects, and its row;
+- 256 bytes elsewhere: a row of a manifest in columns (about 100 bytes), and row numbers, labels, orders and scores, 8 bytes
+  each (in evaluation one for each detector, seed and readout).
+
+What a process frees goes back to the system at once, as the allocator's threshold for that is kept where it starts
+(`MALLOC_MMAP_THRESHOLD_`): so the peak is that of what is held, not of the holes between it.
 
 Evaluation has 1,000 classes, 3 seeds and 2 readouts, whose logits would be 24 KiB an image, and goes through them in
 blocks that are full from the smallest size on. Training from features runs with memory for none of them
@@ -16,6 +19,7 @@ stay in the file as they were.
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -29,7 +33,7 @@ import torch
 from PIL import Image
 
 from benchmarks.machine import describe
-from regvit import detectors, evaluation
+from regvit import detectors, evaluation, heads, predictions, stored, tensor_file
 from regvit import neighbours as neighbours_module
 from regvit.backbones import Backbone
 from regvit.batches import Batches, sample
@@ -50,12 +54,13 @@ from regvit.stored import stored_readouts
 
 TIMES = (1, 4, 16)
 ALLOWED = 1.25
-OF_MANIFEST, OF_EVALUATION, OF_FEATURES = 1536, 512, 256  # bytes an image
+OF_MAKING, OF_ROWS = 512, 256  # bytes an image
 CHANNELS, CLASSES, SIDE = 256, 4, 64
 BLOCK = 1024
 EVALUATED_CLASSES, EVALUATED_SEEDS, EVALUATED_READOUTS = 1000, 3, {"cls": 1, "cls_patch": 2}  # widths in tokens
 NAMES = ("cls", "patch_mean", "cls_patch", "cls_noise")
 MIB = 2**20
+ENVIRONMENT = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}  # glibc's at first, which it raises as it goes
 
 
 def main() -> None:
@@ -90,7 +95,9 @@ def measured(piece: str, scale: float = 1.0) -> dict:
     peaks = []
     for n in images:
         command = [sys.executable, "-m", "benchmarks.memory", "--piece", piece, str(n)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent, env=ENVIRONMENT
+        )
         peaks.append(json.loads(done.stdout.splitlines()[-1]))
     return row(piece, images, peaks)
 
@@ -206,6 +213,8 @@ def extract_set(folder: Path, n: int) -> None:
 
 
 def probe(folder: Path, n: int) -> None:
+    """Validation goes in blocks that are full at the smallest size already, as in `evaluate`."""
+    heads.AT_ONCE = BLOCK * CHANNELS
     train, val, labels = splits(folder, n)
     train_probes(train, labels[0], val, labels[1], list("abcd"), [0.01, 0.1], 60, 128, seeds=(0, 1), memory=0)
 
@@ -218,11 +227,13 @@ def neighbours(folder: Path, n: int) -> None:
 def evaluate(folder: Path, n: int) -> None:
     """Detectors fitted on half; all of them and the neighbours applied to the others; saved, opened and counted.
 
-    What is bounded by constants of the library (blocks of test images, blocks and samples of detectors) is
+    What is bounded by constants of the library (blocks of images and of logits, blocks and samples of detectors) is
     bounded by smaller ones: full at the smallest size already, so that what grows is what an image more takes.
     """
-    evaluation.TEST_ROWS = neighbours_module.TEST_ROWS_A_PASS = BLOCK
+    evaluation.TEST_ROWS = stored.ROWS_AT_ONCE = BLOCK
+    neighbours_module.TEST_ROWS_A_PASS = neighbours_module.TRAIN_ROWS = BLOCK
     detectors.CLIP_VALUES = detectors.CELLS_AT_ONCE = BLOCK * CHANNELS * 2
+    predictions.LOGITS_AT_ONCE = tensor_file.COPIED_AT_ONCE = BLOCK * EVALUATED_CLASSES
     names = class_names()
     rows = tuple(Row(f"{i:07}", f"{i:07}.jpg", names[i % EVALUATED_CLASSES],
                      "test" if i // EVALUATED_CLASSES % 2 else "train") for i in range(n))  # fmt: skip
@@ -246,13 +257,13 @@ def bootstrap(folder: Path, n: int) -> None:
 PREPARED = {"download": write_images, "identify": write_dataset, "extract": write_dataset, "probe": write_store,
             "neighbours": write_store, "evaluate": write_probes}  # fmt: skip
 PIECES: dict[str, tuple[Callable[[Path, int], None], int, int]] = {  # the work, the fewest images, bytes for each more
-    "download": (make_set, 1024, OF_MANIFEST),
-    "identify": (identify, 256, OF_MANIFEST),
-    "extract": (extract_set, 512, OF_MANIFEST),
-    "probe": (probe, 8192, OF_FEATURES),
-    "neighbours": (neighbours, 16384, OF_FEATURES),
-    "evaluate": (evaluate, 4096, OF_EVALUATION),
-    "bootstrap": (bootstrap, 16384, OF_FEATURES),
+    "download": (make_set, 4096, OF_MAKING),
+    "identify": (identify, 4096, OF_ROWS),
+    "extract": (extract_set, 512, OF_ROWS),
+    "probe": (probe, 8192, OF_ROWS),
+    "neighbours": (neighbours, 16384, OF_ROWS),
+    "evaluate": (evaluate, 4096, OF_ROWS),
+    "bootstrap": (bootstrap, 16384, OF_ROWS),
 }
 
 

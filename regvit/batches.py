@@ -38,8 +38,7 @@ class Batches:
 
     def select(self, rows: Sequence[int]) -> Batches:
         """Batches of some of the images, by their row numbers, in that order."""
-        chosen = tuple(self.dataset.rows[row] for row in rows)
-        return dataclasses.replace(self, dataset=dataclasses.replace(self.dataset, rows=chosen))
+        return dataclasses.replace(self, dataset=dataclasses.replace(self.dataset, rows=self.dataset.rows.select(rows)))
 
 
 def sample(dataset: Dataset, split: str, count: int, seed: int) -> Dataset:
@@ -48,8 +47,8 @@ def sample(dataset: Dataset, split: str, count: int, seed: int) -> Dataset:
     Raises:
         ValueError: the split holds no image.
     """
-    rows = dataset.subset(split).rows
-    if not rows:
+    rows = dataset.split_rows(split)
+    if not len(rows):
         raise ValueError(f"data set {dataset.name} has no {split} images; give it a {split} split")
     order = np.random.default_rng(seed).permutation(len(rows))[:count]
-    return dataclasses.replace(dataset, rows=tuple(rows[i] for i in order))
+    return dataclasses.replace(dataset, rows=dataset.rows.select(rows[order]))

@@ -25,7 +25,9 @@ HIT = 0.5  # intersection over union from which on an object counts as found
 
 def true_boxes(dataset: Dataset) -> list[Float[np.ndarray, "m 4"]]:
     """The boxes of each row, in pixels of its image; an empty array where a row has none."""
-    return [np.array(json.loads(row.boxes or "[]"), dtype=np.float64).reshape(-1, 4) for row in dataset.rows]
+    return [
+        np.array(json.loads(boxes or "[]"), dtype=np.float64).reshape(-1, 4) for boxes in dataset.rows.column("boxes")
+    ]
 
 
 def iou(a: Float[np.ndarray, "m 4"], b: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, "m n"]:

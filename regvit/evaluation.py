@@ -106,7 +106,7 @@ def predict(
     made = Predictions(logits={}, labels={}, allowed={}, classes=probes.classes, digests={}, images={})
     for name, each in sets.items():
         made.digests[name] = each.dataset.digest
-        made.images[name] = image_keys(each.dataset.rows[i].image_id for i in rows[name])
+        made.images[name] = image_keys(each.dataset.rows.select(rows[name]).column("image_id"))
         made.labels[name] = np.full(len(rows[name]), -1, dtype=np.int64)
         if each.role != "anomaly":
             made.labels[name], made.allowed[name] = _in_known_classes(name, each.dataset, rows[name], probes.classes)
@@ -224,7 +224,7 @@ def _home(sets: Mapping[str, TestSet]) -> str:
 
 
 def _rows(name: str, dataset: Dataset, split: str) -> Int[np.ndarray, " b"]:
-    rows = np.flatnonzero([row.split == split for row in dataset.rows])
+    rows = dataset.split_rows(split)
     if not len(rows):
         raise ValueError(f"data set {name!r} has no images in its {split} split; give some of them split = {split}")
     return rows

@@ -34,7 +34,7 @@ SPLIT_FOLDERS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Listed:
     """One image before it is looked at.
 
@@ -69,19 +69,21 @@ def folder(bench: Workbench, rest: str) -> None:
 def add_in_place(bench: Workbench, root: Path, listed: list[Listed]) -> None:
     """Rows for the images under `root` whose classes are wanted, each decoded once; also sets `classes` and splits."""
     bench.check_classes(one.label for one in listed)
-    wanted = {one.path: one for one in listed if bench.wants(one.label)}
-    for one in wanted.values():
+    wanted = [one for one in listed if bench.wants(one.label)]
+    for one in wanted:
         if one.problem:
             bench.reject(one.path, one.path, one.problem)
-    digests = {}
-    for name, digest, reason in bench.examined(root, [name for name, one in wanted.items() if not one.problem]):
+    usable, digests = {one.path: one for one in wanted if not one.problem}, bytearray()
+    for name, digest, reason in bench.examined(root, list(usable)):
         if reason:
             bench.reject(name, name, reason)
+            del usable[name]
         else:
-            digests[name] = digest
-    usable = {name: wanted[name] for name in digests}
+            digests += bytes.fromhex(digest)  # in the order of what stays
     splits = assign_splits(usable, bench.seed, bench.role)
-    bench.rows += [Row(name, name, one.label, splits[name], sha256=digests[name]) for name, one in usable.items()]
+    for i, (name, one) in enumerate(usable.items()):
+        sha256 = digests[32 * i : 32 * (i + 1)].hex()
+        bench.rows.append(Row(name, name, one.label, splits[name], sha256=sha256))
     bench.classes = tuple(sorted({one.label for one in usable.values()} - {""}))
     bench.read_in_place(root)
 

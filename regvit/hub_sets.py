@@ -82,7 +82,7 @@ def hub_set(bench: Workbench, rest: str) -> None:
                 bench.reject(image_id, f"images/{image_id}", error.reason)
                 continue
             bench.put(image_id, content, suffix_of(content), one.label, splits_of[image_id])
-    bench.classes = tuple(sorted({row.label for row in bench.rows} - {""}))
+    bench.classes = tuple(sorted(set(bench.rows.column("label")) - {""}))
 
 
 def _cache(bench: Workbench) -> Path:

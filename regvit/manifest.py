@@ -10,51 +10,32 @@ A data set is a folder with two files:
 Row order is part of the contract: row i of a feature store belongs to row i of the manifest.
 """
 
+import codecs
 import csv
 import dataclasses
 import hashlib
 import io
 import json
 import os
+from array import array
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from operator import itemgetter
+from pathlib import Path
+from typing import BinaryIO, TextIO
 
 import numpy as np
+from jaxtyping import Int
 
-from .files import write_bytes, write_text
+from .files import write_table, write_text
+from .rows import COLUMNS, Row, RowList, Rows
 
 SPLITS = ("train", "val", "test")
+READ_AT_ONCE = 1 << 20  # bytes
 FARTHEST = 1 << 31  # pixels: no corner of a box lies there; nor is it infinite, which Python's JSON reader lets pass
 
 
-@dataclass(frozen=True)
-class Row:
-    """One image.
-
-    Attributes:
-        image_id: unique within the data set.
-        path: of the image, relative to the root of the data set, with forward slashes.
-        label: class name, or "" where the image has none.
-        split: "train", "val" or "test".
-        boxes: JSON list of [x0, y0, x1, y1] in pixels (x1, y1 exclusive), or "".
-        mask: path, relative to the root, of a PNG with class index + 1 at each pixel and 0 for background, or "".
-        sha256: of the image file's bytes (hex), or "". With it the manifest's digest covers the images as well.
-        depth: path, relative to the root, of a 16-bit PNG with the depth in millimetres at each pixel and 0 where it is
-            unknown, or "".
-    """
-
-    image_id: str
-    path: str
-    label: str
-    split: str
-    boxes: str = ""
-    mask: str = ""
-    sha256: str = ""
-    depth: str = ""
-
-
-COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
 LATER = ("depth",)  # added after the first manifests were made: written only where a row has one, so that those stay
 REQUIRED = tuple(field.name for field in dataclasses.fields(Row) if field.default is dataclasses.MISSING)
 
@@ -71,15 +52,18 @@ class Dataset:
         name: as in `params.yaml`.
         root: folder that the paths of the rows are relative to.
         classes: class names; the label index of an image is its place in here.
-        rows: one per image, in manifest order.
+        rows: one per image, in manifest order; a tuple of rows becomes `Rows`.
         digest: SHA-256 (hex) of the bytes of the whole `manifest.csv`, also for a subset.
     """
 
     name: str
     root: Path
     classes: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: Rows
     digest: str
+
+    def __post_init__(self):
+        object.__setattr__(self, "rows", Rows.of(self.rows))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -90,14 +74,27 @@ class Dataset:
         Raises:
             ValueError: `split` is not one of "train", "val", "test".
         """
+        return dataclasses.replace(self, rows=self.rows.select(self.split_rows(split)))
+
+    def split_rows(self, split: str) -> Int[np.ndarray, " b"]:
+        """Numbers of the rows of one split, ascending.
+
+        Raises:
+            ValueError: `split` is not one of "train", "val", "test".
+        """
         if split not in SPLITS:
             raise ValueError(f"split {split!r} is unknown; use one of {', '.join(SPLITS)}")
-        return dataclasses.replace(self, rows=tuple(row for row in self.rows if row.split == split))
+        codes, splits = self.rows.codes("split")
+        return np.flatnonzero(codes == splits.index(split)) if split in splits else np.empty(0, dtype=np.int64)
 
-    def labels(self) -> np.ndarray:
-        """Class index of each image as int64, shape (b,); -1 where an image has no label."""
+    def labels(self) -> Int[np.ndarray, " b"]:
+        """Class index of each image as int64; -1 where an image has no label."""
         index = {name: i for i, name in enumerate(self.classes)} | {"": -1}
-        return np.array([index[row.label] for row in self.rows], dtype=np.int64)
+        codes, names = self.rows.codes("label")
+        of_code = np.zeros(len(names), dtype=np.int64)
+        for code in np.unique(codes):  # the rows may be a part, and names those of others
+            of_code[code] = index[names[code]]
+        return of_code[codes]
 
     def image_path(self, i: int) -> Path:
         """Where image `i` of the rows lies.
@@ -130,16 +127,15 @@ def write_dataset(
     Raises:
         InvalidManifest: the rows break the contract (see `read_dataset`); nothing is written.
     """
-    folder, rows, classes = Path(folder), tuple(rows), tuple(classes)
-    _check(rows, classes, f"the rows given for data set {name!r}")
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    columns = [column for column in COLUMNS if column not in LATER or any(getattr(row, column) for row in rows)]
-    writer.writerow(columns)
-    writer.writerows([getattr(row, column) for column in columns] for row in rows)
+    folder, rows, classes = Path(folder), Rows.of(rows), tuple(classes)
+    contract = _Contract(classes, f"the rows given for data set {name!r}")
+    for values in zip(*map(rows.column, COLUMNS), strict=True):
+        contract.look(*values)
+    contract.hold(rows)
+    columns = [column for column in COLUMNS if column not in LATER or any(rows.column(column))]
     description = {"name": name, "root": Path(root).as_posix(), "classes": list(classes), "about": about}
     folder.mkdir(parents=True, exist_ok=True)
-    write_bytes(folder / "manifest.csv", text.getvalue().encode())
+    write_table(folder / "manifest.csv", columns, zip(*map(rows.column, columns), strict=True))
     write_text(folder / "dataset.json", json.dumps(description, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -163,10 +159,14 @@ def read_dataset(folder: Path | str) -> Dataset:
     if not root.is_dir():
         raise FileNotFoundError(f"{root}, the image folder of data set {about['name']!r}, does not exist; "
                                 "put it back, or give its absolute path as the source and download again")  # fmt: skip
-    content = table.read_bytes()
-    rows = _rows(content, table)
-    _check(rows, tuple(about["classes"]), str(table))
-    return Dataset(about["name"], root, tuple(about["classes"]), rows, hashlib.sha256(content).hexdigest())
+    classes = tuple(about["classes"])
+    contract = _Contract(classes, str(table))
+    with open(table, "rb") as file:  # gone through twice: as text it would take several times what the rows do
+        digest = _digest(file, table)
+        file.seek(0)
+        rows = _rows(io.TextIOWrapper(file, encoding="utf-8", newline=""), table, contract)
+    contract.hold(rows)
+    return Dataset(about["name"], root, classes, rows, digest)
 
 
 def stratified_splits(labels: Mapping[str, str], seed: int, shares: tuple[float, float, float]) -> dict[str, str]:
@@ -216,67 +216,108 @@ def _describe(file: Path) -> dict:
     return about
 
 
-def _rows(content: bytes, table: Path) -> tuple[Row, ...]:
-    """The rows of a manifest's bytes, not yet held to the contract."""
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise InvalidManifest(f"{table}, line {line}: it is not UTF-8 ({error.reason}); save it as UTF-8, or download the "
-                              "data set again") from error  # fmt: skip
-    reader, rows = csv.DictReader(io.StringIO(text, newline=""), strict=True), []
+def _digest(file: BinaryIO, table: Path) -> str:
+    """SHA-256 (hex) of a manifest's bytes, which must be UTF-8."""
+    digest, decoder, lines = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")(), 0
+    while True:
+        part = file.read(READ_AT_ONCE)
+        digest.update(part)
+        try:
+            decoder.decode(part, final=not part)
+        except UnicodeDecodeError as error:
+            line = lines + error.object.count(b"\n", 0, error.start) + 1
+            raise InvalidManifest(f"{table}, line {line}: it is not UTF-8 ({error.reason}); save it as UTF-8, or download "
+                                  "the data set again") from error  # fmt: skip
+        lines += part.count(b"\n")
+        if not part:
+            return digest.hexdigest()
+
+
+def _rows(text: TextIO, table: Path, contract: "_Contract") -> Rows:
+    """The rows of a manifest; the contract has had a look at each, and is yet to be held to."""
+    reader, rows = csv.reader(text, strict=True), RowList()
     end = 0  # line of the last record that was read
     try:
-        if missing := [column for column in REQUIRED if column not in (reader.fieldnames or ())]:
+        header = next(reader, [])
+        if missing := [column for column in REQUIRED if column not in header]:
             raise InvalidManifest(f"{table} lacks the column(s) {', '.join(missing)}; it needs {', '.join(REQUIRED)}")
-        end = reader.line_num
-        for record in reader:
-            rows.append(_row(record, reader.line_num, table))
+        end, place = reader.line_num, {column: i for i, column in enumerate(header)}
+        fewest = 1 + max(place[column] for column in COLUMNS if column in place)
+        values_of = itemgetter(*[place.get(column, -1) for column in COLUMNS])  # unknown columns are ignored
+        for fields in filter(None, reader):
+            if not fewest <= len(fields) <= len(header):
+                raise InvalidManifest(f"{table}, line {reader.line_num}: the number of fields differs from the header; "
+                                      "repair the line")  # fmt: skip
+            values = values_of([*fields, ""])  # the last is that of columns which are not there
+            contract.look(*values)
+            rows.put(values)
             end = reader.line_num
     except csv.Error as error:
         raise InvalidManifest(f"{table}, line {end + 1}: {error}; close what it opens with a double quote and double those "
                               "within a field, or download the data set again") from error  # fmt: skip
-    return tuple(rows)
+    return Rows.of(rows)
 
 
-def _row(record: dict, line: int, table: Path) -> Row:
-    """One parsed CSV line as a Row; optional columns may be absent, unknown ones are ignored."""
-    values = {column: record[column] for column in COLUMNS if column in record}
-    if None in record or None in values.values():
-        raise InvalidManifest(f"{table}, line {line}: the number of fields differs from the header; repair the line")
-    return Row(**values)
+class _Contract:
+    """What rows and classes are held to. Looks at row after row and keeps the first fault, without keeping the rows."""
 
+    def __init__(self, classes: tuple[str, ...], where: str):
+        self._classes, self._where = classes, where
+        self._known = {*classes, ""}
+        self._hashes = array("q")  # of the ids: 8 bytes a row find those that may be there twice
+        self._fault = ""
 
-def _check(rows: tuple[Row, ...], classes: tuple[str, ...], where: str) -> None:
-    """Hold rows to the contract; the first fault is raised as InvalidManifest."""
-    if twice := sorted({name for name in classes if classes.count(name) > 1}):
-        raise InvalidManifest(f"{where}: class {twice[0]!r} is named twice; class names must be unique")
-    if "" in classes:
-        raise InvalidManifest(f"{where}: a class has an empty name; an empty label means that an image has none")
-    known, seen = set(classes) | {""}, set()
-    for number, row in enumerate(rows, start=1):
-        fault = None
-        if not row.image_id:
-            fault = "image_id is empty; give each image a unique one"
-        elif row.image_id in seen:
-            fault = f"image_id {row.image_id!r} occurs twice; make it unique"
-        elif leaving := [path for path in (row.path, row.mask or ".", row.depth or ".") if escapes(path)]:
-            fault = f"path {leaving[0]!r} leaves the root of the data set; use a relative path without '..'"
-        elif row.label not in known:
-            fault = f"label {row.label!r} is not among the {len(classes)} classes ({', '.join(classes[:8])}, …)"
-        elif row.split not in SPLITS:
-            fault = f"split {row.split!r} is unknown; use one of {', '.join(SPLITS)}"
-        elif row.boxes and not _are_boxes(row.boxes):
-            fault = f"boxes {row.boxes[:200]!r} are not a JSON list of [x0, y0, x1, y1] with x0 < x1 and y0 < y1"
+    def look(
+        self, image_id: str, path: str, label: str, split: str, boxes: str, mask: str, sha256: str, depth: str
+    ) -> None:
+        """The next row, as `COLUMNS` has it."""
+        if self._fault:
+            return
+        self._hashes.append(hash(image_id))
+        if not image_id:
+            self._fault = "image_id is empty; give each image a unique one"
+        elif leaving := [each for each in (path, mask or ".", depth or ".") if escapes(each)]:
+            self._fault = f"path {leaving[0]!r} leaves the root of the data set; use a relative path without '..'"
+        elif label not in self._known:
+            shown = ", ".join(self._classes[:8])
+            self._fault = f"label {label!r} is not among the {len(self._classes)} classes ({shown}, …)"
+        elif split not in SPLITS:
+            self._fault = f"split {split!r} is unknown; use one of {', '.join(SPLITS)}"
+        elif boxes and not _are_boxes(boxes):
+            self._fault = f"boxes {boxes[:200]!r} are not a JSON list of [x0, y0, x1, y1] with x0 < x1 and y0 < y1"
+
+    def hold(self, rows: Rows) -> None:
+        """Raises the first fault as InvalidManifest: of the classes, or of the rows that were looked at, which these are."""
+        classes, number, fault = self._classes, len(self._hashes), self._fault
+        if len(set(classes)) < len(classes):
+            twice = min(name for name, count in Counter(classes).items() if count > 1)
+            raise InvalidManifest(f"{self._where}: class {twice!r} is named twice; class names must be unique")
+        if "" in classes:
+            raise InvalidManifest(
+                f"{self._where}: a class has an empty name; an empty label means that an image has none"
+            )
+        if (again := self._first_again(rows)) is not None:
+            number, fault = again + 1, f"image_id {rows[again].image_id!r} occurs twice; make it unique"
         if fault:
-            raise InvalidManifest(f"{where}, row {number}: {fault}")
-        seen.add(row.image_id)
+            raise InvalidManifest(f"{self._where}, row {number}: {fault}")
+
+    def _first_again(self, rows: Rows) -> int | None:
+        """Number of the first row whose id an earlier one has, up to that of the first other fault."""
+        hashes = np.array(self._hashes)
+        ordered = np.sort(hashes)
+        alike = np.flatnonzero(np.isin(hashes, ordered[1:][ordered[1:] == ordered[:-1]]))
+        seen = set()
+        for row, image_id in zip(alike.tolist(), rows.select(alike).column("image_id"), strict=True):
+            if image_id in seen:
+                return row
+            seen.add(image_id)
+        return None
 
 
 def escapes(path: str) -> bool:
     """Whether a manifest path is empty, absolute (POSIX or Windows), climbs out of its root, or holds a NUL."""
-    pure = PurePosixPath(path)
-    return not path or "\\" in path or "\0" in path or path[1:3] == ":/" or pure.is_absolute() or ".." in pure.parts
+    up = ".." in path and ".." in path.split("/")
+    return not path or "\\" in path or "\0" in path or path[1:3] == ":/" or path[0] == "/" or up
 
 
 def _are_boxes(text: str) -> bool:

@@ -15,7 +15,7 @@ one, a set to train on has all of its splits, and a set of the role ood or anoma
 import os
 import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -24,6 +24,7 @@ import numpy as np
 from .arrays import add_packed
 from .downloads import DownloadFailed, fetch_file
 from .folders import Listed, add_in_place, assign_splits
+from .rows import RowList
 from .workbench import Workbench, suffix_of
 
 CIFAR_SIDE = 32  # pixels
@@ -249,7 +250,7 @@ def _lsun(bench: Workbench, which: str) -> None:
             for key, value in bench.watched(transaction.cursor(), transaction.stat()["entries"]):
                 content, image_id = bytes(value), f"{category}_{key.decode('ascii', 'backslashreplace')}"
                 bench.put(image_id, content, suffix_of(content), label, "test")
-    bench.classes = tuple(sorted({row.label for row in bench.rows} - {""}))
+    bench.classes = tuple(sorted(set(bench.rows.column("label")) - {""}))
     _split_rows(bench)
 
 
@@ -258,7 +259,7 @@ def _split_rows(bench: Workbench) -> None:
     splits = assign_splits(
         {row.image_id: Listed(row.image_id, row.label, "") for row in bench.rows}, bench.seed, bench.role
     )
-    bench.rows = [type(row)(**{**vars(row), "split": splits[row.image_id]}) for row in bench.rows]
+    bench.rows = RowList(replace(row, split=splits[row.image_id]) for row in bench.rows)
 
 
 def _three(**more: str) -> dict[str, dict]:

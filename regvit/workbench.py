@@ -12,7 +12,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +20,10 @@ from PIL import Image
 
 from .class_choice import ClassChoice
 from .images import BROKEN, UnreadableImage, decode_rgb, in_order, open_image, read_file
-from .manifest import Row, escapes
+from .manifest import escapes
 from .packages import PACKAGES, fetch_pinned, file_sha256
 from .progress import progress
+from .rows import Row, RowList
 
 MAX_REJECTS = 0.1  # share; more than this says that the source is not what it was taken for
 SUFFIXES = {"JPEG": ".jpg", "TIFF": ".tif"}  # where the usual one is not that of the format's name
@@ -56,7 +57,7 @@ class Workbench:
         choice: the classes to take; None takes all.
         rejects: "reject" records an unusable image and goes on, "fail" stops at the first.
         max_rejects: largest share of unusable images, in [0, 1].
-        rows: one per image, in the order of the manifest.
+        rows: one per image, in the order of the manifest; held in columns, as an image of ImageNet is one of a million.
         rejected: images that cannot be used.
         classes: class names, in the order of the label indices.
         about: source, licence and attribution.
@@ -72,7 +73,7 @@ class Workbench:
     choice: ClassChoice | None = None
     rejects: str = "reject"
     max_rejects: float = MAX_REJECTS
-    rows: list[Row] = field(default_factory=list)
+    rows: RowList = field(default_factory=RowList)
     rejected: list[Rejected] = field(default_factory=list)
     classes: tuple[str, ...] = ()
     about: dict = field(default_factory=dict)
@@ -231,11 +232,11 @@ class Workbench:
                              "leave `classes` out")  # fmt: skip
 
     def _rename_classes(self) -> None:
-        for row in self.rows:
-            self._check_masks({"mask": row.mask})
-        self.choice.check(self._seen | {row.label for row in self.rows})
+        for mask in self.rows.column("mask"):
+            self._check_masks({"mask": mask})
+        self.choice.check(self._seen.union(self.rows.column("label")))
         names = self.choice.new_names
-        self.rows = [Row(**{**vars(row), "label": names[row.label]}) for row in self.rows if row.label in names]
+        self.rows = RowList(replace(row, label=names[row.label]) for row in self.rows if row.label in names)
         self.classes = self.choice.classes
 
 

@@ -32,7 +32,7 @@ def main(run: str, dataset: str) -> None:
         batches = Batches(images, subject.run.transform, runtime.batch_size, runtime.workers, runtime.device, label)
         objects = object_shares(images, subject.run.transform, subject.patch_size)
         measured = measure_attention(subject, batches, later, objects)
-    write_tables(out, measured and measured.run, [row.image_id for row in images.rows], params["seed"])
+    write_tables(out, measured and measured.run, images.rows.column("image_id"), params["seed"])
     draw(out / "maps.png", subject, images, later, runtime.device)
     metrics = {"why": "the model has neither CLS nor registers whose attention could be measured"}
     if measured:

@@ -13,8 +13,9 @@ from regvit import files
 from regvit.anatomy import open_subject
 from regvit.batches import Batches
 from regvit.dense import PatchTokens
-from regvit.manifest import SPLITS, Dataset, Row, read_dataset
+from regvit.manifest import SPLITS, Dataset, read_dataset
 from regvit.outliers import patch_norms
+from regvit.rows import Rows
 from regvit.store import FeatureStore, image_ids_digest
 from regvit.whole_images import WholeTransform
 from runtime import Runtime
@@ -29,9 +30,9 @@ class DenseSet:
     tokens: dict[str, PatchTokens]
 
     @property
-    def tested(self) -> tuple[Row, ...]:
+    def tested(self) -> Rows:
         """Rows of the test split, in the order in which they are measured."""
-        return tuple(self.dataset.rows[i] for i in self.tokens["test"].rows)
+        return self.dataset.rows.select(self.tokens["test"].rows)
 
 
 def open_set(run: str, name: str, truth: str, stage: str) -> DenseSet:
@@ -45,10 +46,9 @@ def open_set(run: str, name: str, truth: str, stage: str) -> DenseSet:
     """
     dataset = read_dataset(Path("data") / name)
     path = Path("features") / run / "patches" / f"{name}.zarr"
-    store = FeatureStore.open(path, dataset.digest, [row.image_id for row in dataset.rows])
+    store = FeatureStore.open(path, dataset.digest, dataset.rows.column("image_id"))
     rows = {
-        split: [i for i, row in enumerate(dataset.rows) if row.split == split and getattr(row, truth)]
-        for split in SPLITS
+        split: [i for i in dataset.split_rows(split).tolist() if getattr(dataset.rows[i], truth)] for split in SPLITS
     }
     if lacking := [split for split in SPLITS if not rows[split]]:
         raise ValueError(f"data set {name} has no {lacking[0]} image with a {truth}; {stage} needs some in every split")
@@ -76,7 +76,7 @@ def untreated_outliers(
 
 def about(run: str, of: DenseSet) -> dict:
     """What the values of each image were measured on."""
-    ids = image_ids_digest(row.image_id for row in of.tested)
+    ids = image_ids_digest(of.tested.column("image_id"))
     return {"run": run, "dataset": of.dataset.name, "manifest_sha256": of.dataset.digest, "image_ids_sha256": ids}
 
 

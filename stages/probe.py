@@ -34,7 +34,7 @@ def main(run: str) -> None:
     for name, reason in readouts.left_out.items():
         print(f"{run}: readout {name} is left out: {reason}")
     labels = dataset.labels()
-    rows = {split: np.flatnonzero([row.split == split for row in dataset.rows]) for split in ("train", "val")}
+    rows = {split: dataset.split_rows(split) for split in ("train", "val")}
     train, val = (stored_readouts(store, readouts.names, rows[split]) for split in ("train", "val"))
     data = (train, labels[rows["train"]], val, labels[rows["val"]])
 

@@ -29,7 +29,7 @@ def main(name: str) -> None:
     write_json(out, metrics)
     scenes = read_dataset(Path("data") / params["verify"]["pictures"]).subset("test")
     draw_verification(out.with_suffix(".png"), name, models, scenes, PICTURES)
-    write_images(out.with_suffix("") / "images.csv", [row.image_id for row in images.rows], found.images)
+    write_images(out.with_suffix("") / "images.csv", images.rows.column("image_id"), found.images)
     print(f"{name}: " + (", ".join(f"{k} {metrics[k]:.4g}" for k in metrics if f"{k}_lo" in metrics) or metrics["why"]))
 
 

@@ -1,6 +1,7 @@
 """The benchmarks run, on tiny sizes; what they find is for larger ones."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -98,7 +99,16 @@ def test_memory_is_flat_if_it_grows_by_what_must_be_known_of_each_image_only(mon
 def test_memory_allows_far_less_than_the_logits_of_an_image():
     logits = 4 * memory.EVALUATED_CLASSES * memory.EVALUATED_SEEDS * len(memory.EVALUATED_READOUTS)
     assert memory.PIECES["evaluate"][2] < logits / 40
-    assert max(allowed for _, _, allowed in memory.PIECES.values()) == memory.OF_MANIFEST == 1536
+    assert max(allowed for _, _, allowed in memory.PIECES.values()) == memory.OF_MAKING == 512
+
+
+def test_memory_counts_what_is_held_and_not_the_holes_that_the_allocator_leaves(monkeypatch):
+    given = []
+    answer = type("Done", (), {"stdout": "1\n"})()
+    monkeypatch.setattr(memory.subprocess, "run", lambda *_, **more: given.append(more["env"]) or answer)
+    memory.measured("bootstrap")
+    assert [each["MALLOC_MMAP_THRESHOLD_"] for each in given] == ["131072"] * 3
+    assert given[0]["PATH"] == os.environ["PATH"]
 
 
 def test_one_piece_is_measured_again_and_the_others_stay(tmp_path):

@@ -1,14 +1,18 @@
 import hashlib
 import json
+import pickle
 import re
-from pathlib import Path
+import tracemalloc
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regvit.manifest import InvalidManifest, Row, escapes, read_dataset, stratified_splits, write_dataset
+from regvit import manifest
+from regvit.manifest import Dataset, InvalidManifest, Row, escapes, read_dataset, stratified_splits, write_dataset
+from regvit.rows import RowList
 
 ROWS = (
     Row("b", "images/b.png", "dog", "train"),
@@ -46,6 +50,25 @@ def test_a_subset_has_the_rows_of_its_split_and_the_digest_of_the_whole(tmp_path
     assert dataset.subset("val").digest == dataset.digest
     with pytest.raises(ValueError, match="split 'validation' is unknown; use one of train, val, test"):
         dataset.subset("validation")
+
+
+def test_labels_and_splits_of_a_part_are_its_own(tmp_path):
+    part = read_dataset(write(tmp_path)).subset("val")
+    assert part.labels().tolist() == [0] and part.split_rows("val").tolist() == [0]
+    assert part.split_rows("train").tolist() == part.split_rows("test").tolist() == []
+    narrowed = Dataset("pets", tmp_path, ("cat",), part.rows, "")  # it shares its columns with rows of class dog
+    assert narrowed.labels().tolist() == [0]
+    with pytest.raises(KeyError, match="dog"):
+        Dataset("pets", tmp_path, ("cat",), ROWS, "").labels()
+
+
+def test_rows_given_as_a_tuple_and_rows_of_a_list_that_grows_are_kept_as_they_were(tmp_path):
+    growing = RowList(ROWS[:2])
+    dataset = Dataset("pets", tmp_path, ("cat", "dog"), growing, "")
+    growing.append(ROWS[2])
+    assert dataset.rows == ROWS[:2]
+    assert dataset == Dataset("pets", tmp_path, ("cat", "dog"), ROWS[:2], "")
+    assert pickle.loads(pickle.dumps(dataset)) == dataset
 
 
 def test_an_image_beyond_the_end_is_refused(tmp_path):
@@ -99,6 +122,27 @@ def test_a_bad_row_is_refused_on_writing_and_nothing_is_written(tmp_path, row, m
     assert not (tmp_path / "pets").exists()
 
 
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        ([Row("d", "x.png", "", "dev"), ROWS[0]], "row 4: split 'dev' is unknown"),
+        ([ROWS[0], Row("d", "x.png", "", "dev")], "row 4: image_id 'b' occurs twice"),
+        ([Row("b", "x.png", "", "dev")], "row 4: image_id 'b' occurs twice"),
+        ([Row("d", "x.png", "", "test"), Row("d", "y.png", "", "test"), ROWS[0]], "row 5: image_id 'd' occurs twice"),
+    ],
+)
+def test_of_several_faults_the_first_is_told(tmp_path, added, message):
+    with pytest.raises(InvalidManifest, match=message):
+        write(tmp_path, (*ROWS, *added))
+
+
+def test_ids_of_the_same_hash_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "hash", len, raising=False)
+    assert read_dataset(write(tmp_path)).rows == ROWS
+    with pytest.raises(InvalidManifest, match="row 5: image_id 'c' occurs twice"):
+        write(tmp_path, (*ROWS, Row("d", "x.png", "", "test"), ROWS[2]))
+
+
 def test_a_bad_row_is_refused_on_reading(tmp_path):
     write(tmp_path)
     table = tmp_path / "manifest.csv"
@@ -136,6 +180,37 @@ HEADER = b"image_id,path,label,split\n"
 )
 def test_a_table_that_is_no_csv_is_refused_with_its_line(tmp_path, content, said):
     refuses(tmp_path, "manifest.csv", content, said)
+
+
+def test_the_line_that_is_no_utf8_is_found_wherever_the_file_is_cut(tmp_path, monkeypatch):
+    for size in range(1, 12):
+        monkeypatch.setattr(manifest, "READ_AT_ONCE", size)
+        refuses(tmp_path, "manifest.csv", HEADER + "a,ü.png,,test\nb,ü.png,,te".encode() + b"\xc3st\n",
+                r"line 3: it is not UTF-8 \(invalid continuation byte\)")  # fmt: skip
+        refuses(tmp_path, "manifest.csv", HEADER + b"a,a.png,,test\n\xc3", r"line 3: .* \(unexpected end of data\)")
+        write(tmp_path)
+        assert read_dataset(tmp_path).digest == hashlib.sha256((tmp_path / "manifest.csv").read_bytes()).hexdigest()
+
+
+def test_blank_lines_other_columns_and_line_ends_of_other_systems_do_not_count(tmp_path):
+    write(tmp_path)
+    (tmp_path / "manifest.csv").write_bytes(b"split,camera,path,image_id,label\r\n\r\ntest,5,x.png,x,cat\r\n\r\n")
+    assert read_dataset(tmp_path).rows == (Row("x", "x.png", "cat", "test"),)
+    (tmp_path / "manifest.csv").write_bytes(b'image_id,path,label,split\n\n"a\nb",x.png,cat,val\n\nc,"')
+    with pytest.raises(InvalidManifest, match="line 5: unexpected end of data"):
+        read_dataset(tmp_path)
+
+
+def test_reading_takes_no_more_memory_than_the_rows_and_a_block_of_the_file(tmp_path):
+    n = 20_000
+    rows = (Row(f"{i:07}", f"images/{i:07}.png", "cat", "test", sha256=f"{i:064x}") for i in range(n))
+    write(tmp_path, rows)
+    (tmp_path / "manifest.csv").read_bytes()
+    tracemalloc.start()
+    dataset = read_dataset(tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(dataset) == n and peak < 200 * n + 2 * manifest.READ_AT_ONCE
 
 
 @pytest.mark.parametrize(
@@ -220,6 +295,13 @@ def test_paths_inside_the_root_are_accepted(path):
 @pytest.mark.parametrize("path", ["", "/a", "..", "../a", "a/../../b", "a\\b", "C:/a", "a\0b"])
 def test_paths_that_may_leave_the_root_are_refused(path):
     assert escapes(path)
+
+
+@given(st.text("./a\\:\0", max_size=6))
+def test_a_path_escapes_as_the_system_would_read_it(path):
+    pure = PurePosixPath(path)
+    absolute = pure.is_absolute() or path[1:3] == ":/"
+    assert escapes(path) == (not path or "\\" in path or "\0" in path or absolute or ".." in pure.parts)
 
 
 def test_each_class_is_split_in_the_shares_asked_for():
