@@ -1,8 +1,8 @@
 """Files, bytes, reading, writing and hashing of feature stores, against NumPy: `python -m benchmarks.stores`.
 
 Writes float16 features as a feature store and with `np.save`, reads both whole, and hashes both as DVC does (MD5 of every
-file). CPU seconds, in turn; the disk is left out by reading what the system has cached. Rows of sizes that were not measured
-say so: files and bytes follow from the format, seconds are extrapolated in proportion to the bytes.
+file). CPU seconds, the least of five; the disk is left out by reading what the system has cached. Rows of sizes that were not
+measured say so: files and bytes follow from the format, seconds are extrapolated in proportion to the bytes.
 
 Two kinds of stores, of a ViT-L/14 with four registers at 224 px: `features`, the three arrays that extraction leaves by
 default (CLS, registers, patch mean; 12 KiB an image), and `patches`, all patch tokens (512 KiB an image), as segmentation
@@ -32,9 +32,9 @@ MEASURED = {"features": (10_000, 30_000), "patches": (512,)}  # images; about 40
 IMAGENET = 1_281_167
 Shapes = Mapping[str, tuple[int, ...]]
 
-# NumPy copies memory into the system's cache. A store is rounded and checked for overflow, gets checksums, is synced to
-# disk unit by unit, and is read through its checksums with a look for NaN. The ratio is the price of that, and no aim: at
-# some 100 MB a second of the CPU it is far from what limits extraction.
+# NumPy copies memory into the system's cache. A store is checked for overflow and NaN, gets checksums, is synced to disk unit
+# by unit, and is read through its checksums with a look for NaN. The ratio is the price of that, and no aim: at about
+# 1 GB a second of the CPU it is far from what limits extraction.
 
 
 def main() -> None:
@@ -77,7 +77,7 @@ def measured(rows: int, shapes: Shapes) -> dict:
     """Seconds, files and bytes of one size."""
     with tempfile.TemporaryDirectory() as folder:
         work = _Work(Path(folder), rows, shapes)
-        took = {key: min(seconds_of(getattr(work, key)) for _ in range(2)) for key in KEYS}
+        took = {key: min(seconds_of(getattr(work, key)) for _ in range(5)) for key in KEYS}
         files = [path for path in work.store.rglob("*") if path.is_file()]
         found = {"files": len(files), "bytes": sum(path.stat().st_size for path in files)}
     assert found["files"] == n_files(rows, shapes), "the format has changed: correct n_files"

@@ -35,6 +35,7 @@ import math
 import os
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,10 +50,10 @@ from zarr.codecs import Crc32cCodec
 from zarr.storage import LocalStore
 
 from .durable import append_record, lock_folder, move_folder, read_records, sync, write_record
+from .halves import DTYPE, INFINITY, largest_bits, to_float, to_half
 from .storage import Bucket, Folder, place_of
 
 FORMAT, FORMAT_VERSION = "regvit features", 1
-DTYPE = np.dtype("<f2")
 CHECKSUM_BYTES = 4  # CRC-32C after each chunk: free to write and read (measured), and zeroed bytes do not go unseen
 LARGEST = float(np.finfo(np.float16).max)  # 65504
 DIMENSIONS = {
@@ -61,8 +62,12 @@ DIMENSIONS = {
     "patch_mean": ("image", "channel"),
     "patches": ("image", "patch", "channel"),
 }
-# The pipeline named here renames whole chunks into place; with `zarrs` a kill in mid-write left broken ones.
-WRITE_CONFIG = {"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}
+WRITE_CONFIG = {
+    # It renames whole chunks into place; with `zarrs` a kill in mid-write left broken ones.
+    "codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline",
+    # Without a look whether all of a chunk is the fill value, which is NaN and refused before.
+    "array.write_empty_chunks": True,
+}
 
 # A unit is what an interrupt can lose. Sets of up to 16,384 images may be made on a CPU at some 10 images a second:
 # 256 rows are half a minute. From 64 units on they grow, so that a store stays some hundred files, up to 4,096 rows
@@ -113,7 +118,11 @@ def default_rows_per_unit(rows: int, arrays: Iterable[str] = ()) -> int:
 
 def image_ids_digest(image_ids: Iterable[str]) -> str:
     """SHA-256 (hex) of the image ids joined by newlines: the proof of which image each row belongs to."""
-    return hashlib.sha256("\n".join(image_ids).encode()).hexdigest()
+    digest, before = hashlib.sha256(), ""
+    for image_id in image_ids:
+        digest.update(f"{before}{image_id}".encode())
+        before = "\n"
+    return digest.hexdigest()
 
 
 def fingerprint(description: Mapping) -> str:
@@ -194,7 +203,7 @@ class FeatureStore:
             KeyError: the store has no such array.
             InvalidStore: a chunk fails its checksum, or holds NaN.
         """
-        return self.read_rows(name, 0, len(self)).astype(np.float32)
+        return to_float(self.read_rows(name, 0, len(self)))
 
     def read_rows(self, name: str, start: int, stop: int) -> Float[np.ndarray, "b ..."]:
         """Some rows of an array as they are stored (float16), shape (stop - start, …); whole units are read fastest.
@@ -214,7 +223,7 @@ class FeatureStore:
         except ValueError as error:
             cure = "a chunk is damaged: `dvc pull` it or extract again"
             raise InvalidStore(f"{self.path}, array {name!r}: {error}; {cure}") from error
-        if np.isnan(values).any():
+        if largest_bits(values) > INFINITY:
             row = start + int(np.isnan(values).reshape(len(values), -1).any(1).argmax())
             raise InvalidStore(f"{self.path}, array {name!r}: row {row} is NaN, as if never written; extract again")
         return values
@@ -458,6 +467,7 @@ class StoreWriter:
         self.records: dict[int, dict] = {}
         self._lock: int | None = None
         self._unit_writer: UnitWriter | None = None
+        self._one_at_a_time = threading.Lock()
 
     def __enter__(self) -> StoreWriter:
         if self.final.exists():
@@ -488,14 +498,17 @@ class StoreWriter:
     def write(self, unit: int, arrays: Mapping[str, Shaped[np.ndarray, "b ..."]]) -> None:
         """Writes one unit of every array and records it as done; on return it is on disk.
 
+        Threads may write different units at the same time.
+
         Args:
-            arrays: features of the rows `unit_rows(unit)`, any float type.
+            arrays: features of the rows `unit_rows(unit)`, any float type; nobody may change them meanwhile.
         Raises:
             ValueError: an array is missing, unknown, or has another shape than (rows of the unit, …).
             UnstorableFeature: a value is not finite or beyond float16; nothing of the unit is written.
         """
-        if self._unit_writer is None:
-            self._unit_writer = self.unit_writer()
+        with self._one_at_a_time:
+            if self._unit_writer is None:
+                self._unit_writer = self.unit_writer()
         self.record(unit, self._unit_writer.write(unit, arrays))
 
     def unit_writer(self) -> UnitWriter:
@@ -515,8 +528,9 @@ class StoreWriter:
         self._require_lock()
         self._await_chunks(unit)
         record = {"unit": unit, **receipt}
-        append_record(self.partial / "done.jsonl", record)
-        self.records[unit] = record
+        with self._one_at_a_time:
+            append_record(self.partial / "done.jsonl", record)
+            self.records[unit] = record
 
     def finish(self) -> None:
         """Marks the store complete, renames it to its final name and removes the working folder.
@@ -637,10 +651,9 @@ def _to_half(name: str, values: Shaped[np.ndarray, "b ..."], start: int) -> Floa
     Raises:
         UnstorableFeature: names the first row with a value that float16 cannot hold.
     """
-    with np.errstate(over="ignore"):
-        half = values.astype(DTYPE)
-    bad = ~np.isfinite(half)
-    if bad.any():
+    half = to_half(values)
+    if largest_bits(half) >= INFINITY:
+        bad = ~np.isfinite(half)
         place = np.unravel_index(bad.argmax(), bad.shape)
         raise UnstorableFeature(name, start + int(place[0]), float(values[place]))
     return half

@@ -29,14 +29,16 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 
+from .halves import DTYPE, to_float
 from .readouts import CONTROLS, Features, InMemory, arrays_needed, noise_spread, readout
-from .store import DTYPE, FeatureStore, InvalidStore
+from .store import FeatureStore, InvalidStore
 
 ROWS_AT_ONCE = 4096  # of a pass over everything: 32 MiB of float32 at 2,048 channels
 
 
-def blocks(n: int, rows: int = ROWS_AT_ONCE) -> Iterator[slice]:
-    """0 to n in slices of so many rows."""
+def blocks(n: int, rows: int | None = None) -> Iterator[slice]:
+    """0 to n in slices of so many rows; None: `ROWS_AT_ONCE`."""
+    rows = ROWS_AT_ONCE if rows is None else rows
     return (slice(start, min(start + rows, n)) for start in range(0, n, rows))
 
 
@@ -82,9 +84,7 @@ class StoredReadout:
 
     def _made(self, arrays: Mapping[str, np.ndarray]) -> Float[np.ndarray, "n d"]:
         spread = self._reader.spread() if self.name in CONTROLS else None
-        return readout(
-            InMemory({array: values.astype(np.float32) for array, values in arrays.items()}), self.name, spread
-        )
+        return readout(InMemory({array: to_float(values) for array, values in arrays.items()}), self.name, spread)
 
 
 class _Reader:

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from regvit.durable import FolderLocked, move_folder, sync
+from regvit.durable import FolderLocked, append_record, move_folder, sync
 from regvit.store import (
     FeatureStore,
     InvalidStore,
@@ -437,6 +438,48 @@ def test_a_store_can_move_to_another_file_system(tmp_path):
         move_folder(tmp_path / "a", Path(folder, "new/a"))
         assert tree(Path(folder)) == {"new/a/b/c": b"x"}
     assert not (tmp_path / "a").exists()
+
+
+# Threads
+
+
+def test_threads_that_write_different_units_leave_the_bytes_of_one_alone(tmp_path, monkeypatch):
+    inside, most, started = threading.Lock(), [], []
+
+    def append_alone(path, record):
+        assert inside.acquire(blocking=False), "two records are appended at the same time"
+        time.sleep(0.002)
+        append_record(path, record)
+        most.append(record["unit"])
+        inside.release()
+
+    plain = StoreWriter.unit_writer
+
+    def unit_writer(self):
+        started.append(self)
+        time.sleep(0.01)
+        return plain(self)
+
+    monkeypatch.setattr("regvit.store.append_record", append_alone)
+    monkeypatch.setattr(StoreWriter, "unit_writer", unit_writer)
+    with StoreWriter(tmp_path / "a/made.zarr", tmp_path / "a/made.partial", 90, SHAPES, MADE_BY, 4) as writer:
+        with ThreadPoolExecutor(6) as pool:
+            list(pool.map(lambda unit: fill(writer, [unit]), range(writer.units)))
+        assert sorted(most) == list(range(23)) and len(started) == 1 and writer.missing_units() == []
+        writer.finish()
+    monkeypatch.undo()
+    assert tree(tmp_path / "a/made.zarr") == tree(make(tmp_path, 90, 4))
+
+
+def test_threads_that_write_together_are_told_each_of_its_own_bad_unit(tmp_path):
+    with StoreWriter(tmp_path / "made.zarr", tmp_path / "made.partial", 10, SHAPES, MADE_BY, 4) as writer:
+        arrays = [features(10, *writer.unit_rows(unit)) for unit in range(3)]
+        arrays[1]["cls"][2, 3] = np.nan
+        with ThreadPoolExecutor(3) as pool:
+            ends = [pool.submit(writer.write, unit, arrays[unit]) for unit in range(3)]
+        with pytest.raises(UnstorableFeature, match=r"array 'cls', row 6: nan is not a finite number"):
+            ends[1].result()
+        assert writer.missing_units() == [1]
 
 
 # What is refused when opening

@@ -66,6 +66,12 @@ def test_a_pass_reads_each_unit_once_for_all_readouts(store, monkeypatch):
                                   for u in range(0, 100, 16))  # fmt: skip
 
 
+def test_a_pass_goes_in_blocks_of_the_size_that_the_module_says_now(monkeypatch):
+    monkeypatch.setattr(stored, "ROWS_AT_ONCE", 3)
+    assert list(blocks(7)) == [slice(0, 3), slice(3, 6), slice(6, 7)]
+    assert list(blocks(7, 5)) == [slice(0, 5), slice(5, 7)]
+
+
 def test_few_files_are_open_at_once(store, monkeypatch):
     monkeypatch.setattr("resource.getrlimit", lambda _: (0, 0))  # the least: 16
     some = stored_readouts(store, ["cls_reg", "patch_mean"], np.arange(100))
