@@ -8,6 +8,7 @@ float16          autocast: products in float16, which overflow beyond 65,504
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,7 @@ import torch
 
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 PRECISIONS = ("float32", "float32_medium", *AUTOCAST)
+ONE_AT_A_TIME = threading.RLock()  # what torch is told of float32 products holds for all threads of the process
 
 
 def check_precision(precision: str) -> None:
@@ -31,17 +33,20 @@ def check_precision(precision: str) -> None:
 def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
     """Puts torch's arithmetic into the state that the precision names, whatever it was, and back.
 
+    Threads take turns: where one is in such a block, another waits before its own. A block may hold others.
+
     Raises:
         ValueError: the precision is unknown.
     """
     check_precision(precision)
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     medium = precision == "float32_medium"
-    try:
-        torch.set_float32_matmul_precision("medium" if medium else "highest")
-        torch.backends.cudnn.allow_tf32 = medium  # the patch embedding is a convolution
-        with torch.autocast(device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+    with ONE_AT_A_TIME:
+        before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        try:
+            torch.set_float32_matmul_precision("medium" if medium else "highest")
+            torch.backends.cudnn.allow_tf32 = medium  # the patch embedding is a convolution
+            with torch.autocast(device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST):
+                yield
+        finally:
+            torch.set_float32_matmul_precision(before[0])
+            torch.backends.cudnn.allow_tf32 = before[1]

@@ -3,10 +3,11 @@
     driver:   the store's lock, the list of missing units, the records         (one process, `extract`)
     workers:  decode -> forward -> chunks of one unit, written where the store lies   (one for each GPU, or CPU share)
 
-A worker is an actor that holds the model on one device and is handed one unit after the other; it writes their chunks,
-which need no coordination, and the driver records a unit when it hears that its chunks are on disk. So whatever dies, the
-store is as after any interruption: a lost worker or node costs the units it was at, which others do again, and a lost
-driver costs the units at work. Which worker computed a unit leaves no trace in the bytes.
+A worker is an actor that holds the model on one device and has QUEUE units in hand, each on a thread of its own: while
+one of them is computed, the other is decoded or written. Only one is computed at a time, and one written. It writes their
+chunks, which need no coordination, and the driver records a unit when it hears that its chunks are on disk. So whatever
+dies, the store is as after any interruption: a lost worker or node costs the units it was at, which others do again, and
+a lost driver costs the units at work. Which worker computed a unit leaves no trace in the bytes.
 
 Workers see the images, and the folder of the store, under the paths of the driver (a shared file system), or the store is
 on object storage. They run the same code and versions as the driver, and GPUs of one kind: both are checked.
@@ -22,6 +23,7 @@ import os
 import pickle
 import socket
 import sys
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -34,7 +36,7 @@ import torch
 
 from .store import OutOfReach, StoreWriter
 
-QUEUE = 2  # units in the hands of a worker: the one at work, and the next, so that it need not wait for the driver
+QUEUE = 2  # units in the hands of a worker, all of them at work; also what it holds in memory
 ATTEMPTS = 5  # workers that may die over one unit before it is the unit's fault
 PATIENCE = 600.0  # seconds without a single node on which a worker fits: a cluster may have to start it first
 LOOK_EVERY = 2.0  # seconds between two looks at which nodes there are
@@ -54,7 +56,7 @@ class RayEngine:
         address: of a cluster, one of whose nodes this is: `auto`, or `host:6379`. None starts Ray on this machine, and
             ends it afterwards. A program that has called `ray.init` itself keeps what that joined.
         device: what each worker computes on, `cpu` or `cuda`.
-        gpus_per_worker: with 0.5 two workers share a GPU: one decodes and writes while the other computes.
+        gpus_per_worker: with 0.5 two workers share a GPU, for where the Python of one process cannot keep it busy.
         cpus_per_worker: cores that a worker takes up. None: with a GPU its share of the cores of its node, which are also
             its decoding threads; without, its threads.
         threads: of torch in each worker; None is as many as in this process. It may move a float32 in its last bits.
@@ -137,7 +139,6 @@ class _Crew:
         self._hired = 0
         self._deaths: Counter[int] = Counter()  # by unit
         self._stillborn = 0  # workers that died before they answered, since one did answer
-        self._mourned: set[int] = set()
         self._devices = {record["device"] for record in writer.records.values() if "device" in record}
         self._fitted = time.monotonic()
 
@@ -188,7 +189,7 @@ class _Crew:
         setting = _Setting(
             self._engine.device, self._threads, cpus if self._engine.device == "cuda" else None, self._software
         )
-        actor = self._ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0)(_Worker)
+        actor = self._ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_concurrency=QUEUE)(_Worker)
         wanted = slots + (self._engine.address is not None)
         while len(self._workers) < min(wanted, len(self._todo) + len(self._at_work)):
             worker = actor.remote()
@@ -202,10 +203,15 @@ class _Crew:
         load = Counter(number for number, _ in self._at_work.values())
         for share in range(QUEUE):
             for number in self._workers.keys() - set(self._starting.values()):
-                if self._todo and load[number] == share:
+                if self._todo and load[number] == share and self._may_begin(number, self._todo[0]):
                     unit = self._todo.popleft()
                     self._at_work[self._workers[number].unit.remote(unit)] = (number, unit)
                     load[number] += 1
+
+    def _may_begin(self, number: int, unit: int) -> bool:
+        """A unit that was at work when a worker died is at work alone: if it is the reason, it takes no other with it."""
+        others = [other for at, other in self._at_work.values() if at == number]
+        return not others or not any(self._deaths[each] for each in (unit, *others))
 
     def _welcome(self, reference: object) -> None:
         """A worker has started, or died of it."""
@@ -247,12 +253,10 @@ class _Crew:
         self._advance(stop - start)
 
     def _lose(self, number: int, unit: int, error: Exception) -> None:
-        """A worker died: its units are to be done again, first of all, and the first of them may be the reason."""
+        """A worker died: its units are to be done again, first of all, and any of them may be the reason."""
         self._todo.appendleft(unit)
-        if number in self._mourned:
-            return
-        self._mourned.add(number)
-        self._ray.kill(self._workers.pop(number))  # where it is only out of reach
+        if number in self._workers:
+            self._ray.kill(self._workers.pop(number))  # where it is only out of reach
         self._deaths[unit] += 1
         if self._deaths[unit] == ATTEMPTS:
             raise EngineError(
@@ -303,18 +307,27 @@ class _Setting:
 
 
 class _Worker:
-    """What runs in each worker process. Nothing is done before the first unit, so that what fails is told as its error."""
+    """What runs in each worker process, `unit` on QUEUE threads. Nothing is done before the first unit, so that what fails
+    is told as its error."""
 
     def prepare(self, make: list, unit_writer: object, setting: _Setting) -> None:
         self._make, self._unit_writer, self._setting = make[0], unit_writer, setting
         self._extractor = None
+        self._opening, self._writing = threading.Lock(), threading.Lock()
 
     def unit(self, unit: int) -> dict:
-        """Computes and writes one unit. Returns: its receipt, with the device."""
-        if self._extractor is None:
-            self._extractor = self._open()
+        """Computes and writes one unit; `arithmetic` sees to it that no other is computed at the same time.
+
+        Returns: its receipt, with the device.
+        """
+        torch.set_num_threads(self._setting.threads)  # each thread is told on its own
+        with self._opening:
+            if self._extractor is None:
+                self._extractor = self._open()
         arrays = self._extractor.unit(*self._unit_writer.layout.unit_rows(unit))
-        return self._unit_writer.write(unit, arrays) | {"device": _device_name(self._setting.device)}
+        with self._writing:
+            receipt = self._unit_writer.write(unit, arrays)
+        return receipt | {"device": _device_name(self._setting.device)}
 
     def _open(self) -> object:
         import ray  # this process was started by it
@@ -327,7 +340,6 @@ class _Worker:
                 f"{name} is {here[name]} on {socket.gethostname()}, and {there[name]} at the driver; give every node the "
                 "same environment"
             )
-        torch.set_num_threads(self._setting.threads)
         more = {} if self._setting.decoders is None else {"workers": self._setting.decoders}
         return make(device=self._setting.device, **more)
 

@@ -1,6 +1,6 @@
 """Extraction: images through a backbone into a feature store, one forward an image.
 
-    decode (threads) -> uint8 -> device -> normalise -> forward_features -> readouts -> float16 units (writer thread)
+    decode (threads) -> uint8 -> device -> normalise -> forward_features -> readouts -> float16 units (writer threads)
 
 All of these go on at the same time, so that the forward is what the whole takes: batches are decoded ahead into reused
 (on a GPU: pinned) memory, and a GPU is asked for nothing before a unit is whole. `extract` fills a store in this
@@ -19,6 +19,7 @@ normalise only what they pooled, timm's `fc_norm`, give their tokens before it):
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import subprocess
 import sys
@@ -44,18 +45,29 @@ from .bucket_writer import store_writer
 from .finite import BadFeatures, where_it_begins
 from .hooks import watch_outputs
 from .images import in_order
-from .lanes import Mark, Upload, lane_of, usual_batch_size
+from .lanes import CudaLane, Mark, Upload, lane_of, usual_batch_size
 from .manifest import Dataset
+from .memory import available
 from .progress import progress as Progress
+from .storage import place_of
 from .store import StoreWriter, UnstorableFeature, default_rows_per_unit, image_ids_digest
 from .tokens import TokenLayout
 
 ARRAYS = ("cls", "registers", "patch_mean")  # what is stored where nothing else is asked for
-UNITS_IN_FLIGHT = 2  # computed and waiting for the disk; more would only cost memory
-# Of a batch on a GPU: values in the largest tensor that a part of the model puts out, 0.6 GB in float32. Three or four of
-# them live at once, so that a ViT-L fits into 6 GB; it is 128 images of 224 px for a ViT-L/14, which fill large GPUs too.
+# Computed and on their way to the disk, each on a thread of its own, most of whose time is waiting for the disk: a unit of
+# 32 x 256 x 1024 values took 65 ms on one thread and 27 ms on four (medians of four, on two busy cores), where a fast GPU
+# computes one in 15. They are what writing holds in memory: 6 bytes a value, 0.2 GB in units of that size.
+UNITS_IN_FLIGHT = 4
+# Of a batch on a GPU: values in the largest tensor that a part of the model puts out, 0.6 GB in float32. It is 128 images
+# of 224 px for a ViT-L/14, which fill large GPUs too.
 LARGEST_ACTIVATION = 150_000_000
 LARGEST_BATCH = 1024  # images, of models however small
+# Largest tensors that a forward holds at once, at most: 2.3 to 4.5 of them, measured on the CPU over ViT-S, -B and -g,
+# DINOv3 and EVA-02, attention fused or not, float32 and bfloat16. The weights lie there already.
+LIVE_ACTIVATIONS = 5
+UNITS_ON_DEVICE = 3  # being computed, on its way down, and one whose memory is not yet free again
+# Of a GPU's free memory that batches may take: the allocator loses some to gaps, the libraries want space to work in.
+SHARE = 0.8
 # torch.compile takes about a minute and saves some 0.1 ms of a ViT-L image on a fast GPU: about as many images must come
 # before it pays. On a CPU it gains nothing (measured: 2 %).
 COMPILED_FROM = 500_000
@@ -83,7 +95,8 @@ class Extractor:
         backbone: with its test-time registers in place; its model is moved to `device`.
         precision: see `regvit.arithmetic`; it is part of what makes the features.
         device: where the forward runs.
-        batch_size: images a forward, lowered to a divisor of `rows_per_unit`; None is `default_batch_size`.
+        batch_size: images a forward, lowered to a divisor of `rows_per_unit`; None is `default_batch_size` for the
+            memory that the device has left.
         workers: decoding threads, which run ahead of the forward; 0 decodes in between.
         arrays: what to compute, see the module; what the model does not have is left out.
         rows_per_unit: rows that a batch must not straddle; by default those of a store's unit.
@@ -115,8 +128,11 @@ class Extractor:
         self.device, self.arrays = torch.device(device), tuple(arrays)
         self.shapes = dict(shapes or row_shapes(backbone, precision, device, arrays))
         self.rows_per_unit = rows_per_unit or default_rows_per_unit(len(dataset), self.shapes)
-        self.batch_size = _divisor(self.rows_per_unit, batch_size or default_batch_size(backbone, device))
         self._forward = backbone.model.to(self.device).forward_features
+        if batch_size is None:
+            room = _room(self.device, self.shapes, self.rows_per_unit)
+            batch_size = default_batch_size(backbone, self.device, precision, room)
+        self.batch_size = _divisor(self.rows_per_unit, batch_size)
         self._compiled = self._compile() if compile else None
 
     def unit(self, start: int, stop: int) -> dict[str, Float[np.ndarray, "b ..."]]:
@@ -156,9 +172,7 @@ class Extractor:
 
         with closing(self._uploads([batch for span in spans for batch in self._batches(*span)], lane)) as uploads:
             for start, stop in spans:
-                unit = {
-                    name: torch.empty((stop - start, *shape), device=self.device) for name, shape in self.shapes.items()
-                }
+                unit = self._empty(stop - start)
                 for first, last in self._batches(start, stop):
                     step = with_arguments(
                         self._compute, {name: rows[first - start : last - start] for name, rows in unit.items()}
@@ -220,19 +234,26 @@ class Extractor:
         except torch.OutOfMemoryError as error:
             raise torch.OutOfMemoryError(
                 f"{self.device} has no room for {len(images)} images of {self.backbone.name} at once; give a smaller "
-                f"batch_size ({error})"
+                f"batch_size, or free memory of the device and run the same again ({error})"
             ) from error
         for name, values in found.items():
             into[name].copy_(values)
 
+    def _empty(self, rows: int) -> dict[str, Float[Tensor, "b ..."]]:
+        """Memory of the device for the features of so many rows."""
+        return {name: torch.empty((rows, *shape), device=self.device) for name, shape in self.shapes.items()}
+
     def try_out(self) -> None:
-        """A blank batch through the model, so that what cannot be compiled fails before there is anything to lose.
+        """A blank batch through the model, beside the units and batches that are on the device at the same time, so that
+        what cannot be compiled, or has no room, fails before there is anything to lose.
 
         Raises:
             CannotCompile: torch.compile was asked for and fails.
+            torch.OutOfMemoryError: the device has no room for a batch.
         """
-        blank = _blank(self.backbone, self.batch_size, self.device)
-        _features(self.backbone, self._compiled or self._forward, blank, self.precision, self.arrays)
+        units = [self._empty(self.rows_per_unit) for _ in range(UNITS_ON_DEVICE)]
+        batches = [_blank(self.backbone, self.batch_size, self.device) for _ in range(1 + lane_of(self.device).ahead)]
+        self._compute({name: rows[: self.batch_size] for name, rows in units[0].items()}, batches[0])
 
     def _compile(self) -> Callable[[Tensor], Tensor]:
         """The model's forward under torch.compile."""
@@ -264,7 +285,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class InProcess:
-    """The engine that computes here, on one device, and writes on a thread of its own."""
+    """The engine that computes here, on one device, and writes on threads of their own."""
 
     device: torch.device | str = "cpu"
 
@@ -273,7 +294,8 @@ class InProcess:
         missing = writer.missing_units()
         units = make(device=self.device).units(map(writer.unit_rows, missing), advance)
         in_flight: deque[Future] = deque()
-        with ThreadPoolExecutor(1, thread_name_prefix="store") as pool, closing(units):  # leaving waits for the disk
+        pool = ThreadPoolExecutor(UNITS_IN_FLIGHT, thread_name_prefix="store")
+        with pool, closing(units):  # leaving waits for the disk
             for number, unit in zip(missing, units, strict=True):
                 if len(in_flight) == UNITS_IN_FLIGHT:
                     in_flight.popleft().result()
@@ -297,7 +319,7 @@ def describe(backbone: Backbone, dataset: Dataset, precision: str) -> dict:
         "precision": precision,
         "dataset": dataset.name,
         "manifest_sha256": dataset.digest,
-        "image_ids_sha256": image_ids_digest(row.image_id for row in dataset.rows),
+        "image_ids_sha256": image_ids_digest(dataset.rows.column("image_id")),
     }
 
 
@@ -324,7 +346,9 @@ def extract(
     interruption; the finished store is then the same, byte for byte. On a CPU another batch size or number of threads
     may move a float32 in its last bits (measured: 1e-6 for a tiny model on two threads, nothing for a ViT-S). On a GPU
     they choose other kernels, as do another GPU and `compile`, and features differ within the precision's rounding: so
-    what an interrupted extraction left is only gone on with by the same of them, and begun anew otherwise.
+    what an interrupted extraction left is only gone on with by the same of them, and begun anew otherwise. A store has
+    one batch size: where none is given, it is that of the unfinished store that is gone on with, else found before the
+    first unit, and never changed on the way.
 
     Args:
         backbone: with its test-time registers in place; its model is moved to `device`.
@@ -334,7 +358,8 @@ def extract(
         precision: see `regvit.arithmetic`; it is part of what makes the features.
         device, batch_size, workers: where and how fast; images per forward (lowered to a divisor of the rows of a
             unit), and decoding threads, which run ahead of the forward (0 decodes in between). `batch_size` None is
-            `default_batch_size`, here and on others.
+            `default_batch_size`: on a GPU here for its free memory, and halved until a blank batch fits; with an engine
+            of the model's size alone, as the memory of others is not seen from here.
         progress: is told of every image, and of what was resumed; None is silent.
         arrays: what to store, see `readouts`; what the model does not have is left out.
         compile: whether to run the model under torch.compile; None does so on a GPU from 500,000 images on, if a blank
@@ -346,7 +371,8 @@ def extract(
         BadFeatures: an image gives NaN, infinity, or a value beyond float16; where it is no number, the layer where that
             begins is named.
         CannotCompile: torch.compile was asked for and fails.
-        torch.OutOfMemoryError: the device has no room for a batch.
+        torch.OutOfMemoryError: the device has no room for a batch of the size that was given, of the unfinished store, or
+            of a single image; or no more, as another program took it meanwhile.
         UnreadableImage, ChangedImage, FileExistsError, FolderLocked: see `Transform.load` and `store_writer`.
         KeyboardInterrupt: passed on; finished units stay in `partial`, and calling again goes on from there.
     """
@@ -356,18 +382,28 @@ def extract(
     here = device if engine is None else torch.device("cpu")
     shapes = row_shapes(backbone, precision, here, arrays)
     rows_per_unit = default_rows_per_unit(len(dataset), shapes) if rows_per_unit is None else rows_per_unit
-    batch_size = batch_size or default_batch_size(backbone, device)
     make = with_arguments(
         Extractor,
         backbone,
         dataset,
         precision,
-        batch_size=batch_size,
         workers=workers,
         arrays=tuple(arrays),
         rows_per_unit=rows_per_unit,
         shapes=shapes,
     )
+    if batch_size is None:
+        batch_size = default_batch_size(backbone, device)
+        if _has_own_memory(device):
+            key = _resume_key(device, batch_size, False, engine)
+            begun = _begun_with(final, partial, storage_options, attributes, key)
+            if engine is None:
+                room = _room(device, shapes, rows_per_unit)
+                estimate = default_batch_size(backbone, device, precision, room)
+                batch_size = _find_batch_size(make, device, batch_size, estimate, begun, progress)
+            else:
+                batch_size = begun or batch_size
+    make = with_arguments(make, batch_size=batch_size)
     if compile is None:
         compile = _compiling_pays(device, len(dataset)) and _compiles(make, device, progress)
         backbone.model.to(here)  # it may have been tried on a GPU, and is to be computed elsewhere
@@ -456,26 +492,134 @@ def _blank(backbone: Backbone, images: int, device: torch.device | str) -> UInt8
     return torch.zeros(images, 3, backbone.transform.size, backbone.transform.size, dtype=torch.uint8, device=device)
 
 
-def default_batch_size(backbone: Backbone, device: torch.device | str) -> int:
-    """Images a forward where none are given: of a model the same in every process and on every GPU, whatever its memory.
+def default_batch_size(
+    backbone: Backbone, device: torch.device | str, precision: str = "float32", room: float = math.inf
+) -> int:
+    """Images a forward where none are given, a power of two.
 
-    A power of two: 8 on a CPU, see `usual_batch_size`; on a GPU as many as keep the largest tensor that a part of the
-    model puts out within LARGEST_ACTIVATION values. That is read off one blank image, wherever the model is.
+    8 on a CPU, see `usual_batch_size`. On a GPU as many as keep the largest tensor that a part of the model puts out
+    within LARGEST_ACTIVATION values, which is the same in every process and on every GPU; and fewer where those would not
+    fit into `room`:
+
+        bytes of a forward = images · (LIVE_ACTIVATIONS · bytes of the largest tensor + 3 · side² · (4 + 3))
+
+    with 4 bytes for a normalised value, and 1 for each of the three batches of uint8 that are on the device. Without fused
+    attention the largest tensor may be the attention matrix. It is read off one blank image, wherever the model is.
+
+    Args:
+        precision: of the forward; decides the bytes of the largest tensor.
+        room: bytes of the device that the forward may take.
     """
-    if torch.device(device).type != "cuda":
+    if not _has_own_memory(torch.device(device)):
         return usual_batch_size(device)
-    largest = 1
+    values, size = _largest_output(backbone, precision)
+    fitting = room / (LIVE_ACTIVATIONS * size + _input_bytes(backbone))
+    images = max(1, int(min(LARGEST_BATCH, LARGEST_ACTIVATION // values, fitting)))
+    return 1 << (images.bit_length() - 1)
+
+
+def _largest_output(backbone: Backbone, precision: str) -> tuple[int, int]:
+    """Of one image: values of the largest tensor that a part of the model puts out, and the most bytes of one."""
+    values = size = 1
 
     def see(_: int, output: object) -> None:
-        nonlocal largest
+        nonlocal values, size
         if isinstance(output, Tensor):
-            largest = max(largest, output.numel())
+            values, size = max(values, output.numel()), max(size, output.nbytes)
 
     where = next((parameter.device for parameter in backbone.model.parameters()), torch.device("cpu"))
-    blank = backbone.transform.normalise(_blank(backbone, 1, where))
-    with torch.inference_mode(), watch_outputs(dict(enumerate(backbone.model.modules())), see):
-        backbone.model.forward_features(blank)
-    return 1 << (min(LARGEST_BATCH, max(1, LARGEST_ACTIVATION // largest)).bit_length() - 1)
+    blank = _blank(backbone, 1, where)
+    with watch_outputs(dict(enumerate(backbone.model.modules())), see):
+        _features(backbone, backbone.model.forward_features, blank, precision, ("patch_mean",))
+    return values, size
+
+
+def _input_bytes(backbone: Backbone) -> int:
+    """Of one image on its way into the model: normalised to float32, and as uint8 in as many batches as are on a GPU."""
+    return 3 * backbone.transform.size**2 * (4 + 1 + CudaLane.ahead)
+
+
+def _room(device: torch.device, shapes: Mapping[str, tuple[int, ...]], rows_per_unit: int) -> float:
+    """Bytes that forwards may take on a device that holds the model already: a share of what units leave of the rest."""
+    if not _has_own_memory(device):
+        return math.inf
+    unit = 4 * rows_per_unit * sum(math.prod(shape) for shape in shapes.values())  # float32
+    return SHARE * (available(device) - UNITS_ON_DEVICE * unit)
+
+
+def _has_own_memory(device: torch.device) -> bool:
+    """Whether batches have to fit into memory of the device's own, and choose its kernels: a GPU, not a CPU."""
+    return device.type == "cuda"
+
+
+def _find_batch_size(
+    make: Callable[..., Extractor],
+    device: torch.device,
+    usual: int,
+    estimate: int,
+    begun: int | None,
+    progress: Progress | None,
+) -> int:
+    """Images a forward for which a GPU here has room, as a blank batch shows.
+
+    Args:
+        usual: `default_batch_size` of the model alone; a line tells where it is not reached.
+        estimate: `default_batch_size` for the memory that is free; halved as often as it does not fit.
+        begun: that of the unfinished store, which is taken instead. Fewer would begin the store anew, and so are left to
+            whoever calls.
+    Raises:
+        torch.OutOfMemoryError: there is no room for those of the unfinished store, or not for a single image.
+    """
+    if begun is not None:
+        try:
+            return _tried(make, device, begun, least=begun)
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(
+                f"the unfinished store was made in batches of {begun} images and is only gone on with in such; a smaller "
+                f"batch_size begins it anew: {error}"
+            ) from error
+    size = _tried(make, device, estimate, least=1)
+    if size < usual and progress is not None:
+        progress.line(f"batches of {size} images instead of {usual}, as {device} has no room for more")
+    return size
+
+
+def _tried(make: Callable[..., Extractor], device: torch.device, size: int, least: int) -> int:
+    """`size`, or as often halved as a blank batch of it does not fit.
+
+    Raises:
+        torch.OutOfMemoryError: half of what does not fit is less than `least`.
+    """
+    while True:
+        try:
+            make(device=device, batch_size=size).try_out()
+            return size
+        except torch.OutOfMemoryError:
+            if size // 2 < least:
+                raise
+        torch.cuda.empty_cache()  # what a larger batch got before it failed lies in pieces of other sizes
+        size //= 2
+
+
+def _begun_with(
+    final: Path | str, partial: Path | str | None, storage_options: Mapping | None, attributes: Mapping, key: Mapping
+) -> int | None:
+    """Images a forward of the unfinished store in `partial`, if that is gone on with where they agree; else None.
+
+    Args:
+        key: `_resume_key`, whose `batch_size` and `compile` are not looked at.
+    """
+    place = place_of(f"{final}".rstrip("/") + ".partial" if partial is None else partial, storage_options)
+    try:
+        begun = json.loads(place.read("resume.json"))
+    except (FileNotFoundError, ValueError):  # there is none, or it is damaged, as the writer will tell
+        return None
+    if not isinstance(begun, dict):
+        return None
+    found, stored = begun.get("resume_key", {}), begun.get("attributes", {})
+    same_key = all(found.get(name) == value for name, value in key.items() if name not in ("batch_size", "compile"))
+    same_store = all(stored.get(name) == value for name, value in json.loads(json.dumps(dict(attributes))).items())
+    return found.get("batch_size") if same_key and same_store else None
 
 
 def _compiling_pays(device: torch.device, images: int) -> bool:

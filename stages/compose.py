@@ -1,7 +1,7 @@
 """compose@<run>: a backbone, its register neurons and a variant make a run; features/<run>/run.json.
 
-Beside it detection.json: which patches of the backbone count as outliers. It decides no feature, so it stands apart. And
-extract.json: the block `extract` of the parameters, which decides features only.
+Beside it extract.json, the same with the block `extract` of the parameters: all that extraction reads of a run. And
+detection.json: which patches of the backbone count as outliers. It decides no feature, so it stands apart.
 """
 
 from pathlib import Path
@@ -37,7 +37,7 @@ def main(name: str) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, described)
     write_text(out.with_name("detection.json"), write_detection(detection))
-    write_json(out.with_name("extract.json"), params["extract"])
+    write_json(out.with_name("extract.json"), described | {"extract": params["extract"]})
     taken = sum(len(units) for units in (described["neurons"] or {}).values())
     kind, done = described.get("control", ""), "silenced" if described.get("control") == "ablated" else "moved"
     print(

@@ -41,9 +41,9 @@ def fill_store(
 ) -> None:
     """Extracts, or goes on extracting, and writes the record."""
     runtime = Runtime.load()
-    run_file = Path("features") / run_name / "run.json"
+    run_file = Path("features") / run_name / "extract.json"
     run = read_run(run_file)
-    choices = json.loads(run_file.with_name("extract.json").read_text())  # `precision`, and `resizing` if not Pillow's
+    choices = run.pop("extract")  # `precision`, and `resizing` where it is not Pillow's
     backbone = open_run(run_file, Path("data/backbones"))
     transform = replace(backbone.transform, resizing=choices.get("resizing", "pillow"))
     backbone = prepare(replace(backbone, transform=transform))
@@ -80,7 +80,7 @@ def fill_store(
                 compile=runtime.compile,
                 engine=engine_of(runtime),
             )
-    store = FeatureStore.open(final, dataset.digest, [row.image_id for row in dataset.rows])
+    store = FeatureStore.open(final, dataset.digest, dataset.rows.column("image_id"))
     record.parent.mkdir(parents=True, exist_ok=True)
     shapes = {name: list(shape) for name, shape in store.arrays.items()}
     made = store.attributes | {"arrays": shapes, "store_sha256": store.digest()}
@@ -93,7 +93,7 @@ def is_finished(final: Path, backbone: Backbone, dataset: Dataset, attributes: M
     if not final.exists():
         return False
     try:
-        store = FeatureStore.open(final, dataset.digest, [row.image_id for row in dataset.rows])
+        store = FeatureStore.open(final, dataset.digest, dataset.rows.column("image_id"))
     except InvalidStore:
         return False  # `extract` then refuses to write over it
     found = {key: store.attributes.get(key) for key in attributes}

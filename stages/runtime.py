@@ -6,7 +6,7 @@ defaults: here, on a GPU where there is one.
 | knob | what | default |
 |---|---|---|
 | `device` | `cpu`, `cuda`, `cuda:1`, … | `auto`: a GPU where there is one |
-| `batch_size` | images a forward | `auto`: 8 on a CPU, else 32; extraction on a GPU as many as the model's size allows |
+| `batch_size` | images a forward | `auto`: 8 on a CPU, else 32; extraction on a GPU as many as its memory has room for |
 | `workers` | decoding threads | `auto`: with a GPU one for each usable core, else 0, which decodes in between |
 | `threads` | of torch on the CPU | torch's own choice |
 | `compile` | whether extraction runs the model under torch.compile | `auto`: on a GPU from 500,000 images on |

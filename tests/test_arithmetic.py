@@ -1,3 +1,5 @@
+import threading
+
 import pytest
 import torch
 
@@ -25,6 +27,25 @@ def test_an_error_inside_the_block_puts_the_arithmetic_back():
     with pytest.raises(ZeroDivisionError), arithmetic("float32_medium", CPU):
         _ = 1 / 0
     assert torch.get_float32_matmul_precision() == before
+
+
+def test_threads_take_turns_and_a_block_may_hold_another():
+    seen, inside, leave = [], threading.Event(), threading.Event()
+
+    def other():
+        with arithmetic("float32_medium", CPU), arithmetic("float32_medium", CPU):
+            inside.set()
+            leave.wait(10)
+            seen.append(torch.get_float32_matmul_precision())
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert inside.wait(10)
+    threading.Timer(0.2, leave.set).start()
+    with arithmetic("float32", CPU):
+        assert seen == ["medium"]  # it has left, and was not disturbed
+        assert torch.get_float32_matmul_precision() == "highest"
+    thread.join()
 
 
 def test_a_name_that_stands_for_nothing_is_refused():

@@ -83,7 +83,8 @@ def work(tmp_path_factory):
     described = describe_run(RUN, load_backbone(folder / "data/backbones/tiny"), "test_time", 1, {2: (1, 5)})
     (folder / "features" / RUN).mkdir(parents=True)
     (folder / "features" / RUN / "run.json").write_text(json.dumps(described))
-    (folder / "features" / RUN / "extract.json").write_text(json.dumps(given["extract"]))
+    extracted = described | {"extract": given["extract"]}
+    (folder / "features" / RUN / "extract.json").write_text(json.dumps(extracted))
     detection = {"threshold": None, "detect_layer": None}
     (folder / "features" / RUN / "detection.json").write_text(json.dumps(detection))
     for stage, sets in (("discover", "discover"), ("extract_patches", "patches"), ("segment",) * 2, ("depth",) * 2):

@@ -77,10 +77,11 @@ def work(tmp_path_factory):
     found = {"threshold": float(np.sort(norms.ravel())[-4]), "detect_layer": LAYER}
     for name, kind, count in (("plain", "none", 0), ("cured", "test_time", 1)):
         (folder / "features" / name).mkdir(parents=True)
-        (folder / "features" / name / "extract.json").write_text('{"precision": "float32"}')
         (folder / "features" / name / "detection.json").write_text(json.dumps(found))
         described = describe_run(name, backbone, kind, count, {2: (1, 5)})
         (folder / "features" / name / "run.json").write_text(json.dumps(described))
+        extracted = described | {"extract": {"precision": "float32"}}
+        (folder / "features" / name / "extract.json").write_text(json.dumps(extracted))
         for stage in STAGES:
             run(stage, folder, name, "rooms")
     return folder
