@@ -827,7 +827,8 @@ def test_a_picture_that_changed_since_the_manifest_was_made_stops_by_name_and_re
     for workers in (0, 2):
         with pytest.raises(ChangedImage, match=rf"{changed} is not the file that the data set was made of"):
             run(tmp_path, backbone_of(), here, workers=workers)
-    assert (tmp_path / "noise.partial/done.jsonl").read_text() == '{"unit": 0}\n{"unit": 1}\n'
+    records = (tmp_path / "noise.partial/done.jsonl").read_text().splitlines()
+    assert sorted(records) == ['{"unit": 0}', '{"unit": 1}']
     assert not (tmp_path / "noise.zarr").exists()
     changed.write_bytes(before)
     assert run(tmp_path, backbone_of(), here).digest() == whole.digest()

@@ -249,7 +249,7 @@ def test_of_two_extractions_of_one_store_the_second_says_who_holds_it_and_the_fi
     folder = before(stage, undisturbed, tmp_path / "project")
     start = results(folder)
     stages.run(folder, *stage, die_at=ended.changes // 3, signal=0, wait=1.5, go_on=True)
-    while not list((folder / "work").glob("*.partial/done.jsonl")):
+    while not list((folder / "work").glob("*.partial/resume.json")):
         time.sleep(0.01)
     second = stages.run(folder, *stage)  # also waits for the first, which must end well
     assert second.status == 1, second.text
