@@ -54,9 +54,9 @@ from .store import StoreWriter, UnstorableFeature, default_rows_per_unit, image_
 from .tokens import TokenLayout
 
 ARRAYS = ("cls", "registers", "patch_mean")  # what is stored where nothing else is asked for
-# Computed and on their way to the disk, each on a thread of its own, most of whose time is waiting for the disk: a unit of
-# 32 x 256 x 1024 values took 65 ms on one thread and 27 ms on four (medians of four, on two busy cores), where a fast GPU
-# computes one in 15. They are what writing holds in memory: 6 bytes a value, 0.2 GB in units of that size.
+# Computed and on their way to the disk, each on a thread of its own: where the disk is waited for, others go on. A unit of
+# 32 x 256 x 1024 values took 19 ms on one thread and 18 ms on four on two idle cores, 65 and 27 ms beside other jobs (medians
+# of four), where a fast GPU computes one in 15. They are what writing holds in memory: 6 bytes a value, 0.2 GB in all.
 UNITS_IN_FLIGHT = 4
 # Of a batch on a GPU: values in the largest tensor that a part of the model puts out, 0.6 GB in float32. It is 128 images
 # of 224 px for a ViT-L/14, which fill large GPUs too.
