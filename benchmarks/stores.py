@@ -33,8 +33,8 @@ IMAGENET = 1_281_167
 Shapes = Mapping[str, tuple[int, ...]]
 
 # NumPy copies memory into the system's cache. A store is checked for overflow and NaN, gets checksums, is synced to disk unit
-# by unit, and is read through its checksums with a look for NaN. The ratio is the price of that, and no aim: at about
-# 1 GB a second of the CPU it is far from what limits extraction.
+# by unit, and is read through its checksums with a look for NaN. The ratio is the price of that, and no aim: at 0.5 GB a
+# second of the CPU and more it is far from what limits extraction.
 
 
 def main() -> None:

@@ -45,7 +45,7 @@ def main() -> None:
         for key in sorted(before.keys() | found.keys()):
             if before and before.get(key) != found.get(key):
                 changed.setdefault(key, []).append(name)
-        partial = file.with_suffix(".partial")
+        partial = file.with_suffix(".partial")  # regvit.files would do this, but importing regvit takes seconds
         partial.write_text(json.dumps(found, indent=1) + "\n")
         os.replace(partial, file)
     print(f"the code of {len(names)} stages is recorded{'; what changed it:' if changed else ''}")
