@@ -13,20 +13,34 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PIPELINE = """
+# One program, as the stages are, and not two in a row: a shell may lose a Ctrl-C that comes while it starts the second.
+STAGE = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT / "stages")!r})
+from command import command
+
+def main(name):
+    with open("made", "a") as file:
+        file.write(name + chr(10))
+    time.sleep(60)
+
+command(main, "name", interrupted="nothing of {{0}} is kept")
+"""
+PIPELINE = f"""
 stages:
   download:
     matrix:
-      dataset: ${datasets}
-    cmd: echo ${item.dataset} >> made; sleep 60
+      dataset: ${{datasets}}
+    cmd: {sys.executable} stage.py ${{item.dataset}}
 """
 
 
 @pytest.fixture
 def project(tmp_path) -> Path:
-    """A folder of DVC's whose only stages make one line each and last a minute; timm need not be asked."""
+    """A folder of DVC's whose only stages write one line each and last a minute; timm need not be asked."""
     subprocess.run([sys.executable, "-m", "dvc", "init", "--quiet", "--no-scm"], cwd=tmp_path, check=True)
     (tmp_path / "dvc.yaml").write_text(PIPELINE)
+    (tmp_path / "stage.py").write_text(STAGE)
     shutil.copy(ROOT / "params.yaml", tmp_path)
     known = {"vit_small_patch14_dinov2": {"depth": 12, "trained": 0}}
     (tmp_path / "work").mkdir()
@@ -54,6 +68,7 @@ def test_ctrl_c_ends_dvc_and_its_stage_in_one_line_without_a_traceback(project):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130
     assert "Traceback" not in out + err, err
+    assert "stage: interrupted; nothing of twemoji is kept: run the same again" in err.splitlines()
     assert err.splitlines()[-1] == "make repro: interrupted; stages that were done are kept: run the same again"
     assert len((project / "made").read_text().splitlines()) == 1  # DVC began no other stage
     with pytest.raises(ProcessLookupError):  # nothing of the group is left
