@@ -39,8 +39,9 @@ from benchmarks.machine import describe, in_turn, save, seconds_of
 from regvit import lanes
 from regvit.arithmetic import PRECISIONS, arithmetic
 from regvit.backbones import Backbone, load_backbone
-from regvit.extraction import Extractor, extract
 from regvit.extraction import describe as attributes_of
+from regvit.extraction import extract
+from regvit.extractor import Extractor
 from regvit.images import RESIZINGS, Transform
 from regvit.manifest import Dataset, Row, read_dataset, write_dataset
 

@@ -49,7 +49,8 @@ from regvit.neurons import find_register_neurons
 from regvit.predictions import load_predictions, save_predictions
 from regvit.probes import Probe, ProbeSet, load_probes, save_probes, train_probes
 from regvit.sources import make_dataset
-from regvit.store import FeatureStore, StoreWriter
+from regvit.store import FeatureStore
+from regvit.store_writer import StoreWriter
 from regvit.stored import stored_readouts
 
 TIMES = (1, 4, 16)

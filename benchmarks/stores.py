@@ -21,7 +21,10 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.machine import describe, in_turn, seconds_of
-from regvit.store import CHECKSUM_BYTES, DTYPE, FeatureStore, StoreWriter, default_rows_per_unit
+from regvit.halves import DTYPE
+from regvit.store import FeatureStore
+from regvit.store_layout import CHECKSUM_BYTES, default_rows_per_unit
+from regvit.store_writer import StoreWriter
 
 CHANNELS, REGISTERS, PATCHES = 1024, 4, 256
 KINDS: dict[str, dict[str, tuple[int, ...]]] = {  # arrays and their shapes, but for the images

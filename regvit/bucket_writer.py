@@ -34,7 +34,9 @@ from zarr.storage import MemoryStore
 
 from .lease import SECONDS, Lease
 from .storage import Bucket, Folder, place_of
-from .store import FORMAT, InvalidStore, Layout, OutOfReach, StoreWriter
+from .store import InvalidStore
+from .store_layout import FORMAT, Layout
+from .store_writer import OutOfReach, StoreWriter
 
 RESUME = "resume.json"
 REQUESTS = 16  # at the same time, where there is one for each unit
@@ -47,7 +49,7 @@ class BucketUnitWriter:
     Attributes:
         final, partial: prefixes of the store and of the work.
         layout: of the store.
-        resume_sha256: of `resume.json`, see `store.UnitWriter`.
+        resume_sha256: of `resume.json`, see `store_writer.UnitWriter`.
     """
 
     final: Bucket

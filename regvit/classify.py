@@ -26,8 +26,8 @@ from torch import Tensor
 
 from .backbones import Backbone
 from .detectors import energy
-from .extraction import readouts
 from .finite import check_finite
+from .forward import readouts
 from .images import Transform, UnreadableImage, in_order, to_rgb
 from .lanes import usual_batch_size
 from .probes import InvalidProbes, Probe, ProbeSet, load_probes

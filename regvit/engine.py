@@ -34,7 +34,7 @@ from types import ModuleType
 
 import torch
 
-from .store import OutOfReach, StoreWriter
+from .store_writer import OutOfReach, StoreWriter
 
 QUEUE = 2  # units in the hands of a worker, all of them at work; also what it holds in memory
 ATTEMPTS = 5  # workers that may die over one unit before it is the unit's fault

@@ -14,7 +14,7 @@ import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Self, overload
+from typing import overload
 
 import numpy as np
 from jaxtyping import Int
@@ -146,19 +146,10 @@ class RowList(Rows):
         """One row more."""
         self.put([getattr(row, name) for name in COLUMNS])
 
-    def extend(self, rows: Iterable[Row]) -> None:
-        """Rows more, in their order."""
-        for row in rows:
-            self.append(row)
-
     def put(self, values: Sequence[str]) -> None:
         """One row more, by its values in the order of `COLUMNS`."""
         self._columns.append(values)
         self._places = range(len(self._columns))
-
-    def __iadd__(self, rows: Iterable[Row]) -> Self:
-        self.extend(rows)
-        return self
 
 
 class Column(Sequence[str]):

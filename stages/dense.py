@@ -47,9 +47,8 @@ def open_set(run: str, name: str, truth: str, stage: str) -> DenseSet:
     dataset = read_dataset(Path("data") / name)
     path = Path("features") / run / "patches" / f"{name}.zarr"
     store = FeatureStore.open(path, dataset.digest, dataset.rows.column("image_id"))
-    rows = {
-        split: [i for i in dataset.split_rows(split).tolist() if getattr(dataset.rows[i], truth)] for split in SPLITS
-    }
+    truths = dataset.rows.column(truth)
+    rows = {split: [i for i in dataset.split_rows(split).tolist() if truths[i]] for split in SPLITS}
     if lacking := [split for split in SPLITS if not rows[split]]:
         raise ValueError(f"data set {name} has no {lacking[0]} image with a {truth}; {stage} needs some in every split")
     return DenseSet(dataset, store, {split: PatchTokens(store, rows[split]) for split in SPLITS})

@@ -13,8 +13,9 @@ from pathlib import Path
 from command import command
 from regvit.backbones import Backbone
 from regvit.engine import RayEngine
-from regvit.extraction import ARRAYS, Engine, describe, extract, row_shapes
+from regvit.extraction import Engine, describe, extract
 from regvit.files import write_text
+from regvit.forward import ARRAYS, row_shapes
 from regvit.manifest import Dataset, read_dataset
 from regvit.progress import progress
 from regvit.runs import open_run, read_run

@@ -14,7 +14,9 @@ from object_server import ObjectServer
 from regvit.bucket_writer import BucketWriter, store_writer
 from regvit.durable import FolderLocked
 from regvit.storage import StorageError
-from regvit.store import FeatureStore, InvalidStore, OutOfReach, StoreWriter, UnstorableFeature
+from regvit.store import FeatureStore, InvalidStore
+from regvit.store_layout import UnstorableFeature
+from regvit.store_writer import OutOfReach, StoreWriter
 
 SHAPES = {"cls": (8,), "registers": (2, 8), "patch_mean": (8,)}
 MADE_BY = {"backbone": "tiny", "transform": {"size": 32, "crop_pct": 1.0}, "manifest_sha256": "m"}

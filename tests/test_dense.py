@@ -24,7 +24,8 @@ from regvit.dense import (
     schedule,
     statistics,
 )
-from regvit.store import FeatureStore, StoreWriter
+from regvit.store import FeatureStore
+from regvit.store_writer import StoreWriter
 
 
 def store_of(folder, patches, rows_per_unit=4):

@@ -19,7 +19,8 @@ from regvit.depth import (
     summary,
     train,
 )
-from regvit.store import FeatureStore, StoreWriter
+from regvit.store import FeatureStore
+from regvit.store_writer import StoreWriter
 
 SIDE = 4
 INDOORS = Range(0.5, 5.0)

@@ -126,7 +126,7 @@ CANNOT = {
     "cd /shared/regvit && source .venv/bin/activate": "needs SLURM and GPUs; tests/test_engine.py runs extraction on two nodes",
 }
 PYTHON_CANNOT = {
-    "docs/scaling.md": "writes to object storage from a cluster; tests/test_store.py and others do so locally"
+    "docs/scaling.md": "writes to object storage from a cluster; tests/test_bucket_writer.py does so locally"
 }
 # Steps of the workflow that are not run, by a part of each, and why.
 NOT_HERE = {

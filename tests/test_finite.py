@@ -15,8 +15,8 @@ from regvit.backbones import Backbone
 from regvit.batches import Batches
 from regvit.classify import Classifier
 from regvit.discovery import discover, measure, settings
-from regvit.extraction import BadFeatures, describe, extract
-from regvit.finite import check_finite, where_it_begins
+from regvit.extraction import describe, extract
+from regvit.finite import BadFeatures, check_finite, where_it_begins
 from regvit.images import Transform
 from regvit.manifest import Row, read_dataset, write_dataset
 from regvit.outliers import Detection

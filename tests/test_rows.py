@@ -74,8 +74,7 @@ def test_a_list_of_rows_grows_and_what_was_taken_of_it_before_does_not():
     rows = RowList(GIVEN[:2])
     before = Rows.of(rows)
     rows.append(GIVEN[2])
-    rows += GIVEN[3:]
-    assert rows == GIVEN and before == GIVEN[:2]
+    assert rows == GIVEN[:3] and before == GIVEN[:2]
     assert before.codes("split")[0].tolist() == [0, 1]
     assert not hasattr(before, "append")
 

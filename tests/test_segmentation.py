@@ -20,7 +20,8 @@ from regvit.miou import (
     paired_miou_difference,
 )
 from regvit.segmentation import Segmenter, count, read_classes, summary, train
-from regvit.store import FeatureStore, StoreWriter
+from regvit.store import FeatureStore
+from regvit.store_writer import StoreWriter
 
 SIDE, CLASSES = 4, 3
 

@@ -16,11 +16,12 @@ pytest.importorskip("ray", reason="the engine needs the extra `cluster`")
 # As trust_project does: units of four images, of which there are eleven then; and time to stop the driver in between.
 SMALL_UNITS = """
 import runpy, signal, sys, time
-from regvit import store
+from regvit import store_layout
+from regvit.store_writer import StoreWriter
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore Ctrl-C
-store.SMALLEST_UNIT = 4
-record = store.StoreWriter.record
-store.StoreWriter.record = lambda *arguments: (record(*arguments), time.sleep(0.3))
+store_layout.SMALLEST_UNIT = 4
+record = StoreWriter.record
+StoreWriter.record = lambda *arguments: (record(*arguments), time.sleep(0.3))
 sys.path.insert(0, sys.argv.pop(1))
 sys.argv = [sys.path[0] + "/extract.py", *sys.argv[1:]]
 runpy.run_path(sys.argv[0], run_name="__main__")

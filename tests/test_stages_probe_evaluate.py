@@ -18,7 +18,8 @@ from regvit.manifest import Row, read_dataset, write_dataset
 from regvit.metrics import accuracy
 from regvit.predictions import load_predictions, paired_difference
 from regvit.probes import train_probes
-from regvit.store import FeatureStore, StoreWriter
+from regvit.store import FeatureStore
+from regvit.store_writer import StoreWriter
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "stages"))

@@ -23,16 +23,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regvit.durable import FolderLocked, append_record, move_folder, sync
-from regvit.store import (
-    FeatureStore,
-    InvalidStore,
-    OutOfReach,
-    StoreWriter,
-    UnstorableFeature,
-    default_rows_per_unit,
-    fingerprint,
-    image_ids_digest,
-)
+from regvit.store import FeatureStore, InvalidStore, fingerprint, image_ids_digest
+from regvit.store_layout import UnstorableFeature, default_rows_per_unit
+from regvit.store_writer import OutOfReach, StoreWriter
 
 SHAPES = {"cls": (8,), "registers": (2, 8), "patch_mean": (8,)}
 MADE_BY = {
@@ -240,7 +233,7 @@ def test_a_kill_after_any_chunk_loses_only_the_unit_it_was_in(tmp_path, after, m
             if len(written) == after + 1:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr("regvit.store.sync", sync_or_stop)
+    monkeypatch.setattr("regvit.store_writer.sync", sync_or_stop)
     with contextlib.suppress(KeyboardInterrupt):
         interrupted(tmp_path, units=(0, 1, 2))
     monkeypatch.undo()
@@ -279,7 +272,7 @@ def test_a_stop_between_marking_complete_and_renaming_is_resumed(tmp_path, monke
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("regvit.store.move_folder", stop)
+    monkeypatch.setattr("regvit.store_writer.move_folder", stop)
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path)
     monkeypatch.undo()
@@ -460,7 +453,7 @@ def test_threads_that_write_different_units_leave_the_bytes_of_one_alone(tmp_pat
         time.sleep(0.01)
         return plain(self)
 
-    monkeypatch.setattr("regvit.store.append_record", append_alone)
+    monkeypatch.setattr("regvit.store_writer.append_record", append_alone)
     monkeypatch.setattr(StoreWriter, "unit_writer", unit_writer)
     with StoreWriter(tmp_path / "a/made.zarr", tmp_path / "a/made.partial", 90, SHAPES, MADE_BY, 4) as writer:
         with ThreadPoolExecutor(6) as pool:
@@ -616,7 +609,7 @@ def test_a_worker_that_does_not_see_the_folder_or_sees_one_begun_anew_writes_not
 
 
 def test_a_unit_whose_chunks_are_not_to_be_seen_is_not_recorded(tmp_path, monkeypatch):
-    monkeypatch.setattr("regvit.store.SEEN_WITHIN", 0.3)
+    monkeypatch.setattr("regvit.store_writer.SEEN_WITHIN", 0.3)
     with StoreWriter(tmp_path / "made.zarr", tmp_path / "made.partial", 10, SHAPES, MADE_BY, 4) as writer:
         with pytest.raises(OutOfReach, match=r"made.partial shows no chunks of unit 1, which another process wrote"):
             writer.record(1, {})

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import zarr
 
-from regvit.store import FeatureStore, InvalidStore, StoreWriter, UnstorableFeature
+from regvit.store import FeatureStore, InvalidStore
+from regvit.store_layout import UnstorableFeature
+from regvit.store_writer import StoreWriter
 
 SHAPES = {"cls": (8,), "registers": (2, 8)}
 

@@ -10,7 +10,8 @@ from regvit.heads import RowOrder
 from regvit.neighbours import choose_neighbours
 from regvit.probes import save_probes, train_probes
 from regvit.readouts import InMemory, readout
-from regvit.store import FeatureStore, InvalidStore, StoreWriter
+from regvit.store import FeatureStore, InvalidStore
+from regvit.store_writer import StoreWriter
 from regvit.stored import StoredReadout, blocks, stored_readouts
 
 NAMES = ("cls", "reg_mean", "patch_mean", "cls_reg", "cls_patch", "cls_reg_max", "cls_reg_1", "cls_reg_learned",

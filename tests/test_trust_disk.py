@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from trust_project import ORDER, Stages, make_project, results
 
-from regvit.store import FeatureStore, StoreWriter
+from regvit.store import FeatureStore
+from regvit.store_writer import StoreWriter
 
 CHAIN = ORDER[:1] + ORDER[3:5] + ORDER[5:7] + (("extract", "cured", "home"), ("probe", "cured"))
 

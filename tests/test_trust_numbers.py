@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from regvit.backbones import Backbone, WeightsError, build, load_backbone, save_backbone
-from regvit.extraction import BadFeatures, describe, extract
+from regvit.extraction import describe, extract
+from regvit.finite import BadFeatures
 from regvit.images import Transform
 from regvit.manifest import InvalidManifest, Row, read_dataset, write_dataset
 from regvit.metrics import accuracy
@@ -20,7 +21,9 @@ from regvit.outliers import patch_norms, settle_detection
 from regvit.probes import save_probes, train_probes
 from regvit.registers import add_test_time_registers
 from regvit.runs import describe_run
-from regvit.store import FeatureStore, StoreWriter, UnstorableFeature
+from regvit.store import FeatureStore
+from regvit.store_layout import UnstorableFeature
+from regvit.store_writer import StoreWriter
 
 HALF = (0.5, 0.5, 0.5)
 ARGS = {"num_classes": 0, "img_size": 32, "dynamic_img_size": True}

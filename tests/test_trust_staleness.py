@@ -11,7 +11,7 @@ import timm
 import torch
 from PIL import Image
 
-from regvit import extraction, store
+from regvit import extraction, store, store_writer
 from regvit.backbones import load_backbone, save_backbone
 from regvit.extraction import describe, extract
 from regvit.images import Transform
@@ -140,7 +140,8 @@ def test_a_store_is_begun_anew_with_another_version_of_a_library(tmp_path, monke
 
 def test_a_store_is_begun_anew_with_another_version_of_the_format(tmp_path, monkeypatch):
     interrupted(tmp_path, Made(**PLAIN))
-    monkeypatch.setattr(store, "FORMAT_VERSION", 2)
+    for module in (store, store_writer):
+        monkeypatch.setattr(module, "FORMAT_VERSION", 2)
     _, said = gone_on(tmp_path, Made(**PLAIN))
     assert "attributes.format_version was 1 and is 2" in said
     monkeypatch.undo()

@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from ruamel.yaml import YAML
 
-from regvit import probes, relief, store
+from regvit import probes, relief, store_layout
 from regvit.manifest import Row, write_dataset
 
 ROOT = Path(__file__).parents[1]
@@ -256,7 +256,7 @@ def _serve() -> None:
     relief.COUNTS = {"train": 8, "val": 4, "test": 4}
     draw = relief.render
     relief.render = lambda generator: draw(generator, 48)
-    store.SMALLEST_UNIT = store.UNIT_OF_PATCHES = 4  # many units of few images
+    store_layout.SMALLEST_UNIT = store_layout.UNIT_OF_PATCHES = 4  # many units of few images
     probes.train_probes.__kwdefaults__["save_every"] = 0.0  # seconds: a checkpoint at every point of the curves
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     first = []
