@@ -19,7 +19,7 @@ from benchmarks.machine import describe
 
 MODULES = ("extraction", "identification", "probes", "detectors", "stores")  # in the order of the table
 RESULTS = Path(__file__).parent / "results"
-COLUMNS = ("name", "ratio", "wanted", "detail")
+COLUMNS = ("name", "ratio", "ratio_lo", "ratio_hi", "rounds", "wanted", "detail")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,11 +60,12 @@ def run(measures: dict[str, Callable[[bool], list[dict]]], quick: bool) -> list[
 
 
 def table(rows: Sequence[dict]) -> str:
-    """Rows as a Markdown table; a ratio below what is wanted is marked."""
-    lines = ["| what | times as fast | wanted | detail |", "|---|---:|---:|---|"]
+    """Rows as a Markdown table; a median ratio below what is wanted is marked."""
+    lines = ["| what | times as fast [95 %] | wanted | detail |", "|---|---:|---:|---|"]
     for row in rows:
         mark, aim = (" **below**" if is_below(row) else ""), "–" if row["wanted"] is None else f"≥ {row['wanted']:g}"
-        lines.append(f"| {row['name']} | {row['ratio']:.2f}{mark} | {aim} | {row['detail']} |")
+        interval = f"[{row['ratio_lo']:.2f}, {row['ratio_hi']:.2f}]"
+        lines.append(f"| {row['name']} | {row['ratio']:.2f} {interval}{mark} | {aim} | {row['detail']} |")
     return "\n".join(lines)
 
 

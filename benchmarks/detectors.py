@@ -19,7 +19,7 @@ from sklearn.covariance import LedoitWolf
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 
-from benchmarks.machine import in_turn, save, seconds_of
+from benchmarks.machine import ROUNDS, in_turn, save, seconds_of
 from regvit.bootstrap import resample
 from regvit.detectors import DETECTORS, fit
 from regvit.metrics import ANOMALY_METRICS, auroc
@@ -31,7 +31,7 @@ WANTED = 1.0  # at least as fast as scikit-learn
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scores", type=int, default=1_000_000)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--images", type=int, default=20_000, help="training images of the detectors")
     parser.add_argument("--channels", type=int, default=768)
     parser.add_argument("--classes", type=int, default=100)
@@ -51,15 +51,14 @@ def main() -> None:
 def measure(quick: bool = False) -> list[dict]:
     """Rows of the table of all benchmarks: AUROC, its bootstrap, and kNN and Mahalanobis against scikit-learn's."""
     count = 10_000 if quick else 1_000_000
-    rounds = 1 if quick else 5
+    rounds = 1 if quick else ROUNDS
     home, strange = scores(count, None)
     anomalous, both = np.repeat([0, 1], [len(home), len(strange)]), np.concatenate([home, strange])
     rows = []
 
     def add(name: str, ours: Callable[[], object], theirs: Callable[[], object], detail: str, share: float = 1) -> None:
         """`share`: of the work that theirs does, where all of it would take hours."""
-        ratio = in_turn(ours, theirs, rounds).ratio / share
-        rows.append({"name": name, "ratio": ratio, "wanted": WANTED, "detail": detail})
+        rows.append(in_turn(ours, theirs, rounds).row(name, WANTED, detail, 1 / share))
 
     add(
         "AUROC / scikit-learn's",

@@ -35,7 +35,7 @@ from PIL import Image
 from timm.data import create_transform
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.machine import describe, in_turn, save, seconds_of
+from benchmarks.machine import ROUNDS, describe, in_turn, save
 from regvit import lanes
 from regvit.arithmetic import PRECISIONS, arithmetic
 from regvit.backbones import Backbone, load_backbone
@@ -67,13 +67,15 @@ def main() -> None:
     parser.add_argument("--resizing", default="pillow", choices=RESIZINGS)
     parser.add_argument("--files", type=Path, help="folder of images to take")
     parser.add_argument("--images", type=int, default=96)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--peak", type=float, default=PEAK, help="of the GPU, operations a second")
     parser.add_argument("--out", type=Path, help="JSON; default: none")
     given = parser.parse_args()
     result = run(given, say=print)
     save(given.out, result)
-    print(f"extraction has {result['ratio']:.3f} of the bare forward's {result['of']} (wanted {result['wanted']:g})")
+    row = result["rows"][0]
+    print(f"extraction has {row['ratio']:.3f} [{row['ratio_lo']:.3f}, {row['ratio_hi']:.3f}] of the bare forward's "
+          f"{result['of']} (wanted {row['wanted']:g})")  # fmt: skip
 
 
 def measure(quick: bool = False) -> list[dict]:
@@ -82,21 +84,9 @@ def measure(quick: bool = False) -> list[dict]:
     given = argparse.Namespace(
         model="vit_small_patch14_dinov2", backbone=None, size=224, precision="float32", device=device, batch_size=None,
         workers=None, threads=1, compile=False, resizing="pillow", files=None,
-        images=32 if quick else IMAGES[device], rounds=1 if quick else 3, peak=PEAK,
+        images=32 if quick else IMAGES[device], rounds=1 if quick else ROUNDS, peak=PEAK,
     )  # fmt: skip
-    result = run(given, say=lambda line: None)
-    pillow, torchs = (result["decoding"][name] for name in RESIZINGS)
-    detail = f"{given.model} at {given.size}, {given.precision}, {given.images:,} files, on {device}, {result['of']}, 1 thread"
-    levels = f"at most {torchs['largest_difference']} of 255 levels off"
-    return [
-        {"name": "extraction / bare forward", "ratio": result["ratio"], "wanted": result["wanted"], "detail": detail},
-        {
-            "name": "decoding, resized by torch / by Pillow",
-            "ratio": torchs["images_per_cpu_s"] / pillow["images_per_cpu_s"],
-            "wanted": 1.0,
-            "detail": f"{levels}, features to a cosine of {torchs['least_cosine']:.6f}",
-        },
-    ]
+    return run(given, say=lambda line: None)["rows"]
 
 
 def run(given: argparse.Namespace, say: Callable[[str], None]) -> dict:
@@ -124,26 +114,34 @@ def measurements(given: argparse.Namespace, say: Callable[[str], None]) -> dict:
         if given.compile:
             forward = torch.compile(forward, dynamic=False)
         settings = (given.precision, device, batch_size, workers, given.compile)
-        bare(forward, batches[:1], given.precision)  # libraries load and caches warm up here
-        stored(backbone, dataset.subset("val"), Path(folder) / "warm", *settings)
-        rounds = []
-        for i in range(given.rounds):
-            alone = seconds_of(lambda: bare(forward, batches, given.precision), device)
-            whole = seconds_of(lambda: stored(backbone, dataset, Path(folder) / f"{i}", *settings), device)  # noqa: B023
-            rounds.append({"bare_s": alone, "extraction_s": whole, "ratio": alone / whole})
-            say(f"round {i + 1}: bare forward {alone:.2f} s, extraction {whole:.2f} s, ratio {alone / whole:.3f}")
+        say("extraction and bare forward, after one round that is not counted")
+        times = in_turn(
+            lambda: stored(backbone, dataset, Path(folder) / "store", *settings),
+            lambda: bare(forward, batches, given.precision),
+            given.rounds,
+            device,
+            say,
+        )
+        of, threads = (
+            "throughput" if gpu else "CPU seconds",
+            f"{given.threads} thread{'s' if given.threads > 1 else ''}",
+        )
+        detail = (
+            f"{given.model} at {given.size}, {given.precision}, {given.images:,} files, on {device}, {of}, {threads}"
+        )
+        ways, decoding_row = decoding(backbone, dataset, given)
         result = {
-            "ratio": statistics.median(round["ratio"] for round in rounds),
-            "wanted": WANTED[device.type],
-            "of": "throughput" if gpu else "CPU seconds",
+            "rows": [times.row("extraction / bare forward", WANTED[device.type], detail), decoding_row],
+            "of": of,
             "batch_size": batch_size,
             "workers": workers,
-            "rounds": rounds,
-            "decoding": decoding(backbone, dataset, given),
+            "extraction_s": times.first,
+            "bare_s": times.second,
+            "decoding": ways,
             "memory": memory(dataset) if not gpu else gpu_memory(device, batch_size),
         }
     if gpu:
-        rate = len(dataset) / statistics.median(round["extraction_s"] for round in rounds)
+        rate = len(dataset) / statistics.median(times.first)
         flops = operations(backbone, given.precision, device)
         result |= {"images_per_s": rate, "operations_per_image": flops, "share_of_peak": rate * flops / given.peak}
         say(
@@ -232,8 +230,9 @@ def stored(
     shutil.rmtree(folder)
 
 
-def decoding(backbone: Backbone, dataset: Dataset, given: argparse.Namespace) -> dict[str, dict]:
-    """Each way to resize: its speed, and its pixels and features against those of timm's own transform."""
+def decoding(backbone: Backbone, dataset: Dataset, given: argparse.Namespace) -> tuple[dict[str, dict], dict]:
+    """Each way to resize: its speed, and its pixels and features against those of timm's own transform; and the row of
+    the table, torch's way against Pillow's."""
     n = min(len(dataset), 64)
     paths = [dataset.image_path(i) for i in range(n)]
     transform = backbone.transform
@@ -242,9 +241,9 @@ def decoding(backbone: Backbone, dataset: Dataset, given: argparse.Namespace) ->
         std=transform.std, crop_pct=transform.crop_pct, normalize=False,
     )  # fmt: skip
     wanted = torch.stack([reference(Image.open(path).convert("RGB")) for path in paths]).to(torch.uint8).int()
-    ways = {name: replace(backbone, transform=replace(transform, resizing=name)) for name in RESIZINGS}
+    ways = {name: replace(backbone, transform=replace(transform, resizing=name)) for name in ("torch", "pillow")}
     loads = [partial(load, way.transform, paths) for way in ways.values()]
-    times = in_turn(*loads, rounds=3)
+    times = in_turn(*loads, given.rounds)
     table, features, few = {}, {}, min(8, n)
     for (name, way), pixels, seconds in zip(
         ways.items(), [work() for work in loads], (times.first, times.second), strict=True
@@ -255,9 +254,14 @@ def decoding(backbone: Backbone, dataset: Dataset, given: argparse.Namespace) ->
             "images_per_cpu_s": n / statistics.median(seconds),
             "largest_difference": int((pixels - wanted).abs().max()),
             "share_of_values": float((pixels != wanted).float().mean()),
-            "least_cosine": float(cosines(features[name], features["pillow"]).min()),
         }
-    return table
+    for name, row in table.items():
+        row["least_cosine"] = float(cosines(features[name], features["pillow"]).min())
+    found = table["torch"]
+    detail = (
+        f"at most {found['largest_difference']} of 255 levels off, features to a cosine of {found['least_cosine']:.6f}"
+    )
+    return table, times.row("decoding, resized by torch / by Pillow", 1.0, detail)
 
 
 def load(transform: Transform, paths: list[Path]) -> torch.Tensor:

@@ -28,7 +28,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from benchmarks.machine import in_turn, save
+from benchmarks.machine import ROUNDS, in_turn, save
 from regvit.arithmetic import arithmetic
 from regvit.backbones import load_backbone
 from regvit.batches import Batches, sample
@@ -95,7 +95,7 @@ def measure(quick: bool = False) -> list[dict]:
     """Rows of the table of all benchmarks; quick: a tiny model, one round."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     subject = planted_noise(160) if quick else built_or_noise(BACKBONE, DATASET, IMAGES)
-    return ratios(subject, device, rounds=1 if quick else 2)
+    return ratios(subject, device, rounds=1 if quick else ROUNDS)
 
 
 def ratios(subject: Subject, device: str, rounds: int) -> list[dict]:
@@ -118,14 +118,9 @@ def ratios(subject: Subject, device: str, rounds: int) -> list[dict]:
             device,
         )
         what = "identification" if precision == "float32" else f"identification in {precision}"
-        rows.append(
-            {
-                "name": f"{what} / the published search in float32",
-                "ratio": timed.ratio * len(images) / len(some),
-                "wanted": wanted[device],
-                "detail": f"{subject.words}; detection layer {found.detection.layer}, {found.num_selected} neurons",
-            }
-        )
+        detail = f"{subject.words}; detection layer {found.detection.layer}, {found.num_selected} neurons"
+        name = f"{what} / the published search in float32"
+        rows.append(timed.row(name, wanted[device], detail, len(images) / len(some)))
     return rows
 
 
@@ -232,7 +227,7 @@ def main() -> None:
     parser.add_argument("--backbone", type=Path, default=BACKBONE, help="folder; of a backbone that has outliers")
     parser.add_argument("--dataset", type=Path, default=DATASET, help="folder of a data set with a train split")
     parser.add_argument("--images", type=int, default=IMAGES)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument(

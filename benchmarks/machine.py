@@ -1,21 +1,23 @@
-"""What every benchmark needs: the machine in words, times of two pieces of work in turn, and how much memory a piece takes."""
+"""What every benchmark needs: the machine in words, and the times of two pieces of work in turn."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 PACKAGES = ("torch", "timm", "numpy", "zarr", "scikit-learn", "torchvision", "dvc")
+ROUNDS = 6  # the fewest whose least and largest ratio hold the median with 95 %
 
 
 @dataclass(frozen=True)
@@ -24,27 +26,71 @@ class Timed:
 
     Attributes:
         first, second: seconds of each round, of the CPU; on a GPU by the clock.
-        ratio: second / first, median over the rounds: how many times as fast the first one is.
+        ratios: second / first of each round: how many times as fast the first one is.
     """
 
     first: tuple[float, ...]
     second: tuple[float, ...]
 
     @property
-    def ratio(self) -> float:
-        return statistics.median(b / a for a, b in zip(self.first, self.second, strict=True))
+    def ratios(self) -> list[float]:
+        return [b / a for a, b in zip(self.first, self.second, strict=True)]
+
+    def row(self, name: str, wanted: float | None, detail: str, times: float = 1.0) -> dict:
+        """A row of the table: the median of the ratios with its interval.
+
+        Args:
+            wanted: the least ratio, or None.
+            times: as much work was done first as second.
+        """
+        ratio, lo, hi = (times * value for value in median_with_interval(self.ratios))
+        return {
+            "name": name,
+            "ratio": ratio,
+            "ratio_lo": lo,
+            "ratio_hi": hi,
+            "rounds": len(self.first),
+            "wanted": wanted,
+            "detail": detail,
+        }
+
+
+def median_with_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """The median, and the two values between which that of many more rounds lies with 95 % at least.
+
+    They are order statistics, of whatever distribution: the k-th from below and from above, where fewer than k of n fair
+    coins show heads in at most 2.5 % of the cases. Of fewer than six values they are the least and the largest, and hold
+    it with 1 - 2 / 2ⁿ.
+    """
+    ordered, n = sorted(values), len(values)
+    k, tail = 0, 1.0
+    while k < n and tail / 2**n <= 0.025:
+        k += 1
+        tail += math.comb(n, k)
+    k = max(k, 1)
+    return statistics.median(ordered), ordered[k - 1], ordered[n - k]
 
 
 def in_turn(
-    first: Callable[[], object], second: Callable[[], object], rounds: int = 5, device: str | torch.device = "cpu"
+    first: Callable[[], object],
+    second: Callable[[], object],
+    rounds: int = ROUNDS,
+    device: str | torch.device = "cpu",
+    say: Callable[[str], None] = lambda line: None,
 ) -> Timed:
-    """Times both in turn, after one run of each that is not counted."""
+    """Times both in turn, after one run of each that is not counted.
+
+    Args:
+        say: is told the seconds of each round.
+    """
     took = ([], [])
     for i in range(rounds + 1):
         for work, seconds in zip((first, second), took, strict=True):
             found = seconds_of(work, device)
             if i:
                 seconds.append(found)
+        if i:
+            say(f"round {i}: {took[0][-1]:.2f} s and {took[1][-1]:.2f} s, ratio {took[1][-1] / took[0][-1]:.3f}")
     return Timed(*map(tuple, took))
 
 

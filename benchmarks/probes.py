@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.machine import in_turn, save
+from benchmarks.machine import ROUNDS, in_turn, save
 from regvit.probes import Training, train_probes
 
 READOUTS = {"cls": 1, "patch_mean": 1, "cls_reg": 2, "cls_patch": 2}  # width in tokens
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=384, help="of a token")
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="JSON; default: none")
@@ -76,12 +76,12 @@ def measure(quick: bool = False) -> list[dict]:
     found = in_turn(
         lambda: train(data, given, list(READOUTS), RATES),
         lambda: [train(data, given, [name], [rate]) for name in READOUTS for rate in RATES],
-        1 if quick else 5,
+        1 if quick else ROUNDS,
         device,
     )
     heads = len(READOUTS) * len(RATES)
     detail = f"{heads} heads, {given.images:,} images, {given.channels} channels, {given.classes} classes, {device}"
-    return [{"name": "probes together / one by one", "ratio": found.ratio, "wanted": WANTED, "detail": detail}]
+    return [found.row("probes together / one by one", WANTED, detail)]
 
 
 def features(n: int, channels: int, classes: int) -> tuple:

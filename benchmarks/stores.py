@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.machine import describe, in_turn, seconds_of
+from benchmarks.machine import ROUNDS, describe, in_turn, seconds_of
 from regvit.halves import DTYPE
 from regvit.store import FeatureStore
 from regvit.store_layout import CHECKSUM_BYTES, default_rows_per_unit
@@ -66,13 +66,13 @@ def measure(quick: bool = False) -> list[dict]:
     n, channels = (2_000, 32) if quick else (50_000, CHANNELS)
     with tempfile.TemporaryDirectory() as folder:
         work = _Work(Path(folder), n, {"cls": (channels,)})
-        rounds = 1 if quick else 5
+        rounds = 1 if quick else ROUNDS
         write = in_turn(work.store_write, work.numpy_write, rounds)
         read = in_turn(work.store_read, work.numpy_read, rounds)
     detail = f"{n:,} × {channels} float16, {2 * n * channels / 1e6:,.0f} MB; CPU seconds, synced and checked"
     return [
-        {"name": "store write / np.save", "ratio": write.ratio, "wanted": None, "detail": detail},
-        {"name": "store read / np.load", "ratio": read.ratio, "wanted": None, "detail": detail},
+        write.row("store write / np.save", None, detail),
+        read.row("store read / np.load", None, detail),
     ]
 
 

@@ -8,15 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from regvit.images import RESIZINGS
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import __main__ as runner
 from benchmarks import extraction, identification, machine, memory, pipeline, probes, stores
 
 
 def row(ratio, wanted=1.0):
-    return {"name": "a / b", "ratio": ratio, "wanted": wanted, "detail": "of 3"}
+    return machine.Timed((1.0,), (ratio,)).row("a / b", wanted, "of 3")
 
 
 def test_the_runner_makes_one_table_and_says_what_is_below(tmp_path, capsys, monkeypatch):
@@ -27,7 +25,8 @@ def test_the_runner_makes_one_table_and_says_what_is_below(tmp_path, capsys, mon
     out = tmp_path / "deep" / "x.json"
     assert runner.main(["--only", "probes", "stores", "--out", str(out)]) == 1
     said = capsys.readouterr().out
-    assert "| a / b | 2.50 | ≥ 1 | of 3 |" in said and "| a / b | 0.50 **below** | ≥ 1 | of 3 |" in said
+    assert "| a / b | 2.50 [2.50, 2.50] | ≥ 1 | of 3 |" in said
+    assert "| a / b | 0.50 [0.50, 0.50] **below** | ≥ 1 | of 3 |" in said
     written = json.loads(out.read_text())
     assert [each["ratio"] for each in written["rows"]] == [2.5, 0.5] and written["machine"]["cores"] >= 1
     assert runner.main(["--quick", "--only", "probes", "stores"]) == 0  # tiny sizes say nothing, and write nothing
@@ -35,12 +34,12 @@ def test_the_runner_makes_one_table_and_says_what_is_below(tmp_path, capsys, mon
 
 def test_a_ratio_without_an_aim_is_shown_and_misses_nothing():
     price = row(0.03, wanted=None)
-    assert runner.table([price]).splitlines()[-1] == "| a / b | 0.03 | – | of 3 |"
+    assert runner.table([price]).splitlines()[-1] == "| a / b | 0.03 [0.03, 0.03] | – | of 3 |"
     assert not runner.is_below(price) and runner.is_below(row(0.5)) and not runner.is_below(row(1.0))
 
 
 def test_a_row_with_other_keys_is_refused():
-    with pytest.raises(ValueError, match=r"benchmarks\.x gave a row with \['ratio'\]; expected name, ratio, wanted"):
+    with pytest.raises(ValueError, match=r"benchmarks\.x gave a row with \['ratio'\]; expected name, ratio, ratio_lo"):
         runner.run({"x": lambda quick: [{"ratio": 1}]}, True)
 
 
@@ -58,10 +57,20 @@ def test_the_light_ones_run_on_tiny_sizes():
 
 
 def test_two_pieces_of_work_run_in_turn_and_the_first_run_is_not_counted():
-    order = []
-    timed = machine.in_turn(lambda: order.append("a"), lambda: order.append("b"), 3)
-    assert order == ["a", "b"] * 4 and len(timed.first) == len(timed.second) == 3
-    assert machine.Timed((1.0, 2.0, 1.0), (3.0, 4.0, 30.0)).ratio == 3
+    order, said = [], []
+    timed = machine.in_turn(lambda: order.append("a"), lambda: order.append("b"), 3, say=said.append)
+    assert order == ["a", "b"] * 4 and len(timed.first) == len(timed.second) == len(said) == 3
+    found = machine.Timed((1.0, 2.0, 1.0), (3.0, 4.0, 30.0)).row("a", 2.0, "b", times=10)
+    assert found == {
+        "name": "a", "ratio": 30, "ratio_lo": 20, "ratio_hi": 300, "rounds": 3, "wanted": 2.0, "detail": "b",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("rounds", "low"), [(1, 0), (5, 0), (6, 0), (8, 0), (9, 1), (12, 2), (30, 9)])
+def test_a_median_lies_between_the_ranks_that_the_sign_test_gives(rounds, low):
+    """Ranks from the usual tables: the 10th of 30, the 3rd of 12, the 2nd of 9; of fewer than nine the least."""
+    found = machine.median_with_interval(list(range(rounds))[::-1])
+    assert found == ((rounds - 1) / 2, low, rounds - 1 - low)
 
 
 def test_a_machine_is_named_by_its_processor_in_letters_and_digits(tmp_path):
@@ -130,13 +139,12 @@ def test_extraction_is_measured_on_a_gpu_where_there_is_one(monkeypatch):
 
     def run(asked, say):
         given.append(asked)
-        decoding = {name: {"images_per_cpu_s": 1, "largest_difference": 2, "least_cosine": 1} for name in RESIZINGS}
-        return {"ratio": 1.0, "wanted": 0.9, "of": "throughput", "decoding": decoding}
+        return {"rows": [row(1.0)]}
 
     monkeypatch.setattr(extraction, "run", run)
     for there, device in ((True, "cuda"), (False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
-        assert device in extraction.measure(True)[0]["detail"] and given[-1].device == device
+        assert extraction.measure(True) == [row(1.0)] and given[-1].device == device
 
 
 def test_extraction_leaves_the_threads_as_they_were_and_records_its_own(monkeypatch):
