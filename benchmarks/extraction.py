@@ -122,13 +122,9 @@ def measurements(given: argparse.Namespace, say: Callable[[str], None]) -> dict:
             device,
             say,
         )
-        of, threads = (
-            "throughput" if gpu else "CPU seconds",
-            f"{given.threads} thread{'s' if given.threads > 1 else ''}",
-        )
-        detail = (
-            f"{given.model} at {given.size}, {given.precision}, {given.images:,} files, on {device}, {of}, {threads}"
-        )
+        of = "throughput" if gpu else "CPU seconds"
+        what = f"{given.model} at {given.size}, {given.precision}, {given.images:,} files"
+        detail = f"{what}, on {device}, {of}, {given.threads} thread{'s' if given.threads > 1 else ''}"
         ways, decoding_row = decoding(backbone, dataset, given)
         result = {
             "rows": [times.row("extraction / bare forward", WANTED[device.type], detail), decoding_row],
@@ -258,9 +254,8 @@ def decoding(backbone: Backbone, dataset: Dataset, given: argparse.Namespace) ->
     for name, row in table.items():
         row["least_cosine"] = float(cosines(features[name], features["pillow"]).min())
     found = table["torch"]
-    detail = (
-        f"at most {found['largest_difference']} of 255 levels off, features to a cosine of {found['least_cosine']:.6f}"
-    )
+    levels = f"at most {found['largest_difference']} of 255 levels off"
+    detail = f"{levels}, features to a cosine of {found['least_cosine']:.6f}"
     return table, times.row("decoding, resized by torch / by Pillow", 1.0, detail)
 
 
