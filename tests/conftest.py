@@ -1,5 +1,6 @@
 """Small real models and images for the whole suite; nothing here needs a network or a GPU."""
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +10,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "network: may fetch a package once, through the package client")
+    # Ray has its workers yield to all others (15): on a busy machine these tests would wait for them for many minutes.
+    os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 @pytest.fixture(scope="session")
