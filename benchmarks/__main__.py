@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, in_words
 
 MODULES = ("extraction", "identification", "probes", "detectors", "stores")  # in the order of the table
 RESULTS = Path(__file__).parent / "results"
@@ -64,8 +64,7 @@ def table(rows: Sequence[dict]) -> str:
     lines = ["| what | times as fast [95 %] | wanted | detail |", "|---|---:|---:|---|"]
     for row in rows:
         mark, aim = (" **below**" if is_below(row) else ""), "–" if row["wanted"] is None else f"≥ {row['wanted']:g}"
-        interval = f"[{row['ratio_lo']:.2f}, {row['ratio_hi']:.2f}]"
-        lines.append(f"| {row['name']} | {row['ratio']:.2f} {interval}{mark} | {aim} | {row['detail']} |")
+        lines.append(f"| {row['name']} | {in_words(row)}{mark} | {aim} | {row['detail']} |")
     return "\n".join(lines)
 
 

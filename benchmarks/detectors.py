@@ -10,7 +10,6 @@ Prints a line a measurement; `--out` writes JSON.
 """
 
 import argparse
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from sklearn.covariance import LedoitWolf
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 
-from benchmarks.machine import ROUNDS, in_turn, save, seconds_of
+from benchmarks.machine import ROUNDS, in_turn, in_words, save, seconds_of
 from regvit.bootstrap import resample
 from regvit.detectors import DETECTORS, fit
 from regvit.metrics import ANOMALY_METRICS, auroc
@@ -112,18 +111,12 @@ def time_auroc(count: int, rounds: int) -> dict:
     for name, digits in (("without ties", None), ("with ties", 2)):
         home, strange = scores(count, digits)
         anomalous, both = np.repeat([0, 1], [len(home), len(strange)]), np.concatenate([home, strange])
-        ours, theirs = [], []
-        for _ in range(rounds):
-            ours.append(seconds_of(lambda h=home, s=strange: auroc(h, s)))
-            theirs.append(seconds_of(lambda y=anomalous, x=both: roc_auc_score(y, x)))
+        times = in_turn(lambda h=home, s=strange: auroc(h, s), lambda y=anomalous, x=both: roc_auc_score(y, x), rounds)
         error = abs(auroc(home, strange) - roc_auc_score(anomalous, both))
         assert error < 1e-12, f"AUROC differs from scikit-learn's by {error:.2g}"
-        ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
-        results[name] = {"seconds": min(ours), "scikit_learn_seconds": min(theirs), "times_as_fast": ratio}
-        print(
-            f"AUROC of {count:,} scores {name}: {min(ours):.3f} s, scikit-learn {min(theirs):.3f} s, {ratio:.1f} times"
-            f" as fast{'' if ratio >= WANTED else f'  BELOW {WANTED:g}'}"
-        )
+        row = times.row(f"AUROC of {count:,} scores {name} / scikit-learn's", WANTED, "")
+        results[name] = row | {"seconds": min(times.first), "scikit_learn_seconds": min(times.second)}
+        print(f"{row['name']}: {in_words(row)} times as fast{'' if row['ratio'] >= WANTED else f'  BELOW {WANTED:g}'}")
     return results
 
 

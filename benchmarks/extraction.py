@@ -35,7 +35,7 @@ from PIL import Image
 from timm.data import create_transform
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.machine import ROUNDS, describe, in_turn, save
+from benchmarks.machine import ROUNDS, describe, in_turn, in_words, save
 from regvit import lanes
 from regvit.arithmetic import PRECISIONS, arithmetic
 from regvit.backbones import Backbone, load_backbone
@@ -74,8 +74,7 @@ def main() -> None:
     result = run(given, say=print)
     save(given.out, result)
     row = result["rows"][0]
-    print(f"extraction has {row['ratio']:.3f} [{row['ratio_lo']:.3f}, {row['ratio_hi']:.3f}] of the bare forward's "
-          f"{result['of']} (wanted {row['wanted']:g})")  # fmt: skip
+    print(f"extraction has {in_words(row)} of the bare forward's {result['of']} (wanted {row['wanted']:g})")
 
 
 def measure(quick: bool = False) -> list[dict]:

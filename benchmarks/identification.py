@@ -28,7 +28,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from benchmarks.machine import ROUNDS, in_turn, save
+from benchmarks.machine import ROUNDS, in_turn, in_words, save
 from regvit.arithmetic import arithmetic
 from regvit.backbones import load_backbone
 from regvit.batches import Batches, sample
@@ -243,7 +243,7 @@ def main() -> None:
         return
     rows = ratios(subject, given.device, given.rounds)
     for row in rows:
-        print(f"{row['name']}: {row['ratio']:.2f} times as fast (wanted {row['wanted']:g}); {row['detail']}")
+        print(f"{row['name']}: {in_words(row)} times as fast (wanted {row['wanted']:g}); {row['detail']}")
     result = {"rows": rows}
     if given.memory:
         result["peak_mib"] = {"images": [given.memory * t for t in TIMES]}

@@ -55,6 +55,11 @@ class Timed:
         }
 
 
+def in_words(row: dict) -> str:
+    """The ratio of a row with its interval."""
+    return f"{row['ratio']:.2f} [{row['ratio_lo']:.2f}, {row['ratio_hi']:.2f}]"
+
+
 def median_with_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """The median, and the two values between which that of many more rounds lies with 95 % at least.
 

@@ -10,14 +10,13 @@ dominate, which are as large either way.
 """
 
 import argparse
-import statistics
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks.machine import ROUNDS, in_turn, save
+from benchmarks.machine import ROUNDS, in_turn, in_words, save
 from regvit.probes import Training, train_probes
 
 READOUTS = {"cls": 1, "patch_mean": 1, "cls_reg": 2, "cls_patch": 2}  # width in tokens
@@ -39,32 +38,15 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
 
-    data = features(given.images, given.channels, given.classes)
-    train(data, given, list(READOUTS), RATES, steps=2)  # libraries load and caches warm up here
-    rounds = []
-    for i in range(given.rounds):
-        together, seconds = timed(lambda: [train(data, given, list(READOUTS), RATES)], given.device)
-        alone, seconds_alone = timed(
-            lambda: [train(data, given, [name], [rate]) for name in READOUTS for rate in RATES], given.device
-        )
-        rounds.append({"together_s": seconds, "one_by_one_s": seconds_alone, "ratio": seconds_alone / seconds})
-        print(
-            f"round {i + 1}: together {seconds:.2f} s, one by one {seconds_alone:.2f} s, ratio {rounds[-1]['ratio']:.2f}"
-        )
-    difference = largest_difference(losses(together), losses(alone))
+    row, difference = compare(given, given.rounds, print)
     result = {
-        "heads": len(READOUTS) * len(RATES),
-        "ratio": statistics.median(round["ratio"] for round in rounds),
-        "wanted": WANTED,
+        "rows": [row],
         "largest_relative_difference_of_losses": difference,
-        "rounds": rounds,
         "settings": {key: value for key, value in vars(given).items() if key != "out"},
     }
     save(given.out, result)
-    print(f"{result['heads']} heads together are {result['ratio']:.2f} times as fast as one by one (wanted {WANTED:g}); "
+    print(f"{row['name']}: {in_words(row)} times as fast (wanted {WANTED:g}); {row['detail']}; "
           f"their losses differ by at most {difference:.1e}")  # fmt: skip
-    if difference > LOSS_TOLERANCE:
-        raise SystemExit(f"the losses differ by {difference:.1e}, expected at most {LOSS_TOLERANCE:g}")
 
 
 def measure(quick: bool = False) -> list[dict]:
@@ -72,16 +54,32 @@ def measure(quick: bool = False) -> list[dict]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     given = argparse.Namespace(images=256 if quick else 4096, channels=32 if quick else 384, classes=10,
                                steps=3 if quick else 100, device=device)  # fmt: skip
-    data = features(given.images, given.channels, given.classes)
-    found = in_turn(
-        lambda: train(data, given, list(READOUTS), RATES),
-        lambda: [train(data, given, [name], [rate]) for name in READOUTS for rate in RATES],
-        1 if quick else ROUNDS,
-        device,
-    )
-    heads = len(READOUTS) * len(RATES)
-    detail = f"{heads} heads, {given.images:,} images, {given.channels} channels, {given.classes} classes, {device}"
-    return [found.row("probes together / one by one", WANTED, detail)]
+    return [compare(given, 1 if quick else ROUNDS)[0]]
+
+
+def compare(
+    given: argparse.Namespace, rounds: int, say: Callable[[str], None] = lambda line: None
+) -> tuple[dict, float]:
+    """The row of the table, and the largest relative difference between the losses of both ways.
+
+    Raises:
+        SystemExit: that is over LOSS_TOLERANCE.
+    """
+    data, found = features(given.images, given.channels, given.classes), {}
+
+    def together() -> None:
+        found["together"] = [train(data, given, list(READOUTS), RATES)]
+
+    def one_by_one() -> None:
+        found["one by one"] = [train(data, given, [name], [rate]) for name in READOUTS for rate in RATES]
+
+    times = in_turn(together, one_by_one, rounds, given.device, say)
+    difference = largest_difference(*map(losses, found.values()))
+    if difference > LOSS_TOLERANCE:
+        raise SystemExit(f"the losses differ by {difference:.1e}, expected at most {LOSS_TOLERANCE:g}")
+    heads = f"{len(READOUTS) * len(RATES)} heads"
+    detail = f"{heads}, {given.images:,} images, {given.channels} channels, {given.classes} classes, {given.device}"
+    return times.row("probes together / one by one", WANTED, detail), difference
 
 
 def features(n: int, channels: int, classes: int) -> tuple:
@@ -97,21 +95,11 @@ def features(n: int, channels: int, classes: int) -> tuple:
     return values, labels, tuple(map(str, range(classes)))
 
 
-def train(data: tuple, given: argparse.Namespace, names: list[str], rates: list[float], steps: int = 0) -> Training:
+def train(data: tuple, given: argparse.Namespace, names: list[str], rates: list[float]) -> Training:
     values, labels, classes = data
     chosen = {name: values[name] for name in names}
     few = {name: part[:64] for name, part in chosen.items()}
-    return train_probes(chosen, labels, few, labels[:64], classes, rates, steps or given.steps, device=given.device)
-
-
-def timed(work, device: str) -> tuple[list[Training], float]:
-    """What `work` gives, and the seconds that it took: of the CPU, or on a GPU by the clock."""
-    clock = time.perf_counter if torch.device(device).type == "cuda" else time.process_time
-    start = clock()
-    done = work()
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
-    return done, clock() - start
+    return train_probes(chosen, labels, few, labels[:64], classes, rates, given.steps, device=given.device)
 
 
 def losses(trainings: list[Training]) -> dict[tuple[str, float, int], float]:
