@@ -17,6 +17,7 @@ from .cli_repository import repository, run_file
 
 
 def add(commands: argparse._SubParsersAction) -> None:
+    """The words of `regvit classify`, and what runs it."""
     parser = commands.add_parser(
         "classify",
         help="classify images with a run of the pipeline and its probes",

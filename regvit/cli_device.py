@@ -31,4 +31,5 @@ def named_device(name: str) -> torch.device:
 
 
 def device_of(backbone: Backbone) -> torch.device:
+    """Where a backbone's weights lie."""
     return next(backbone.model.parameters()).device

@@ -13,6 +13,7 @@ from .cli_repository import repository
 
 
 def add(commands: argparse._SubParsersAction) -> None:
+    """The words of `regvit export`, and what runs it."""
     parser = commands.add_parser(
         "export",
         help="write a backbone with its test-time registers baked in",

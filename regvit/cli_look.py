@@ -15,6 +15,7 @@ from .cli_repository import default_backbone, neurons_beside, repository
 
 
 def add(commands: argparse._SubParsersAction) -> None:
+    """The words of `regvit look`, and what runs it."""
     parser = commands.add_parser(
         "look",
         help="draw an image's patch norms, CLS attention and features, before and after test-time registers",

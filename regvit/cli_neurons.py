@@ -22,6 +22,7 @@ TABLE = 20  # neurons printed; the file holds them all
 
 
 def add(commands: argparse._SubParsersAction) -> None:
+    """The words of `regvit neurons`, and what runs it."""
     parser = commands.add_parser(
         "neurons",
         help="find the register neurons of a backbone on your images",

@@ -22,12 +22,14 @@ BACKBONE is one of
 def add_backbone_options(
     parser: argparse.ArgumentParser, size: str, batches: bool = False, device: bool = True
 ) -> None:
+    """How a backbone is opened: size of its input (`size` says the default), architecture, and `add_machine_options`."""
     parser.add_argument("--img-size", type=count, metavar="PX", help=f"side of the input; default: {size}")
     parser.add_argument("--architecture", metavar="NAME", help="in timm, of file: weights")
     add_machine_options(parser, batches, device)
 
 
 def add_machine_options(parser: argparse.ArgumentParser, batches: bool, device: bool = True) -> None:
+    """Where and how fast to compute; `batches` and `device` say which of these the command lets one choose."""
     if device:
         parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …; default: %(default)s")
     if batches:
@@ -38,6 +40,7 @@ def add_machine_options(parser: argparse.ArgumentParser, batches: bool, device: 
 
 
 def add_num_registers(parser: argparse.ArgumentParser) -> None:
+    """How many test-time registers."""
     parser.add_argument(
         "--num-registers",
         type=_registers,
@@ -48,6 +51,7 @@ def add_num_registers(parser: argparse.ArgumentParser) -> None:
 
 
 def count(text: str) -> int:
+    """A whole number of 1 or more, as the type of an argument; these raise argparse.ArgumentTypeError for others."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is below 1")
@@ -55,6 +59,7 @@ def count(text: str) -> int:
 
 
 def count_or_none(text: str) -> int:
+    """A whole number of 0 or more."""
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{value} is below 0")
@@ -69,6 +74,7 @@ def _registers(text: str) -> int:
 
 
 def number(text: str) -> float:
+    """A finite number."""
     value = float(text)
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{value} is not a finite number")

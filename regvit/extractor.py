@@ -234,6 +234,7 @@ def _divisor(rows: int, batch_size: int) -> int:
 
 
 def check_numbers(batch_size: int, workers: int) -> None:
+    """Raises ValueError where one of them is out of range."""
     for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0)):
         if value < least:
             raise ValueError(f"{name} is {value}; expected {least} or more")

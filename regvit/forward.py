@@ -83,4 +83,5 @@ def features_of(
 
 
 def blank_batch(backbone: Backbone, images: int, device: torch.device | str) -> UInt8[Tensor, "b 3 s s"]:
+    """Black images of the size that the backbone takes."""
     return torch.zeros(images, 3, backbone.transform.size, backbone.transform.size, dtype=torch.uint8, device=device)

@@ -83,6 +83,7 @@ class Layout:
 
     @property
     def units(self) -> int:
+        """How many there are."""
         return -(-self.rows // self.rows_per_unit)
 
     def unit_rows(self, unit: int) -> tuple[int, int]:
