@@ -22,7 +22,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: repro test check choose compare experiments bench audit coverage mutation lock env
 repro: env
-	@python stages/reproduce.py
+	@python -m regvit.pipeline.reproduce
 
 test: env
 	@ruff check .
@@ -30,16 +30,16 @@ test: env
 	@python -m pytest -n 2 --dist loadfile  # by file: test_caching.py builds its pipeline once
 
 check: env
-	@python stages/params.py
+	@python -m regvit.pipeline.params
 
 choose: env  # make choose NAME=imagenet IMAGES=/data/images; without NAME: what there is
-	@python stages/choose.py $(if $(NAME),$(NAME) $(if $(IMAGES),--images "$(IMAGES)"),--list)
+	@python -m regvit.pipeline.choose $(if $(NAME),$(NAME) $(if $(IMAGES),--images "$(IMAGES)"),--list)
 
 compare: env
 	@python stages/$(if $(EXPS),experiments.py compare $(EXPS),compare.py)
 
 experiments: env
-	@python stages/experiments.py show
+	@python -m regvit.pipeline.experiment_commands show
 
 audit: env  # known vulnerabilities of what is pinned; says so where no database can be reached
 	@python tests/audit.py
@@ -58,7 +58,7 @@ bench: env
 
 env: .venv/.complete
 
-.venv/.complete: requirements.txt pyproject.toml stages/plots_template.py stages/plot_charts.py
+.venv/.complete: requirements.txt pyproject.toml regvit/pipeline/plots_template.py regvit/pipeline/plot_charts.py
 	@if [ -z "$(PYTHON)" ]; then \
 		echo "make: no Python 3.11 or later was found; install one, or say make PYTHON=/path/to/python" >&2; exit 1; fi
 	@start=$$SECONDS; \
@@ -72,7 +72,7 @@ env: .venv/.complete
 	if [ -n "$$index" ]; then export UV_DEFAULT_INDEX="$$index"; fi; \
 	uv pip install --quiet --compile-bytecode --require-hashes -r requirements.txt; \
 	uv pip install --quiet --no-deps --no-build-isolation --editable .; \
-	python stages/plots_template.py; \
+	python -m regvit.pipeline.plots_template; \
 	touch $@; \
 	echo "environment: ready after $$((SECONDS - start)) s"
 

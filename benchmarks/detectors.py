@@ -19,10 +19,10 @@ from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 
 from benchmarks.machine import ROUNDS, in_turn, in_words, save, seconds_of
-from regvit.bootstrap import resample
-from regvit.detectors import DETECTORS, fit
-from regvit.metrics import ANOMALY_METRICS, auroc
-from regvit.probes import Probe
+from regvit.measures.detectors import DETECTORS, fit
+from regvit.probing.probes import Probe
+from regvit.stats.bootstrap import resample
+from regvit.stats.metrics import ANOMALY_METRICS, auroc
 
 WANTED = 1.0  # at least as fast as scikit-learn
 

@@ -35,13 +35,13 @@ from scipy import ndimage
 from torch import Tensor
 
 from benchmarks.machine import describe
-from regvit.backbones import Backbone, resized
-from regvit.batches import Batches
-from regvit.discovery import K_PATCHES, lost, patch_size, similarity
-from regvit.manifest import Dataset, read_dataset
-from regvit.runs import open_run
-from regvit.token_features import Feature, last_layers, patch_features
-from regvit.whole_images import WholeTransform, original_size
+from regvit.data.batches import Batches
+from regvit.data.manifest import Dataset, read_dataset
+from regvit.data.whole_images import WholeTransform, original_size
+from regvit.measures.discovery import K_PATCHES, lost, patch_size, similarity
+from regvit.models.backbones import Backbone, resized
+from regvit.models.token_features import Feature, last_layers, patch_features
+from regvit.registers.runs import open_run
 
 RUNS, BACKBONES, DATASET = Path("features"), Path("data/backbones"), Path("data/scenes")
 SIZE, LAYERS, BATCH = 224, 4, 8  # as the discover stage's defaults

@@ -36,14 +36,14 @@ from timm.data import create_transform
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.machine import ROUNDS, describe, in_turn, in_words, save
-from regvit import lanes
-from regvit.arithmetic import PRECISIONS, arithmetic
-from regvit.backbones import Backbone, load_backbone
-from regvit.extraction import describe as attributes_of
-from regvit.extraction import extract
-from regvit.extractor import Extractor
-from regvit.images import RESIZINGS, Transform
-from regvit.manifest import Dataset, Row, read_dataset, write_dataset
+from regvit.data.decoding import RESIZINGS, Transform
+from regvit.data.manifest import Dataset, Row, read_dataset, write_dataset
+from regvit.features import cuda_streams as lanes
+from regvit.features.extraction import describe as attributes_of
+from regvit.features.extraction import extract
+from regvit.features.extractor import Extractor
+from regvit.models.arithmetic import PRECISIONS, arithmetic
+from regvit.models.backbones import Backbone, load_backbone
 
 WANTED = {"cpu": 0.93, "cuda": 0.95}
 IMAGES = {"cpu": 96, "cuda": 8192}  # of the table of all benchmarks: some seconds of work

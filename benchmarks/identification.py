@@ -29,12 +29,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from benchmarks.machine import ROUNDS, in_turn, in_words, save
-from regvit.arithmetic import arithmetic
-from regvit.backbones import load_backbone
-from regvit.batches import Batches, sample
-from regvit.manifest import read_dataset
-from regvit.neurons import RegisterNeurons, find_register_neurons
-from regvit.planting import plant
+from regvit.data.batches import Batches, sample
+from regvit.data.manifest import read_dataset
+from regvit.models.arithmetic import arithmetic
+from regvit.models.backbones import load_backbone
+from regvit.registers.neurons import RegisterNeurons, find_register_neurons
+from regvit.registers.planting import plant
 
 BACKBONE, DATASET = Path("data/backbones/focus_planted"), Path("data/twemoji")
 BATCH, IMAGES = 8, 512

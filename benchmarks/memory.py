@@ -33,25 +33,27 @@ import torch
 from PIL import Image
 
 from benchmarks.machine import describe
-from regvit import detectors, evaluation, heads, predictions, stored, tensor_file
-from regvit import neighbours as neighbours_module
-from regvit.backbones import Backbone
-from regvit.batches import Batches, sample
-from regvit.bootstrap import resample
-from regvit.evaluation import Plan, TestSet, confusion_rows, differences_within, draw, predict
-from regvit.evaluation import evaluate as evaluated
-from regvit.extraction import extract
+from regvit.data.batches import Batches, sample
+from regvit.data.decoding import Transform
+from regvit.data.manifest import Dataset, Row, read_dataset
+from regvit.data.sources import make_dataset
+from regvit.features import stored, tensor_file
+from regvit.features.extraction import extract
+from regvit.features.store import FeatureStore
+from regvit.features.store_writer import StoreWriter
+from regvit.features.stored import stored_readouts
 from regvit.files import write_table
-from regvit.images import Transform
-from regvit.manifest import Dataset, Row, read_dataset
-from regvit.neighbours import Neighbours, choose_neighbours
-from regvit.neurons import find_register_neurons
-from regvit.predictions import load_predictions, save_predictions
-from regvit.probes import Probe, ProbeSet, load_probes, save_probes, train_probes
-from regvit.sources import make_dataset
-from regvit.store import FeatureStore
-from regvit.store_writer import StoreWriter
-from regvit.stored import stored_readouts
+from regvit.measures import detectors, evaluation
+from regvit.measures.evaluation import Plan, TestSet, confusion_rows, differences_within, draw, predict
+from regvit.measures.evaluation import evaluate as evaluated
+from regvit.models.backbones import Backbone
+from regvit.probing import heads, predictions
+from regvit.probing import neighbours as neighbours_module
+from regvit.probing.neighbours import Neighbours, choose_neighbours
+from regvit.probing.predictions import load_predictions, save_predictions
+from regvit.probing.probes import Probe, ProbeSet, load_probes, save_probes, train_probes
+from regvit.registers.neurons import find_register_neurons
+from regvit.stats.bootstrap import resample
 
 TIMES = (1, 4, 16)
 ALLOWED = 1.25

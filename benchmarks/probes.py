@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks.machine import ROUNDS, in_turn, in_words, save
-from regvit.probes import Training, train_probes
+from regvit.probing.probes import Training, train_probes
 
 READOUTS = {"cls": 1, "patch_mean": 1, "cls_reg": 2, "cls_patch": 2}  # width in tokens
 RATES = (1e-4, 3e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 3e-2, 5e-2, 1e-1)

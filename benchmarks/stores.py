@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.machine import ROUNDS, describe, in_turn, seconds_of
-from regvit.halves import DTYPE
-from regvit.store import FeatureStore
-from regvit.store_layout import CHECKSUM_BYTES, default_rows_per_unit
-from regvit.store_writer import StoreWriter
+from regvit.features.float16 import DTYPE
+from regvit.features.store import FeatureStore
+from regvit.features.store_layout import CHECKSUM_BYTES, default_rows_per_unit
+from regvit.features.store_writer import StoreWriter
 
 CHANNELS, REGISTERS, PATCHES = 1024, 4, 256
 KINDS: dict[str, dict[str, tuple[int, ...]]] = {  # arrays and their shapes, but for the images

@@ -7,19 +7,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .export import load
-    from .neurons import RegisterNeurons, find_register_neurons
-    from .registers import TestTimeRegisters, add_test_time_registers, remove_test_time_registers
-    from .tokens import TokenLayout
+    from regvit.models.tokens import TokenLayout
+    from regvit.registers.export import load
+    from regvit.registers.neurons import RegisterNeurons, find_register_neurons
+    from regvit.registers.test_time import (
+        TestTimeRegisters,
+        add_test_time_registers,
+        remove_test_time_registers,
+    )
 
 _HOMES = {
-    "RegisterNeurons": "neurons",
-    "TestTimeRegisters": "registers",
-    "TokenLayout": "tokens",
-    "add_test_time_registers": "registers",
-    "find_register_neurons": "neurons",
-    "load": "export",
-    "remove_test_time_registers": "registers",
+    "RegisterNeurons": "registers.neurons",
+    "TestTimeRegisters": "registers.test_time",
+    "TokenLayout": "models.tokens",
+    "add_test_time_registers": "registers.test_time",
+    "find_register_neurons": "registers.neurons",
+    "load": "registers.export",
+    "remove_test_time_registers": "registers.test_time",
 }
 __all__ = [
     "RegisterNeurons",

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from .durable import sync, sync_folder
+from regvit.durable import sync, sync_folder
 
 DEVICES = ("/dev", "/dev/fd", "/proc/self/fd")  # but not /dev/shm, a place for files
 

@@ -4,16 +4,16 @@ from pathlib import Path
 
 import torch
 
-from command import command
-from params import load_params
-from regvit.anatomy import Subject, open_subject
-from regvit.attention_quality import later_blocks, measure_attention, object_shares, summary, write_tables
-from regvit.batches import Batches, sample
+from regvit.data.batches import Batches, sample
+from regvit.data.manifest import Dataset, read_dataset
 from regvit.files import write_json
-from regvit.gallery import as_picture, attention_maps, draw_attention, first_images
-from regvit.manifest import Dataset, read_dataset
-from regvit.tokens import TokenLayout
-from runtime import Runtime
+from regvit.measures.anatomy import Subject, open_subject
+from regvit.measures.attention_quality import later_blocks, measure_attention, object_shares, summary, write_tables
+from regvit.measures.gallery import as_picture, attention_maps, draw_attention, first_images
+from regvit.models.tokens import TokenLayout
+from regvit.pipeline.command import command
+from regvit.pipeline.params import load_params
+from regvit.pipeline.runtime import Runtime
 
 PICTURES = 4
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import torch
 
-from command import command, entry_of
-from params import load_params
-from regvit.backbones import Built, build, save_backbone
-from regvit.batches import Batches, sample
-from regvit.manifest import read_dataset
-from regvit.planting import Planted, plant
-from runtime import Runtime
+from regvit.data.batches import Batches, sample
+from regvit.data.manifest import read_dataset
+from regvit.models.backbones import Built, build, save_backbone
+from regvit.pipeline.command import command, entry_of
+from regvit.pipeline.params import load_params
+from regvit.pipeline.runtime import Runtime
+from regvit.registers.planting import Planted, plant
 
 IMAGES = 128  # of the ID train split that a planting recipe is fitted on
 

@@ -6,14 +6,14 @@ detection.json: which patches of the backbone count as outliers. It decides no f
 
 from pathlib import Path
 
-from command import command, entry_of
-from params import load_params
-from regvit.backbones import load_backbone
-from regvit.controls import read_candidates
 from regvit.files import write_json, write_text
-from regvit.neurons import read_selected
-from regvit.outliers import write_detection
-from regvit.runs import describe_run
+from regvit.models.backbones import load_backbone
+from regvit.pipeline.command import command, entry_of
+from regvit.pipeline.params import load_params
+from regvit.registers.controls import read_candidates
+from regvit.registers.neurons import read_selected
+from regvit.registers.outliers import write_detection
+from regvit.registers.runs import describe_run
 
 
 def main(name: str) -> None:

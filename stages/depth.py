@@ -8,16 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
-from command import command
-from dense import DenseSet, about, open_set, untreated_outliers, write_table
-from params import load_params
-from regvit.dense import ImageValues, save_image_values
-from regvit.depth import DepthModel, Measured, Range, rmse_within, summary, train
-from regvit.depth import measure as measure_errors
-from regvit.depth_files import read_depth
+from regvit.data.depth_files import read_depth
+from regvit.data.progress import progress
 from regvit.files import write_json
-from regvit.progress import progress
-from runtime import Runtime
+from regvit.measures.dense import ImageValues, save_image_values
+from regvit.measures.depth import DepthModel, Measured, Range, rmse_within, summary, train
+from regvit.measures.depth import measure as measure_errors
+from regvit.pipeline.command import command
+from regvit.pipeline.dense_stage import DenseSet, about, open_set, untreated_outliers, write_table
+from regvit.pipeline.params import load_params
+from regvit.pipeline.runtime import Runtime
 
 
 def main(run: str, name: str) -> None:

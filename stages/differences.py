@@ -3,14 +3,14 @@
 import json
 from pathlib import Path
 
-from command import command
 from evaluate import plan_of, sha256
-from params import load_params
-from regvit.evaluation import COMPARED, Drawn, Plan, difference_rows, differences_between, draw, rounded
 from regvit.files import write_json, write_table
-from regvit.predictions import load_predictions
-from regvit.probes import InvalidProbes
-from regvit.references import references
+from regvit.measures.evaluation import COMPARED, Drawn, Plan, difference_rows, differences_between, draw, rounded
+from regvit.pipeline.command import command
+from regvit.pipeline.params import load_params
+from regvit.probing.predictions import load_predictions
+from regvit.probing.probes import InvalidProbes
+from regvit.report.references import references
 
 HEADER = (
     "run", "reference", "readout", "reference_readout", "metric", "dataset", "detector", "difference", "lo", "hi", "p", "n",

@@ -11,21 +11,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from command import command
-from params import load_params
-from regvit.backbones import Backbone, resized
-from regvit.batches import Batches
-from regvit.boxes import draw_boxes, true_boxes
-from regvit.discovery import Measured, Setting, measure, settings
-from regvit.discovery_figures import feature_rows, image_rows, summary, sweep_rows
+from regvit.data.batches import Batches
+from regvit.data.decoding import read_rgb
+from regvit.data.manifest import Dataset, read_dataset
+from regvit.data.whole_images import WholeTransform
 from regvit.files import write_json, write_table
-from regvit.images import read_rgb
-from regvit.manifest import Dataset, read_dataset
-from regvit.runs import open_run
-from regvit.token_features import Feature, last_layers
-from regvit.tokens import TokenLayout
-from regvit.whole_images import WholeTransform
-from runtime import Runtime
+from regvit.measures.discovery import Measured, Setting, measure, settings
+from regvit.measures.discovery_figures import feature_rows, image_rows, summary, sweep_rows
+from regvit.models.backbones import Backbone, resized
+from regvit.models.token_features import Feature, last_layers
+from regvit.models.tokens import TokenLayout
+from regvit.pipeline.command import command
+from regvit.pipeline.params import load_params
+from regvit.pipeline.runtime import Runtime
+from regvit.registers.runs import open_run
+from regvit.stats.boxes import draw_boxes, true_boxes
 
 PICTURES = 8
 

@@ -7,9 +7,9 @@ import os
 import time
 from pathlib import Path
 
-from command import command
-from params import load_params, source_of
-from regvit.sources import make_dataset
+from regvit.data.sources import make_dataset
+from regvit.pipeline.command import command
+from regvit.pipeline.params import load_params, source_of
 
 
 def main(name: str) -> None:

@@ -3,9 +3,11 @@
 import hashlib
 from pathlib import Path
 
-from command import command
-from params import load_params
-from regvit.evaluation import (
+from regvit.data.manifest import read_dataset
+from regvit.data.progress import progress
+from regvit.features.store import FeatureStore
+from regvit.files import write_json, write_table
+from regvit.measures.evaluation import (
     Plan,
     TestSet,
     confusion_rows,
@@ -16,13 +18,11 @@ from regvit.evaluation import (
     roc_rows,
     rounded,
 )
-from regvit.files import write_json, write_table
-from regvit.manifest import read_dataset
-from regvit.predictions import save_predictions
-from regvit.probes import load_probes
-from regvit.progress import progress
-from regvit.store import FeatureStore
-from runtime import Runtime
+from regvit.pipeline.command import command
+from regvit.pipeline.params import load_params
+from regvit.pipeline.runtime import Runtime
+from regvit.probing.predictions import save_predictions
+from regvit.probing.probes import load_probes
 
 
 def main(run: str) -> None:

@@ -10,17 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from command import command
-from regvit.backbones import Backbone
-from regvit.engine import RayEngine
-from regvit.extraction import Engine, describe, extract
+from regvit.data.manifest import Dataset, read_dataset
+from regvit.data.progress import progress
+from regvit.features.engine import RayEngine
+from regvit.features.extraction import Engine, describe, extract
+from regvit.features.forward import ARRAYS, row_shapes
+from regvit.features.store import FeatureStore, InvalidStore, fingerprint
 from regvit.files import write_text
-from regvit.forward import ARRAYS, row_shapes
-from regvit.manifest import Dataset, read_dataset
-from regvit.progress import progress
-from regvit.runs import open_run, read_run
-from regvit.store import FeatureStore, InvalidStore, fingerprint
-from runtime import Runtime
+from regvit.models.backbones import Backbone
+from regvit.pipeline.command import command
+from regvit.pipeline.runtime import Runtime
+from regvit.registers.runs import open_run, read_run
 
 INTERRUPTED = "finished units are kept in work/"
 

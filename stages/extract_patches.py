@@ -7,11 +7,11 @@ Beside it a record for git, metrics/extract_patches/<run>/<dataset>.json. It is 
 from dataclasses import replace
 from pathlib import Path
 
-from command import command
 from extract import INTERRUPTED, fill_store
-from params import load_params
-from regvit.backbones import Backbone, resized
-from regvit.whole_images import WholeTransform
+from regvit.data.whole_images import WholeTransform
+from regvit.models.backbones import Backbone, resized
+from regvit.pipeline.command import command
+from regvit.pipeline.params import load_params
 
 
 def main(run: str, dataset: str) -> None:

@@ -13,19 +13,19 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from command import command
+from regvit.pipeline.command import command
 
 # These cannot change a result, so editing them must rerun nothing: re-exports; reading and checking parameters, whose
 # values DVC tracks itself; device and batch size; who computes, and how much memory is left; progress bars; how a stage
 # ends.
 WITHOUT_EFFECT = {
     "regvit/__init__.py",
-    "regvit/engine.py",
-    "regvit/memory.py",
-    "regvit/progress.py",
-    "stages/command.py",
-    "stages/params.py",
-    "stages/runtime.py",
+    "regvit/features/engine.py",
+    "regvit/features/memory.py",
+    "regvit/data/progress.py",
+    "regvit/pipeline/command.py",
+    "regvit/pipeline/params.py",
+    "regvit/pipeline/runtime.py",
 }
 OUT = Path("metrics/fingerprint")
 DIGITS = 16  # of a SHA-256 in hex

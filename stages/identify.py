@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
-from command import command
-from params import load_params
-from regvit.backbones import load_backbone
-from regvit.batches import Batches, sample
+from regvit.data.batches import Batches, sample
+from regvit.data.manifest import read_dataset
 from regvit.files import write_json, write_table, write_text
-from regvit.identification import norms_under_treatments, sentence, summary, tables
-from regvit.manifest import read_dataset
-from regvit.neurons import find_register_neurons
-from runtime import Runtime
+from regvit.measures.identification import norms_under_treatments, sentence, summary, tables
+from regvit.models.backbones import load_backbone
+from regvit.pipeline.command import command
+from regvit.pipeline.params import load_params
+from regvit.pipeline.runtime import Runtime
+from regvit.registers.neurons import find_register_neurons
 
 
 def main(name: str) -> None:

@@ -11,19 +11,19 @@ from pathlib import Path
 
 import numpy as np
 
-from command import command
-from params import load_params
+from regvit.data.manifest import read_dataset
+from regvit.data.progress import progress
+from regvit.features.readouts import available
+from regvit.features.store import FeatureStore, fingerprint
+from regvit.features.stored import stored_readouts
 from regvit.files import write_json, write_table
-from regvit.logistic import fit_logistic
-from regvit.manifest import read_dataset
-from regvit.metrics import accuracy
-from regvit.neighbours import choose_neighbours
-from regvit.probes import ProbeSet, Training, save_probes, train_probes
-from regvit.progress import progress
-from regvit.readouts import available
-from regvit.store import FeatureStore, fingerprint
-from regvit.stored import stored_readouts
-from runtime import Runtime
+from regvit.pipeline.command import command
+from regvit.pipeline.params import load_params
+from regvit.pipeline.runtime import Runtime
+from regvit.probing.logistic import fit_logistic
+from regvit.probing.neighbours import choose_neighbours
+from regvit.probing.probes import ProbeSet, Training, save_probes, train_probes
+from regvit.stats.metrics import accuracy
 
 
 def main(run: str) -> None:

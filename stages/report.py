@@ -3,15 +3,15 @@
 import json
 from pathlib import Path
 
-from command import command
-from compare import compare, read_runs
-from measurements import read_columns, read_measurements
-from params import load_params
 from regvit.files import write_json, write_text
-from regvit.measurements import TITLE
-from regvit.report_sections import Material, Search, report
-from regvit.summary import summary
-from regvit.sweeps import read_kept
+from regvit.pipeline.command import command
+from regvit.pipeline.compare_runs import compare, read_runs
+from regvit.pipeline.params import load_params
+from regvit.pipeline.read_tables import read_columns, read_measurements
+from regvit.report.measurements import TITLE
+from regvit.report.sections import Material, Search, report
+from regvit.report.summary import summary
+from regvit.report.sweeps import read_kept
 
 
 def main() -> None:

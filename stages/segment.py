@@ -8,16 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
-from command import command
-from dense import DenseSet, about, open_set, untreated_outliers, write_table
-from params import load_params
-from regvit import dense_sets
-from regvit.dense import ImageValues, save_image_values
+from regvit.data.progress import progress
+from regvit.data.sources import published_sets as dense_sets
 from regvit.files import write_json
-from regvit.miou import Counts, class_ious_with_interval, image_miou
-from regvit.progress import progress
-from regvit.segmentation import Segmenter, count, read_classes, summary, train
-from runtime import Runtime
+from regvit.measures.dense import ImageValues, save_image_values
+from regvit.measures.segmentation import Segmenter, count, read_classes, summary, train
+from regvit.pipeline.command import command
+from regvit.pipeline.dense_stage import DenseSet, about, open_set, untreated_outliers, write_table
+from regvit.pipeline.params import load_params
+from regvit.pipeline.runtime import Runtime
+from regvit.stats.miou import Counts, class_ious_with_interval, image_miou
 
 
 def main(run: str, name: str) -> None:

@@ -4,13 +4,20 @@ from pathlib import Path
 
 import torch
 
-from command import command
-from params import load_params
-from regvit.anatomy import Subject, dissect, draw_anatomy, looks, norm_table, open_subject, position_table, summary
-from regvit.batches import Batches, sample
+from regvit.data.batches import Batches, sample
+from regvit.data.manifest import read_dataset
 from regvit.files import cell, write_json, write_table
-from regvit.manifest import read_dataset
-from regvit.token_probes import (
+from regvit.measures.anatomy import (
+    Subject,
+    dissect,
+    draw_anatomy,
+    looks,
+    norm_table,
+    open_subject,
+    position_table,
+    summary,
+)
+from regvit.measures.token_probes import (
     class_from_token,
     class_summary,
     fit_patch_probes,
@@ -18,8 +25,10 @@ from regvit.token_probes import (
     patch_summary,
     read_patches,
 )
-from regvit.tokens import TokenLayout
-from runtime import Runtime
+from regvit.models.tokens import TokenLayout
+from regvit.pipeline.command import command
+from regvit.pipeline.params import load_params
+from regvit.pipeline.runtime import Runtime
 
 
 def main(run: str, dataset: str) -> None:

@@ -3,13 +3,13 @@
 
 from pathlib import Path
 
-from command import command
-from params import load_params
-from regvit.batches import Batches
+from regvit.data.batches import Batches
+from regvit.data.manifest import read_dataset
 from regvit.files import write_json
-from regvit.manifest import read_dataset
-from regvit.verification import draw_verification, open_models, verify, write_images
-from runtime import Runtime
+from regvit.measures.verification import draw_verification, open_models, verify, write_images
+from regvit.pipeline.command import command
+from regvit.pipeline.params import load_params
+from regvit.pipeline.runtime import Runtime
 
 PICTURES = 6
 

@@ -6,15 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from command import command
-from params import load_params
-from regvit.backbones import load_backbone, unplanted
-from regvit.batches import Batches
+from regvit.data.batches import Batches
+from regvit.data.manifest import Dataset, read_dataset
 from regvit.files import write_json, write_table
-from regvit.manifest import Dataset, read_dataset
-from regvit.metrics import accuracy, paired_accuracy_difference, top1_correct
-from regvit.runs import open_run, read_run
-from regvit.zeroshot import (
+from regvit.measures.zeroshot import (
     TEMPLATES,
     among_first,
     check_same_tower,
@@ -23,7 +18,12 @@ from regvit.zeroshot import (
     names_of,
     open_text_tower,
 )
-from runtime import Runtime
+from regvit.models.backbones import load_backbone, unplanted
+from regvit.pipeline.command import command
+from regvit.pipeline.params import load_params
+from regvit.pipeline.runtime import Runtime
+from regvit.registers.runs import open_run, read_run
+from regvit.stats.metrics import accuracy, paired_accuracy_difference, top1_correct
 
 
 def main(run_name: str, dataset_name: str) -> None:

@@ -8,13 +8,13 @@ import timm
 import torch
 from PIL import Image
 
-from regvit.backbones import Backbone
-from regvit.extraction import describe, extract
-from regvit.images import Transform
-from regvit.manifest import Row, read_dataset, write_dataset
-from regvit.progress import progress
-from regvit.registers import add_test_time_registers
-from regvit.store import FeatureStore
+from regvit.data.decoding import Transform
+from regvit.data.manifest import Row, read_dataset, write_dataset
+from regvit.data.progress import progress
+from regvit.features.extraction import describe, extract
+from regvit.features.store import FeatureStore
+from regvit.models.backbones import Backbone
+from regvit.registers.test_time import add_test_time_registers
 
 SIZE = 32
 

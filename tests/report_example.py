@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from regvit.compare import Check, Measured, Table
-from regvit.comparisons import Measurements
-from regvit.report_sections import Material, Search
-from regvit.sweeps import Kept
-from regvit.sweeps import Value as Swept
+from regvit.report.compare import Check, Measured, Table
+from regvit.report.comparisons import Measurements
+from regvit.report.sections import Material, Search
+from regvit.report.sweeps import Kept
+from regvit.report.sweeps import Value as Swept
 
 NAME = '<script>alert("a")</script> & $x_1$'  # of a run: shown, never obeyed
 ATTENTION = ("entropy", "largest", "on_outliers", "on_registers", "on_cls", "morans_i", "object_mass", "object_auroc")

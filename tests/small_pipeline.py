@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 ROOT = Path(__file__).parent.parent
 YAML_FILE = YAML(typ="safe", pure=True)
-YAML_FILE.default_flow_style = False  # a key a line, as stages/choose.py wants it
+YAML_FILE.default_flow_style = False  # a key a line, as regvit/pipeline/choose.py wants it
 CLASSES = ("one", "other")  # drawn alike, so that a probe's errors change with its settings
 TRACKED = ("Makefile", "dvc.yaml", "guard.yaml", ".dvcignore", ".gitignore", "requirements.txt", "pyproject.toml")
 SERVER = """
@@ -175,7 +175,7 @@ def lay_out(folder: Path, changes: Mapping[str, object]) -> None:
     (folder / ".dvc").mkdir()
     for name in ("config", ".gitignore"):
         shutil.copy(ROOT / ".dvc" / name, folder / ".dvc" / name)
-    relief = folder / "regvit/relief.py"  # fewer and smaller rooms
+    relief = folder / "regvit/data/synthetic/rooms.py"  # fewer and smaller rooms
     text, fewer = re.subn(
         r"^COUNTS = .*$", 'COUNTS = {"train": 4, "val": 2, "test": 3}', relief.read_text(), flags=re.M
     )

@@ -24,8 +24,8 @@ import regvit
 
 sys.path.insert(0, str(ROOT / "stages"))
 
-from params import faults_of
-from runtime import Runtime
+from regvit.pipeline.params import faults_of
+from regvit.pipeline.runtime import Runtime
 
 YAML_FILE = YAML(typ="safe", pure=True)
 
@@ -49,9 +49,9 @@ class Run:
 
 HUB = {"timm:vit_large_patch14_dinov2.lvd142m": "file:weights.safetensors --architecture test_vit"}
 SWEEP = """\
-python stages/sweep.py list
-python stages/sweep.py run patches
-python stages/sweep.py table patches"""
+python -m regvit.pipeline.sweep_commands list
+python -m regvit.pipeline.sweep_commands run patches
+python -m regvit.pipeline.sweep_commands table patches"""
 SHARE = """\
 dvc remote add --default shared s3://bucket/regvit
 dvc push
@@ -86,14 +86,14 @@ RUN = {
     "make check": Run(says="no fault found"),
     "make experiments": Run(),
     'make compare EXPS="main my-experiment"': Run(leaves=("work/compare",), instead={"my-experiment": "workspace"}),
-    "python stages/gate.py --against main": Run(says="No guarded metric fell"),
+    "python -m regvit.pipeline.gate_commands --against main": Run(says="No guarded metric fell"),
     "make choose": Run(says="(?s)cifar10 .*imagenet "),
     "make choose NAME=cifar10 IMAGES=/data/images": Run(says="in_distribution: plain -> cifar10", copy="chosen"),
     "make choose NAME=emoji": Run(says="in_distribution: cifar10 -> twemoji", copy="chosen"),
     SWEEP: Run(
         says=r"(?s)patches +1 points.*patches\.md, \.csv, \.png", leaves=("metrics/sweeps/patches.png",), copy="swept"
     ),
-    "python stages/sweep.py queue patches": Run(says="works the queue off", copy="queued"),
+    "python -m regvit.pipeline.sweep_commands queue patches": Run(says="works the queue off", copy="queued"),
     "dvc repro -f download@mine": Run(says="Running stage 'download@mine'", copy="changed"),
     "dvc exp run -S probe.steps=2000": Run(says="Ran experiment", instead={"2000": "5"}, copy="changed"),
     "dvc metrics diff": Run(says=r"metrics/probe/original\.json", copy="changed"),
@@ -118,7 +118,7 @@ CANNOT = {
     "make audit": "asks a database of vulnerabilities (tests/audit.py)",
     "make mutation MODULE=metrics": "takes an hour; tests/test_mutation.py runs the tool on a small module",
     "make coverage": "runs the whole suite under a tracer",
-    "python stages/sweep.py start --jobs 2": "leaves workers of DVC's queue behind; tests/test_sweeps.py holds what it starts",
+    "python -m regvit.pipeline.sweep_commands start --jobs 2": "leaves workers of DVC's queue behind; tests/test_sweeps.py holds what it starts",
     "python -m benchmarks": "takes many minutes; tests/test_benchmarks.py runs it at tiny sizes",
     "python -m benchmarks.discovery": "takes minutes; tests/test_discovery_published.py runs it small",
     "python -m benchmarks.extraction": "takes minutes; tests/test_benchmarks.py runs it at tiny sizes",
@@ -255,7 +255,7 @@ def environment(folder: Path, programs: Path) -> None:
         (folder / ".venv/bin" / name).symlink_to(programs / name)
     (folder / ".venv/bin/ruff").symlink_to(Path(sys.executable).with_name("ruff"))
     (folder / ".venv/bin/activate").write_text('export VIRTUAL_ENV="$PWD/.venv" PATH="$PWD/.venv/bin:$PATH"\n')
-    subprocess.run([programs / "python", "stages/plots_template.py"], cwd=folder, check=True)
+    subprocess.run([programs / "python", "regvit/pipeline/plots_template.py"], cwd=folder, check=True)
     (folder / ".venv/.complete").touch()
 
 

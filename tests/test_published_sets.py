@@ -16,17 +16,19 @@ from ruamel.yaml import YAML
 from test_dense_sets import make_ade, make_coco, make_devkit
 from test_nyu import make as make_nyu
 
-from regvit.backbones import create, load_backbone, save_backbone
-from regvit.dense import load_image_values
-from regvit.images import Transform
-from regvit.manifest import read_dataset
-from regvit.runs import describe_run
+from regvit.data.decoding import Transform
+from regvit.data.manifest import read_dataset
+from regvit.measures.dense import load_image_values
+from regvit.models.backbones import create, load_backbone, save_backbone
+from regvit.registers.runs import describe_run
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "stages"))
 
-import choose  # noqa: E402
-import params  # noqa: E402
+
+from regvit.pipeline import (
+    choose,
+    params,
+)
 
 SIZE, RUN = 64, "test_time_reg"
 SETS = {  # images by split

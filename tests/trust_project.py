@@ -26,8 +26,10 @@ import torch
 from PIL import Image
 from ruamel.yaml import YAML
 
-from regvit import probes, relief, store_layout
-from regvit.manifest import Row, write_dataset
+from regvit.data.manifest import Row, write_dataset
+from regvit.data.synthetic import rooms as relief
+from regvit.features import store_layout
+from regvit.probing import probes
 
 ROOT = Path(__file__).parents[1]
 STAGES = ROOT / "stages"

@@ -1,0 +1,188 @@
+"""Weighted k nearest neighbours, as DINOv2 evaluates features without training anything (arXiv:2304.07193).
+
+For an image with unit feature x and its k most similar training images, of unit features xᵢ and classes yᵢ:
+
+    wᵢ = exp(x · xᵢ / T) / Σⱼ exp(x · xⱼ / T),    p(c) = Σ wᵢ [yᵢ = c],    logit(c) = log max(p(c), floor)
+
+The softmax of the logits is p (up to the floor), so that detectors which take logits work on neighbours as well.
+
+Similarities are computed block by block and only the k best are kept: of some thousand images at a time, over all the
+training images in blocks, which are read as often as that where they lie in a store (`stored`). Memory grows with
+neither set.
+
+Shape letters: b image, n training image, d channel, c class, k neighbour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from regvit.features.stored import blocks
+
+K = (10, 20, 100, 200)  # and the temperature: DINOv2's protocol
+TEMPERATURE = 0.07
+FLOOR = 1e-30  # of a vote share: a class without a neighbour gets the logit −69, and not −∞
+TEST_ROWS, TRAIN_ROWS = 256, 1 << 12  # similarities held at once: 4 MiB of float32
+VOTES_AT_ONCE = 1 << 24  # images × neighbours × classes: 192 MiB
+TEST_ROWS_A_PASS = 1 << 14  # images whose neighbours are looked for in one pass over the training images
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """How many neighbours vote, and how sharply their similarity weighs.
+
+    Attributes:
+        k: number of neighbours.
+        temperature: T.
+        val_correct: validation images that they get right; None where k was not chosen on any.
+    """
+
+    k: int
+    temperature: float
+    val_correct: int | None = None
+
+
+def knn_logit_blocks(
+    train: Float[np.ndarray, "n d"],
+    labels: Int[np.ndarray, " n"],
+    test: Float[np.ndarray, "b d"],
+    k: int,
+    temperature: float,
+    n_classes: int,
+    device: str | torch.device = "cpu",
+) -> Iterator[tuple[slice, Float[np.ndarray, "b c"]]]:
+    """Logarithm of the weighted share of votes of each class, float32, finite; block by block, as for many images and
+    classes it does not fit into memory: rows of the images to classify, in their order, and their logits.
+
+    Args:
+        train: features of the training images, an array or `stored.StoredReadout`; they are normalised here.
+        labels: class index of each training image.
+        test: features of the images to classify.
+        device: where to compute; the training features are copied there block by block.
+    Raises:
+        ValueError: shapes, labels, k or temperature do not fit; the message gives value and cure. It comes when the first
+            block is asked for.
+    """
+    _check(train, labels, test, k, temperature, n_classes)
+    start = 0
+    for votes in _votes(train, labels, test, (k,), temperature, n_classes, device):
+        stop = start + votes.shape[1]
+        yield slice(start, stop), votes[0].clamp_min(FLOOR).log().cpu().numpy()
+        start = stop
+
+
+def choose_neighbours(
+    train: Float[np.ndarray, "n d"],
+    labels: Int[np.ndarray, " n"],
+    val: Float[np.ndarray, "v d"],
+    val_labels: Int[np.ndarray, " v"],
+    n_classes: int,
+    ks: Sequence[int] = K,
+    temperature: float = TEMPERATURE,
+    device: str | torch.device = "cpu",
+) -> Neighbours:
+    """The k with the best validation accuracy; of equals the smallest.
+
+    Numbers above that of the training images are left out; where that leaves none, all training images vote.
+
+    Raises:
+        ValueError: as `knn_logit_blocks`, or there is no validation image.
+    """
+    if not ks or min(ks) < 1:
+        raise ValueError(f"ks are {list(ks)}; expected at least one number of neighbours, each 1 or more")
+    if not len(val_labels):
+        raise ValueError("there are no validation images to choose k on; give some images split = val")
+    allowed = tuple(sorted({k for k in ks if k <= len(train)})) or (len(train),)
+    _check(train, labels, val, allowed[-1], temperature, n_classes)
+    if len(val_labels) != len(val):
+        raise ValueError(f"val has {len(val)} rows and {len(val_labels)} labels; expected one label a row")
+    correct, start = np.zeros(len(allowed), dtype=np.int64), 0
+    for votes in _votes(train, labels, val, allowed, temperature, n_classes, device):  # (ks, b, c)
+        predicted = votes.argmax(-1).cpu().numpy()
+        correct += (predicted == val_labels[start : start + predicted.shape[1]]).sum(1)
+        start += predicted.shape[1]
+    best = int(correct.argmax())  # the first of equals
+    return Neighbours(allowed[best], float(temperature), int(correct[best]))
+
+
+def _votes(
+    train: np.ndarray,
+    labels: np.ndarray,
+    test: np.ndarray,
+    ks: tuple[int, ...],
+    temperature: float,
+    n_classes: int,
+    device: str | torch.device,
+) -> Iterator[Float[Tensor, "ks b c"]]:
+    """Vote shares for each k (ascending), block by block of the test images."""
+    labels = torch.from_numpy(np.asarray(labels, dtype=np.int64)).to(device)
+    for part in blocks(len(test), TEST_ROWS_A_PASS):
+        queries = [_unit(test[start : min(start + TEST_ROWS, part.stop)], device)
+                   for start in range(part.start, part.stop, TEST_ROWS)]  # fmt: skip
+        for similarity, nearest in _nearest(queries, train, ks[-1], device):  # (b, k)
+            for rows in blocks(len(similarity), max(1, VOTES_AT_ONCE // (ks[-1] * n_classes))):
+                yield _shares(similarity[rows], labels[nearest[rows]], ks, temperature, n_classes)
+
+
+def _shares(
+    similarity: Float[Tensor, "b k"],
+    classes: Int[Tensor, "b k"],
+    ks: tuple[int, ...],
+    temperature: float,
+    n_classes: int,
+) -> Float[Tensor, "ks b c"]:
+    """Vote shares of the first k neighbours, for each k."""
+    shares = torch.zeros(len(ks), len(similarity), n_classes, device=similarity.device)
+    for i, k in enumerate(ks):
+        weights = (similarity[:, :k] / temperature).softmax(1)
+        one_hot = torch.nn.functional.one_hot(classes[:, :k], n_classes).to(weights.dtype)  # (b, k, c)
+        shares[i] = torch.einsum("bk,bkc->bc", weights, one_hot)  # no scatter: its sum has no order on a GPU
+    return shares
+
+
+def _nearest(
+    queries: list[Float[Tensor, "b d"]], train: np.ndarray, k: int, device: str | torch.device
+) -> list[tuple[Float[Tensor, "b k"], Int[Tensor, "b k"]]]:
+    """Similarity and row of the k most similar training images, best first, for each block of images."""
+    best = [(torch.empty(len(each), 0, device=device), torch.empty(len(each), 0, dtype=torch.int64, device=device))
+            for each in queries]  # fmt: skip
+    for block in blocks(len(train), TRAIN_ROWS):
+        some = _unit(train[block], device)
+        for i, query in enumerate(queries):
+            found = query @ some.T
+            new, columns = found.topk(min(k, found.shape[1]), dim=1)
+            similarity, rows = (torch.cat(pair, 1) for pair in zip(best[i], (new, columns + block.start), strict=True))
+            similarity, kept = similarity.topk(min(k, similarity.shape[1]), dim=1)
+            best[i] = similarity, rows.gather(1, kept)
+    return best
+
+
+def _unit(values: np.ndarray, device: str | torch.device) -> Float[Tensor, "b d"]:
+    values = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).to(device)
+    return torch.nn.functional.normalize(values, dim=1)  # a row of zeros stays one, similar to nothing
+
+
+def _check(train: np.ndarray, labels: np.ndarray, test: np.ndarray, k: int, temperature: float, n_classes: int) -> None:
+    if train.ndim != 2 or test.ndim != 2 or train.shape[1] != test.shape[1] or not len(train):
+        raise ValueError(
+            f"train features {train.shape} and test features {test.shape} do not fit; expected (n, d) with n of at "
+            "least 1, and (b, d)"
+        )
+    if np.shape(labels) != (len(train),):
+        raise ValueError(f"train has {len(train)} rows and labels of shape {np.shape(labels)}; expected one a row")
+    if np.min(labels) < 0 or np.max(labels) >= n_classes:
+        raise ValueError(f"labels span {np.min(labels)} to {np.max(labels)}; expected class indices 0 to "
+                         f"{n_classes - 1}: leave out images without a label")  # fmt: skip
+    if not 1 <= k <= len(train):
+        raise ValueError(f"k is {k}; expected 1 to {len(train)}, the number of training images")
+    if not (np.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature is {temperature}; expected a number above 0")
+    for name, values in (("train", train), ("test", test)):
+        if bad := sum(int((~np.isfinite(values[rows])).any(1).sum()) for rows in blocks(len(values))):
+            raise ValueError(f"{bad} of {len(values)} {name} rows are not finite; extract them again")

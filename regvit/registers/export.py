@@ -1,0 +1,367 @@
+"""Models whose test-time registers are baked in: plain modules without hooks, and folders and graphs made of them.
+
+`bake` rewrites a model: an output projection that had a hook becomes a `ShiftedLinear`, which moves the activation in
+its own `forward`; what `torch.export` or ONNX sees of it are gathers, maxima and a scatter. `export` writes a folder
+
+- `weights.safetensors`, `backbone.json`: the backbone as `save_backbone` writes it, without registers;
+- `registers.json`: `{format, num_registers, statistic, patches, scale, neurons, inputs, outputs, graphs}`;
+- `model.pt2`, where asked for: a `torch.export` program; `torch.export.load("model.pt2").module()` needs torch alone;
+- `model.onnx`, where asked for: the same for any ONNX runtime.
+
+`load` opens the folder again. Both graphs take `images` (b, 3, s, s), float32, normalised by the transform in
+`backbone.json`, of any batch size b, and give what `outputs` lists: `pooled` (b, d), `cls` (b, d) where the model has a
+CLS token, `registers` (b, r, d) and `patches` (b, p, d), the last three after the final norm.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from regvit.files import replacing, write_json
+from regvit.models.backbones import DESCRIPTION, WEIGHTS, Backbone, load_backbone, save_backbone
+from regvit.models.tokens import TokenLayout
+from regvit.registers.test_time import _Insert, _Shift, _Strip, add_test_time_registers, shift
+
+REGISTERS, PT2, ONNX, BESIDE = "registers.json", "model.pt2", "model.onnx", "model.onnx.data"
+FILES = (WEIGHTS, DESCRIPTION, REGISTERS, PT2, ONNX, BESIDE)
+FORMAT = 1
+KEYS = ("format", "num_registers", "statistic", "patches", "scale", "neurons")
+OPSET = 18  # the first that reduces with the axes as an input, and what torch's newer exporter writes
+EMBEDDED = 1.9e9  # bytes of weights that go into the ONNX file itself; its format ends at 2 GiB
+TOLERANCE = 1e-4  # of the largest value of each output: float32 sums in another order, see docs/formats.md
+
+
+class ShiftedLinear(nn.Linear):
+    """An MLP output projection that first moves the register neurons' activation into the registers; see `shift`."""
+
+    def __init__(self, linear: nn.Linear, hook: _Shift):
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.register_buffer("register_neurons", linear.register_neurons, persistent=False)
+        self.layout, self.statistic, self.patches, self.scale = hook.layout, hook.statistic, hook.patches, hook.scale
+        self.train(linear.training)
+
+    def forward(self, x: Float[Tensor, "b n k"]) -> Float[Tensor, "b n d"]:
+        return super().forward(shift(x, self.register_neurons, self.layout, self.statistic, self.patches, self.scale))
+
+
+class AfterInsertion(nn.Module):
+    """A block before which zero tokens are put after the prefix tokens, for models without a usable `reg_token`."""
+
+    def __init__(self, block: nn.Module, hook: _Insert):
+        super().__init__()
+        self.block, self.prefix, self.num_registers = block, hook.prefix, hook.num_registers
+
+    def forward(self, x: Float[Tensor, "b n d"], *args: object, **kwargs: object) -> Float[Tensor, "b n2 d"]:
+        new = x.new_zeros(x.shape[0], self.num_registers, x.shape[2])
+        return self.block(torch.cat([x[:, : self.prefix], new, x[:, self.prefix :]], dim=1), *args, **kwargs)
+
+
+class WithoutRegisters(nn.Module):
+    """An attention pooling that does not see the test-time registers."""
+
+    def __init__(self, pool: nn.Module, hook: _Strip):
+        super().__init__()
+        self.pool, self.start, self.stop = pool, hook.start, hook.stop
+
+    def forward(self, x: Float[Tensor, "b n d"], *args: object, **kwargs: object) -> Float[Tensor, "b d"]:
+        return self.pool(torch.cat([x[:, : self.start], x[:, self.stop :]], dim=1), *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Baked:
+    """The record on a model with baked registers, as `model.test_time_registers`: how many, and the layout before."""
+
+    num_registers: int
+    layout: TokenLayout
+
+    @property
+    def prefix_counts(self) -> dict[str, int]:
+        """What the removal of registers would ask for.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("these test-time registers are baked in and cannot be removed; open the backbone without them")
+
+
+class TokenOutputs(nn.Module):
+    """A backbone as a function from images to `(pooled, cls, registers, patches)`; without `cls` where there is none."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model, self.layout = model, TokenLayout.of(model)
+        self.names = ("pooled", *(("cls",) if self.layout.cls else ()), "registers", "patches")
+
+    def forward(self, images: Float[Tensor, "b 3 h w"]) -> tuple[Tensor, ...]:
+        tokens = self.model.forward_features(images)
+        cls = (self.layout.cls_token(tokens),) if self.layout.cls else ()
+        pooled = self.model.forward_head(tokens, pre_logits=True)
+        return (pooled, *cls, self.layout.registers(tokens), self.layout.patches(tokens))
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Args:
+        folder: that `load` opens.
+        outputs: names of the graphs' outputs, in their order.
+        differences: by what was compared (`module`, `pt2`, `onnx`; only what was written and could be run here), the
+            largest absolute difference to the hooked model as a share of the largest absolute value of the same output
+            (of 1 where that is smaller), over all outputs.
+    """
+
+    folder: Path
+    outputs: tuple[str, ...]
+    differences: dict[str, float]
+
+
+def bake(model: nn.Module) -> nn.Module:
+    """A copy of a model with test-time registers in which they are part of the modules, not hooks.
+
+    Args:
+        model: after `add_test_time_registers` with at least one register; it is left as it is.
+    Returns: a model with the same `forward`, `forward_features` and `num_prefix_tokens`, to which registers can neither
+        be added nor from which they can be removed.
+    Raises:
+        ValueError: the model has no test-time registers, or has them baked in already.
+    """
+    surgery = getattr(model, "test_time_registers", None)
+    if surgery is None or isinstance(surgery, Baked):
+        state = "no test-time registers" if surgery is None else "test-time registers that are baked in already"
+        raise ValueError(f"the model has {state}; bake takes a model after add_test_time_registers")
+    plain = copy.deepcopy(model)
+    for name, module in reversed(list(plain.named_modules())):  # a block's projection before the block itself
+        for hook in _take_hooks(module):
+            kind = {_Shift: ShiftedLinear, _Insert: AfterInsertion, _Strip: WithoutRegisters}[type(hook)]
+            plain.set_submodule(name, kind(module, hook))
+    plain.test_time_registers = Baked(surgery.num_registers, surgery.layout)
+    return plain
+
+
+def export(
+    backbone: Backbone,
+    neurons: Mapping[int, Iterable[int]],
+    folder: Path | str,
+    num_registers: int = 1,
+    *,
+    statistic: str = "per_neuron",
+    patches: str = "zero",
+    scale: float = 1.0,
+    pt2: bool = False,
+    onnx: bool = False,
+) -> Exported:
+    """Writes a backbone with its test-time registers, and compares what was written with the hooked model.
+
+    Args:
+        backbone: without registers; its model is given back as it was. Its transform's size is the graphs' image size.
+        neurons: `{layer: [neuron, …]}`, at least one.
+        folder: made if missing; an earlier export in it is replaced.
+        num_registers, statistic, patches, scale: see `add_test_time_registers`; at least one register.
+        pt2, onnx: whether to write the graphs.
+    Raises:
+        ValueError: there is no neuron or no register, an option is out of range, or the folder holds something else.
+        RuntimeError: `onnx` without the package onnx.
+        ArithmeticError: what was written differs from the hooked model by more than `TOLERANCE` of an output's largest value.
+    """
+    folder = Path(folder)
+    neurons = {layer: tuple(units) for layer, units in neurons.items() if tuple(units)}
+    _check(neurons, num_registers, folder)
+    if onnx:
+        _need_onnx()
+    options = {"statistic": statistic, "patches": patches, "scale": scale}
+    hooked = copy.deepcopy(backbone.model).cpu().float()
+    size = backbone.transform.size
+    _settle_size(hooked, size)
+    handle = add_test_time_registers(hooked, neurons, num_registers, **options)
+    images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = TokenOutputs(hooked)(images)
+    outputs = TokenOutputs(bake(hooked)).eval()
+
+    _write_folder(backbone, folder)
+    about = {
+        "format": FORMAT,
+        "num_registers": num_registers,
+        **options,
+        "neurons": {str(layer): list(units) for layer, units in handle.neurons.items()},
+        "inputs": ["images"],
+        "outputs": list(outputs.names),
+        "graphs": [name for name, wanted in ((PT2, pt2), (ONNX, onnx)) if wanted],
+    }
+    if pt2:
+        write_pt2(outputs, images, folder / PT2)
+    if onnx:
+        write_onnx(outputs, images, folder / ONNX)
+    write_json(folder / REGISTERS, about)  # last: it says all is there
+
+    differences = {name: _difference(run, images, expected) for name, run in _written(folder, pt2, onnx).items()}
+    for name, difference in differences.items():
+        if not difference <= TOLERANCE:
+            (folder / REGISTERS).unlink()
+            raise ArithmeticError(
+                f"{folder}: the {name} differs from the hooked model by {difference:.2g} of an output's largest value, "
+                f"expected {TOLERANCE:g} at most; do not use it, and report the architecture ({backbone.info['architecture']})"
+            )
+    return Exported(folder, outputs.names, differences)
+
+
+def load(folder: Path | str) -> Backbone:
+    """Opens what `export` wrote: a backbone whose model has its test-time registers baked in.
+
+    Returns: `.model`, on the CPU, in eval mode, without gradients, and `.transform`, at the image size of the export.
+    Raises:
+        FileNotFoundError: the folder is no export.
+        ValueError: `registers.json` lacks a key or is of another format; else as `load_backbone`.
+    """
+    folder = Path(folder)
+    path = folder / REGISTERS
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; give a folder written by `regvit export`")
+    about = json.loads(path.read_text(encoding="utf-8"))
+    if missing := [key for key in KEYS if key not in about]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}; export the model again")
+    if about["format"] != FORMAT:
+        raise ValueError(f"{path} has format {about['format']}, this version reads {FORMAT}; export the model again")
+    backbone = load_backbone(folder)
+    neurons = {int(layer): units for layer, units in about["neurons"].items()}
+    options = {key: about[key] for key in ("statistic", "patches", "scale")}
+    with add_test_time_registers(backbone.model, neurons, about["num_registers"], **options):
+        backbone.model = bake(backbone.model)
+    return backbone
+
+
+def write_pt2(outputs: TokenOutputs, images: Float[Tensor, "b 3 h w"], path: Path) -> None:
+    """A `torch.export` program with a free batch size.
+
+    Args:
+        images: an example, of at least two images.
+    """
+    with torch.no_grad():
+        program = torch.export.export(outputs, (images,), dynamic_shapes=(_free_batch(),))
+    with replacing(path) as beside, open(beside, "wb") as file:
+        torch.export.save(program, file)
+
+
+def write_onnx(outputs: TokenOutputs, images: Float[Tensor, "b 3 h w"], path: Path) -> None:
+    """An ONNX graph with a free batch size; weights beyond 2 GB go into a file beside it.
+
+    Through torch's exporter on `torch.export` where `onnxscript` is installed, else through its older, tracing one.
+
+    Args:
+        images: an example, of at least two images.
+    Raises:
+        RuntimeError: the package onnx is not installed, or the older exporter lacks an operation.
+    """
+    _need_onnx()
+    names = {"input_names": ["images"], "output_names": list(outputs.names), "opset_version": OPSET}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of both exporters, about what they cannot know; `export` compares the outputs
+        if importlib.util.find_spec("onnxscript"):
+            free = {"dynamic_shapes": (_free_batch(),), "verbose": False}
+            program = torch.onnx.export(outputs, (images,), dynamo=True, **free, **names)
+            weights = sum(value.numel() * value.element_size() for value in outputs.state_dict().values())
+            program.save(path, external_data=weights > EMBEDDED)
+        else:
+            batch = {name: {0: "batch"} for name in ("images", *outputs.names)}
+            try:
+                torch.onnx.export(outputs, (images,), str(path), dynamo=False, dynamic_axes=batch, **names)
+            except torch.onnx.errors.UnsupportedOperatorError as error:
+                reason = str(error).partition(". ")[0]
+                raise RuntimeError(
+                    f"{reason} by torch's tracing exporter; pip install onnxscript for the newer"
+                ) from error
+
+
+def onnx_outputs(path: Path, images: Float[Tensor, "b 3 h w"]) -> tuple[Tensor, ...]:
+    """What ONNX Runtime makes of images with an exported graph, on the CPU."""
+    import onnxruntime  # an optional engine: exporting does not need it
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return tuple(torch.from_numpy(value) for value in session.run(None, {"images": images.numpy()}))
+
+
+def _take_hooks(module: nn.Module) -> list[_Insert | _Strip | _Shift]:
+    """The hooks of test-time registers on a module, which then has them no more."""
+    hooks = module._forward_pre_hooks
+    ours = {key: hook for key, hook in hooks.items() if isinstance(hook, _Insert | _Strip | _Shift)}
+    for key in ours:
+        del hooks[key]
+    return list(ours.values())
+
+
+def _check(neurons: Mapping[int, tuple[int, ...]], num_registers: int, folder: Path) -> None:
+    if not neurons:
+        raise ValueError("no register neurons are given, so nothing can be baked in: search on images with outliers")
+    if num_registers < 1:
+        raise ValueError(f"num_registers is {num_registers}; an export needs at least 1")
+    if folder.exists() and (others := sorted(path.name for path in folder.iterdir() if path.name not in FILES)):
+        raise ValueError(f"{folder} holds {others[0]!r}, which is not of an export; give a new or empty folder")
+
+
+def _settle_size(model: nn.Module, size: int) -> None:
+    """Resamples the position table once where the model would do it anew in each forward, as graphs cannot all do that."""
+    own = getattr(model.patch_embed, "img_size", None)
+    if own is not None and own[-1] != size and hasattr(model, "set_input_size"):
+        model.set_input_size(img_size=(size, size))
+        model.requires_grad_(False)
+
+
+def _write_folder(backbone: Backbone, folder: Path) -> None:
+    """The backbone's files; what an earlier export left is gone before that."""
+    for old in (REGISTERS, PT2, ONNX, BESIDE):
+        (folder / old).unlink(missing_ok=True)
+    about = {key: backbone.info[key] for key in ("name", "architecture", "model_args", "licence")}
+    planted = ", with register neurons planted on purpose" if backbone.planted else ""
+    save_backbone(
+        folder,
+        backbone.model,
+        transform=backbone.transform,
+        source=f"{backbone.info['source']}{planted}",
+        **about,
+    )
+
+
+def _written(folder: Path, pt2: bool, onnx: bool) -> dict[str, Callable[[Tensor], tuple[Tensor, ...]]]:
+    """What was written, opened again, as functions of images."""
+    runs: dict[str, Callable] = {"module": TokenOutputs(load(folder).model)}
+    if pt2:
+        runs["pt2"] = torch.export.load(folder / PT2).module()
+    if onnx and importlib.util.find_spec("onnxruntime"):
+        runs["onnx"] = lambda x: onnx_outputs(folder / ONNX, x)
+    return runs
+
+
+@torch.inference_mode()
+def _difference(
+    run: Callable[[Tensor], tuple[Tensor, ...]], images: Float[Tensor, "b 3 h w"], expected: tuple[Tensor, ...]
+) -> float:
+    """Largest difference over all outputs as a share of the output's largest value, or of 1 where that is smaller; for all
+    images at once and for the first one alone."""
+    whole, single = run(images), run(images[:1])
+    return max(
+        float((found - wanted[: len(found)]).abs().max() / wanted.abs().max().clamp_min(1.0))
+        for outputs in (whole, single)
+        for found, wanted in zip(outputs, expected, strict=True)
+    )
+
+
+def _free_batch() -> dict:
+    """The first dimension is free; torch 2.6 takes one without an upper end for a contradiction."""
+    return {0: torch.export.Dim("batch", min=1, max=2**20)}
+
+
+def _need_onnx() -> None:
+    if importlib.util.find_spec("onnx") is None:
+        raise RuntimeError("writing ONNX needs the package onnx, which is not installed: pip install onnx onnxscript")

@@ -1,0 +1,300 @@
+"""Outliers and scores in one go through the images, in memory that does not grow with them (but 24 bytes an image).
+
+What is found is what two passes over all images would find, norms first, then scores. One pass does it so:
+
+1. the first `SETTLE_ON` images go through all blocks; their norms settle the detection layer and a first threshold;
+2. the others go as far as that layer. The activations of a batch are kept until its norms there are known, and are then
+   added to the sums of the scores, with the outliers by the first threshold;
+3. the norms of all images give the threshold that counts. The images that it gives other outliers are gone through again:
+   what they added is taken off, and what they add now is put in its place. So are the first ones, which were not scored.
+
+Images, the first ones aside, are gone through twice as a whole only where all of them contradict the first: they show
+another layer up to the settled one as the best, or no outliers there; or the first ones show none, and all of them do.
+Blocks after the settled layer are judged by the first images alone, and only their norms are known of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from regvit.models.hooks import blocks, forward_until, output_projection, residual_scale, watch_inputs, watch_outputs
+from regvit.models.tokens import TokenLayout
+from regvit.registers.norms import LayerNorms, NormCounter
+from regvit.registers.outliers import Detection, detect, settle_detection
+from regvit.registers.scores import Scores, Sums
+
+SETTLE_ON = 64  # images; ten showed the right layer wherever it was tried
+KEPT_BYTES = 256 * 2**20  # activations kept at a time on a CPU; larger batches are taken in parts
+KEPT_SHARE = 0.25  # of a GPU's free memory, likewise
+
+Batches = Iterable[Float[Tensor, "b 3 h w"]]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the search saw.
+
+    Args:
+        detection: layer and norm above which patches are outliers; None where the model has none.
+        norms: by layer; after the detection layer, of the first `SETTLE_ON` images only.
+        outlier_fraction: share of outlier patches, of each image.
+        scores: of the neurons up to the detection layer; None where there are no outliers.
+        again: images that were gone through twice.
+    """
+
+    detection: Detection | None
+    norms: tuple[LayerNorms, ...]
+    outlier_fraction: Float[np.ndarray, " b"] = field(repr=False)
+    scores: Scores | None
+    again: int
+
+
+def search(
+    model: nn.Module,
+    batches: Batches,
+    threshold: float | None = None,
+    layer: int | None = None,
+    attribution: bool = True,
+) -> Findings:
+    """Detection and scores of all neurons up to the detection layer.
+
+    Args:
+        batches: normalised images, each time the same ones in the same order; those with a method `select(rows)`, which
+            gives batches of these images, need not go through all of them again.
+        threshold, layer: as for `settle_detection`.
+        attribution: False leaves that score out.
+    Raises:
+        ValueError: there are no images, or not the same ones again; a norm is not finite; no patch lies under the
+            threshold; the MLPs differ in width, or attribution is not defined for the blocks.
+    """
+    depth = len(blocks(model))
+    given = None if threshold is None else Detection(layer % depth, float(threshold), float("nan"))
+    seen = _Pass(model, attribution, given)
+    for part in _parts(batches):
+        if seen.images == SETTLE_ON and given is None:
+            seen.settle(settle_detection(seen.result(), None, layer))
+        seen.add(part)
+    settled, again = seen.settled, 0
+    if settled is not None and layer is None:  # up to the settled layer, the norms of all images are known
+        detection = detect(seen.result()[: settled.layer + 2])
+        if detection is None or detection.layer != settled.layer:
+            again, seen = seen.images, _Pass(model, attribution)
+            for images in batches:
+                seen.add(images)
+            detection = detect(seen.result())
+    else:
+        detection = settle_detection(seen.result(), threshold, layer)
+    if detection is None:
+        return Findings(None, seen.result(), np.zeros(seen.images), None, again)
+    rows = seen.unlike(detection)
+    seen.settle(detection)
+    for chosen, images in picked(batches, rows):
+        seen.correct(chosen, images)
+    return Findings(detection, seen.result(), seen.outlier_fraction(), seen.scores(), max(again, len(rows)))
+
+
+class _Pass:
+    """One go through the images: norms by layer, what each image has at the detection layer, and the sums.
+
+    Args:
+        settled: the detection to score by; while there is none, the norms of all layers are looked at.
+    """
+
+    def __init__(self, model: nn.Module, attribution: bool, settled: Detection | None = None):
+        self.model, self.attribution = model, attribution
+        self.blocks, self.layout = blocks(model), TokenLayout.of(model)
+        parameter = next(model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self.budget = _kept_bytes(self.device)
+        self.norms = NormCounter(len(self.blocks), self.device)
+        self.images, self.patches = 0, 0
+        self.records: list[Float[Tensor, "b 4"]] = []
+        self.settled: Detection | None = None
+        self.unscored = 0  # images that came before the detection was settled
+        self.settle(settled)
+
+    def settle(self, detection: Detection | None) -> None:
+        """From now on, score by this detection; None goes on as before."""
+        if detection is None:
+            return
+        if self.settled is None:
+            self.unscored = self.images
+            used = self.blocks[: detection.layer + 1]
+            widths = {output_projection(block).in_features for block in used}
+            if len(widths) > 1:
+                raise ValueError(
+                    f"the MLPs differ in width ({sorted(widths)}); neurons are compared across equal ones only"
+                )
+            if self.attribution:
+                for block in used:
+                    residual_scale(block)  # raises where no attribution is defined, before the long work
+            self.width = widths.pop()
+            self.sums = Sums(len(used), self.width, self.device)
+        self.settled = detection
+
+    def add(self, images: Float[Tensor, "b 3 h w"]) -> None:
+        """New images."""
+        for part in self._fitting(images):
+            depth = len(self.blocks) if self.settled is None or self.images < SETTLE_ON else self.settled.layer + 1
+            look = _Look(self, part, depth)
+            self.norms.see(look.norms)
+            bad = ~look.norms.isfinite().all(2)  # (l, b)
+            first_bad = torch.where(bad.any(0), bad.int().argmax(0), -1)
+            record = torch.zeros(len(part), 4, device=self.device)
+            record[:, 3] = first_bad
+            if self.settled is not None:
+                at, outliers = look.at_detection, look.outliers
+                self.sums.add(look.activations, look.residual, outliers)
+                record[:, 0] = outliers.sum(1)
+                record[:, 1] = at.masked_fill(~outliers, torch.inf).amin(1)  # the smallest outlier
+                record[:, 2] = at.masked_fill(outliers, -torch.inf).amax(1)  # the largest other patch
+            self.records.append(record)
+            self.images += len(part)
+
+    def correct(self, rows: Int[np.ndarray, " b"], images: Float[Tensor, "b 3 h w"]) -> None:
+        """Images that came before, by their number: their outliers are now those of the detection in force."""
+        start = 0
+        for part in self._fitting(images):
+            here = rows[start : start + len(part)]
+            start += len(part)
+            look = _Look(self, part, self.settled.layer + 1)
+            numbers = torch.from_numpy(here).to(self.device)
+            rank = look.at_detection.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+            before = rank < self.counts[numbers, None]  # as many as were counted, whatever their last digits are now
+            self.sums.add(look.activations, look.residual, look.outliers, before, numbers < self.unscored)
+            self.counts[numbers] = look.outliers.sum(1)
+
+    def unlike(self, detection: Detection) -> Int[np.ndarray, " n"]:
+        """The images whose outliers are not yet counted as this detection counts them."""
+        records = torch.cat(self.records)
+        self.counts = records[:, 0].long()
+        above, below = records[:, 1:3].T.cpu().numpy()
+        changed = (above <= detection.threshold) | (below > detection.threshold)
+        changed[: self.unscored if self.settled is not None else self.images] = True
+        return np.flatnonzero(changed)
+
+    def result(self) -> tuple[LayerNorms, ...]:
+        """Norms by layer.
+
+        Raises:
+            ValueError: there were no images, or a norm is not finite (layer and image are named).
+        """
+        norms = self.norms.result()
+        bad = torch.cat(self.records)[:, 3].cpu().numpy()
+        if (bad >= 0).any():
+            layer = int(bad[bad >= 0].min())
+            image = int(np.flatnonzero(bad == layer)[0])
+            raise ValueError(f"patch norms are not finite in layer {layer} for image {image}; check weights and images")
+        return norms
+
+    def outlier_fraction(self) -> Float[np.ndarray, " b"]:
+        return self.counts.cpu().numpy() / self.patches
+
+    def scores(self) -> Scores:
+        return self.sums.scores(self.blocks[: self.settled.layer + 1], self.attribution)
+
+    def _fitting(self, images: Float[Tensor, "b 3 h w"]) -> Iterator[Float[Tensor, "b 3 h w"]]:
+        """Parts of a batch whose activations may be kept; of one image where nothing is known of their size yet."""
+        start = 0
+        while start < len(images):
+            count = len(images)
+            if self.settled is not None:
+                size = (self.settled.layer + 1) * self.patches * self.width * self.dtype.itemsize
+                count = max(1, self.budget // size) if size else 1
+            yield images[start : start + count].to(self.device, self.dtype)
+            start += count
+
+
+class _Look:
+    """What one forward shows: norms of the first `depth` blocks, and where a detection is settled, what is scored."""
+
+    def __init__(self, go: _Pass, images: Float[Tensor, "b 3 h w"], depth: int):
+        self.norms: Float[Tensor, "l b p"]
+        self.activations: list[Float[Tensor, "b p k"]] = []
+        self.residual: Float[Tensor, "b p d"] | None = None
+        self._norms: list[Float[Tensor, "b p"]] = []
+        self._go, self._layer = go, None if go.settled is None else go.settled.layer
+        used = dict(enumerate(go.blocks[:depth]))
+        scored = {} if self._layer is None else {i: output_projection(used[i]) for i in range(self._layer + 1)}
+        with watch_inputs(scored, self._see_activation), watch_outputs(used, self._see_output):
+            forward_until(go.model, images, used[depth - 1])
+        self.norms = torch.stack(self._norms)
+        patches = self.norms.shape[2]
+        if go.patches not in (0, patches):
+            raise ValueError(
+                f"an image of {patches} patches comes after images of {go.patches}; give images of one size"
+            )
+        go.patches = patches
+
+    def _see_activation(self, layer: int, a: Float[Tensor, "b n k"]) -> None:
+        self.activations.append(self._go.layout.patches(a))
+
+    def _see_output(self, layer: int, x: Float[Tensor, "b n d"]) -> None:
+        patches = self._go.layout.patches(x)
+        self._norms.append(patches.float().norm(dim=-1))
+        if layer == self._layer:
+            self.residual = patches
+
+    @property
+    def at_detection(self) -> Float[Tensor, "b p"]:
+        """Norms in the detection layer."""
+        return self.norms[self._layer]
+
+    @property
+    def outliers(self) -> Bool[Tensor, "b p"]:
+        """Patches over the threshold in force."""
+        return self.at_detection > self._go.settled.threshold
+
+
+def _parts(batches: Batches) -> Iterator[Float[Tensor, "b 3 h w"]]:
+    """The batches, parted after the images that settle the layer, so that the size of a batch changes nothing."""
+    images = 0
+    for batch in batches:
+        room = SETTLE_ON - images
+        images += len(batch)
+        if 0 < room < len(batch):
+            yield batch[:room]
+            batch = batch[room:]
+        yield batch
+
+
+def picked(
+    batches: Batches, rows: Int[np.ndarray, " n"]
+) -> Iterator[tuple[Int[np.ndarray, " b"], Float[Tensor, "b 3 h w"]]]:
+    """Some of the images, with their numbers.
+
+    Args:
+        batches: as for `search`.
+        rows: numbers of the images, ascending.
+    Raises:
+        ValueError: there are fewer images than before.
+    """
+    if not len(rows):
+        return
+    if select := getattr(batches, "select", None):
+        batches, numbers = select(rows.tolist()), rows
+    else:
+        numbers = np.arange(rows[-1] + 1)
+    start = 0
+    for images in batches:
+        here = numbers[start : start + len(images)]
+        start += len(images)
+        wanted = np.flatnonzero(np.isin(here, rows))
+        if len(wanted):
+            yield here[wanted], images[torch.from_numpy(wanted).to(images.device)]
+        if start >= len(numbers):
+            return
+    raise ValueError(f"{start} images came, but {len(numbers)} are wanted; give the same images again")
+
+
+def _kept_bytes(device: torch.device) -> int:
+    """How much memory the activations of a batch may take."""
+    if device.type == "cuda":
+        return int(KEPT_SHARE * torch.cuda.mem_get_info(device)[0])
+    return KEPT_BYTES

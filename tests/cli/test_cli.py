@@ -1,0 +1,292 @@
+"""The command line, run as `main([...])` in a folder that looks like the repository after its pipeline."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from white_patches import LAYER, UNIT, picture, plant_one
+
+import regvit.cli.outputs
+import regvit.files
+import regvit.models.backbones
+import regvit.report.look
+from regvit.cli import main
+from regvit.data.decoding import Transform
+from regvit.models.backbones import create, load_backbone, save_backbone
+from regvit.probing.probes import Probe, ProbeSet, save_probes
+from regvit.registers.export import load
+from regvit.registers.runs import describe_run
+
+ARCHITECTURE = "vit_tiny_patch16_224"
+ARGS = {"img_size": 64, "patch_size": 8, "depth": 6, "embed_dim": 64, "num_heads": 4, "num_classes": 0}
+TRANSFORM = Transform(64, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+CLASSES = ("down", "up")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """data/backbones/{tiny,quiet}, photos/, the neurons of tiny, and a run with probes; all as the pipeline leaves it."""
+    root = tmp_path_factory.mktemp("project")
+    (root / "photos" / "deep").mkdir(parents=True)
+    for i in range(12):
+        Image.fromarray(picture(i)).save(root / "photos" / ("deep" if i % 2 else "") / f"{i:02}.png")
+    Image.new("RGB", (64, 64), (90, 120, 60)).save(root / "grey.png")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name in ("quiet", "tiny"):
+            model = create(ARCHITECTURE, {**ARGS, "dynamic_img_size": True})
+            if name == "tiny":
+                files = sorted((root / "photos").rglob("*.png"))
+                plant_one(model, TRANSFORM.normalise(torch.stack([TRANSFORM.load(file) for file in files])))
+            about = {"architecture": ARCHITECTURE, "model_args": {**ARGS, "dynamic_img_size": True}}
+            about |= {"transform": TRANSFORM, "source": "made here", "licence": "MIT"}
+            save_backbone(root / "data" / "backbones" / name, model, name=name, **about)
+    (root / "features" / "neurons").mkdir(parents=True)
+    patches = ["--img-size", "64", "--limit", "12"]
+    assert main(["neurons", str(root / "data/backbones/tiny"), str(root / "photos"), *patches,
+                 "--out", str(root / "features/neurons/tiny.json")]) == 0  # fmt: skip
+    make_run(root)
+    return root
+
+
+def make_run(root: Path) -> None:
+    """features/cured: a run with one test-time register, and a probe whose weights are all zero but one bias."""
+    folder = root / "features" / "cured"
+    folder.mkdir()
+    backbone = load_backbone(root / "data" / "backbones" / "tiny")
+    (folder / "run.json").write_text(json.dumps(describe_run("cured", backbone, "test_time", 1, {LAYER: (UNIT,)})))
+    bias = np.array([0.0, np.log(3.0)], np.float32)
+    probe = Probe("cls", np.zeros((2, 64), np.float32), bias, learning_rate=0.1, val_correct=1)
+    about = {"learning_rates": (0.1,), "steps": 1, "batch_size": 1, "weight_decay": 0.0, "momentum": 0.9}
+    about |= {"schedule": "constant", "standardise": False, "seeds": (0,), "train_images": 2, "val_images": 2}
+    save_probes(folder / "probes.safetensors", ProbeSet({"cls": (probe,)}, CLASSES, **about))
+
+
+@pytest.fixture
+def here(project, monkeypatch, tmp_path):
+    """The project as working directory; what a test writes goes into `tmp_path`."""
+    monkeypatch.chdir(project)
+    return tmp_path
+
+
+def test_neurons_finds_the_planted_neuron_and_prints_what_it_does(here, capsys):
+    out = here / "n" / "neurons.json"
+    assert main(["neurons", "tiny", "photos", "--img-size", "64", "--out", str(out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = json.loads(out.read_text())
+    assert found["selected"] == {str(LAYER): [UNIT]}
+    assert found["weights_sha256"] == load_backbone("data/backbones/tiny").weights_sha256
+    assert (found["backbone"], found["images"], found["seed"]) == ("tiny", 12, 0)
+    assert lines[0].startswith("1.56% of the patches of 12 images are outliers (norm over ")  # one of 64
+    assert lines[1].startswith("1 register neuron writes ")
+    assert lines[3].split()[:2] == [str(LAYER), str(UNIT)]
+    assert lines[4] == "outlier patches: 1.56% as it is, 0.00% with the neurons silenced, 0.00% with one register"
+    assert lines[5] == str(out)
+
+
+def test_neurons_draws_from_many_images_and_leaves_out_what_is_no_image(here, capsys):
+    (here / "mixed").mkdir()
+    for i in range(6):
+        Image.fromarray(picture(i)).save(here / "mixed" / f"{i}.png")
+    (here / "mixed" / "broken.png").write_bytes(b"no image")
+    out = here / "neurons.json"
+    command = ["neurons", "tiny", str(here / "mixed"), "photos/00.png", "--img-size", "64", "--out", str(out)]
+    assert main(command) == 0
+    assert json.loads(out.read_text())["images"] == 7
+    assert "left out: " in (printed := capsys.readouterr().err)
+    assert "broken.png cannot be read as an image" in printed
+    assert main([*command, "--limit", "3", "--seed", "1", "--threshold", "50", "--layer", "-2"]) == 0
+    about = json.loads(out.read_text())
+    assert about["images"] in (2, 3)  # the broken one may be among those drawn
+    assert (about["seed"], about["detect_layer"], about["threshold"]) == (1, 4, 50.0)
+
+
+def test_neurons_says_that_a_model_has_no_outliers(here, capsys):
+    out = here / "neurons.json"
+    assert main(["neurons", "quiet", "photos", "--img-size", "64", "--out", str(out)]) == 0
+    assert capsys.readouterr().out.startswith("no outliers in 12 images: after the last block but one the largest")
+    assert json.loads(out.read_text())["selected"] == {}
+    assert main(["export", "quiet", "--neurons", str(out), "--out", str(here / "out")]) == 1
+    assert "names no register neurons: the search found no outliers to move" in capsys.readouterr().err
+
+
+def test_look_takes_the_first_backbone_with_neurons_and_writes_a_picture(here, capsys):
+    assert main(["look", "photos/00.png", "--img-size", "64", "--out", str(here / "a.png")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("1 of 64 patches are outliers: norm over ")
+    assert lines[0].endswith("; 0 with 1 register")
+    assert lines[1].startswith("CLS attention on them, blocks 3 to 5: ")
+    assert lines[2] == str(here / "a.png")
+    assert Image.open(here / "a.png").width == 1024
+
+
+def test_look_shows_images_at_224_pixels_where_the_model_takes_them(here, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(
+        regvit.report.look, "draw_look", lambda path, seen, title: sizes.append((len(seen.image), title))
+    )
+    assert main(["look", "photos/00.png"]) == 0
+    assert sizes == [(224, "Outlier tokens in tiny")]
+
+
+def test_look_works_on_an_image_without_outliers(here, capsys):
+    assert main(["look", "grey.png", "--backbone", "quiet", "--img-size", "64", "--out", str(here / "a.png")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("no neurons file: searched on this image alone; `regvit neurons quiet IMAGES` makes")
+    assert lines[1].startswith("no outliers were found (after block 4: largest norm ")
+    assert (here / "a.png").is_file()
+
+
+def test_look_opens_weights_of_ones_own(here, capsys):
+    weights = "file:data/backbones/tiny/weights.safetensors"
+    assert main(["look", "photos/00.png", "--backbone", weights, "--out", str(here / "a.png")]) == 1
+    assert "needs its architecture" in capsys.readouterr().err
+
+
+def test_export_writes_what_load_opens(here, capsys):
+    neurons = "features/neurons/tiny.json"
+    assert main(["export", "tiny", "--neurons", neurons, "--out", str(here / "cured"), "--num-registers", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("module differs from the hooked model by 0.0e+00 of an output's largest value at most")
+    assert lines[1:] == ["outputs: pooled, cls, registers, patches; 64 px, any batch size", str(here / "cured")]
+    opened = load(here / "cured")
+    assert opened.model.num_prefix_tokens == 3
+    assert json.loads((here / "cured" / "registers.json").read_text())["neurons"] == {str(LAYER): [UNIT]}
+
+
+@pytest.mark.parametrize(("command", "message"), WRONG, ids=[" ".join(command) for command, _ in WRONG])
+def test_what_the_user_got_wrong_is_one_message_without_a_traceback(here, capsys, command, message):
+    Path("grey.txt").write_text("no JSON")
+    Path("list.json").write_text("[]")
+    Path("empty.png").write_bytes(b"")
+    Path("folder.png").mkdir(exist_ok=True)
+    for name, fault in BAD_NEURONS.items():
+        about = {"threshold": 9.0, "detect_layer": 4, "selected": {"4": [1]}} | fault
+        Path(name).write_text(json.dumps(about))
+    assert main(command) == 1
+    printed = capsys.readouterr().err
+    assert f"regvit {command[0]}: " in printed
+    assert message in printed
+    assert "Traceback" not in printed
+
+
+def test_a_pipe_and_what_lies_in_dev_are_written_to_and_never_replaced(here, monkeypatch):
+    pipe = here / "pipe"
+    os.mkfifo(pipe)
+    with subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE, text=True) as reader:
+        assert main(["classify", "cured", "grey.png", "--out", str(pipe)]) == 0
+        assert reader.stdout.readline() == "path,class,probability,energy,down,up\n"
+    assert pipe.is_fifo()
+    replaced = []
+    monkeypatch.setattr(regvit.files, "write_text", lambda path, text: replaced.append(path))
+    with (here / "log").open("w+") as log:  # /dev/fd/N leads to a plain file, as /dev/stdout does in `regvit … > log`
+        log.write("sent before\n")
+        log.flush()
+        assert main(["classify", "cured", "grey.png", "--out", f"/dev/fd/{log.fileno()}"]) == 0
+    assert (here / "log").read_text().splitlines()[:2] == ["sent before", "path,class,probability,energy,down,up"]
+    assert replaced == []
+
+
+def test_a_search_that_is_interrupted_leaves_the_file_that_was_there(here, monkeypatch):
+    out = here / "neurons.json"
+    out.write_text("earlier")
+
+    def full(*_):
+        raise OSError(28, "No space left on device", str(out))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert main(["neurons", "tiny", "photos", "--img-size", "64", "--out", str(out)]) == 1
+    assert out.read_text() == "earlier"
+    assert list(here.iterdir()) == [out]
+
+
+def test_outside_of_the_repository_a_missing_backbone_is_told_with_the_cure(tmp_path, monkeypatch, project, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["look", str(project / "grey.png")]) == 1
+    assert "run `make repro` first, go into the repository, or name one: --backbone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["look", "neurons", "export"])
+def test_each_command_has_help_with_an_example(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"examples:\n  regvit {command} " in capsys.readouterr().out
+
+
+def test_what_is_wrong_with_image_output_or_architecture_is_told_before_a_model_is_opened(here, monkeypatch, capsys):
+    monkeypatch.setattr(regvit.models.backbones, "load_backbone", lambda *_: pytest.fail("the model was opened"))
+    monkeypatch.setattr(regvit.models.backbones, "build", lambda *_, **__: pytest.fail("the hub was asked"))
+    for command in (["missing.png"], ["photos"], ["grey.png", "--out", "grey.png/a.png"]):
+        assert main(["look", *command]) == 1
+    assert main(["look", "grey.png", "--backbone", "timm:resnet18"]) == 1
+    assert "ResNet has no list of transformer blocks" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_called_by_the_name_that_was_given(here, monkeypatch, capsys):
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied", str(here / "tmpfile"))
+
+    monkeypatch.setattr(regvit.cli.outputs.tempfile, "TemporaryFile", refuse)
+    assert main(["look", "grey.png", "--out", str(here / "a.png")]) == 1
+    message = capsys.readouterr().err
+    assert f"--out {here / 'a.png'} cannot be written (Permission denied); give a file in a folder that you" in message
+
+
+@pytest.mark.parametrize("command", [["look", "{broken}"], ["neurons", "tiny", "{broken}"]])
+def test_a_broken_image_is_told_without_the_cure_of_a_data_set(here, capsys, command):
+    (here / "broken.jpg").write_bytes(b"no image")
+    main([word.format(broken=here / "broken.jpg") for word in command])
+    message = capsys.readouterr().err
+    assert f"{here / 'broken.jpg'} cannot be read as an image: " in message
+    assert "data set" not in message
+
+
+@pytest.mark.skipif(not hasattr(os, "wait4"), reason="the processor's time of a process is asked of the system")
+def test_a_look_at_a_large_photograph_takes_few_seconds_of_a_processor(here):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8))
+    noise.resize((6000, 4500)).save(here / "large.jpg")  # 27 megapixels
+    command = ["look", str(here / "large.jpg"), "--out", str(here / "a.png")]
+    code = f"import sys; from regvit.cli import main; sys.exit(main({command!r}))"
+    with subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    assert (here / "a.png").is_file()
+    assert used.ru_utime + used.ru_stime < 15  # seconds; 6 on a machine that does nothing else
+
+
+def test_an_interrupt_ends_with_130(here, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(regvit.report.look, "look", interrupt)
+    assert main(["look", "grey.png"]) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
+
+
+@pytest.mark.parametrize("bug", ["torch.zeros(2) @ torch.zeros(3)", "int('x')", "{}['missing']", "1 / 0"])
+def test_a_bug_keeps_its_traceback(here, monkeypatch, bug):
+    monkeypatch.setattr(regvit.report.look, "look", lambda *_: eval(bug, {"torch": torch}))
+    with pytest.raises((RuntimeError, ValueError, KeyError, ZeroDivisionError)):
+        main(["look", "grey.png"])
+
+
+@pytest.mark.parametrize("command", [[], ["look"], ["neurons"], ["export"]])
+def test_as_a_module_it_is_the_same_and_help_needs_nothing_that_takes_seconds_to_import(project, command):
+    code = (
+        f"import sys; sys.argv = ['regvit', *{command}, '--help']; import runpy\n"
+        "try: runpy.run_module('regvit', run_name='__main__')\n"
+        "except SystemExit as ended: assert ended.code == 0\n"
+        "slow = {'torch', 'numpy', 'timm', 'matplotlib', 'zarr', 'sklearn'} & set(sys.modules)\n"
+        "assert not slow, slow"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=project)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(" ".join(["usage: regvit", *command]))

@@ -1,0 +1,456 @@
+"""Archives over http: verified, resumed after interruptions, and unpacked without trusting them."""
+
+import hashlib
+import http.server
+import io
+import os
+import tarfile
+import threading
+import zipfile
+import zlib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from regvit.data.downloads import DownloadFailed, fetch_file
+from regvit.data.sources import archive as archives
+from regvit.data.sources import make_dataset
+from regvit.data.sources.archive import UnsafeArchive, innermost, unpack
+
+
+def picture(value: int = 0) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), (value, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def tar_of(members: dict[str, bytes], mode: str = "w:gz") -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode=mode) as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return file.getvalue()
+
+
+def zip_of(members: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return file.getvalue()
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+class Site:
+    """A local web server with one file, /a.bin.
+
+    Attributes:
+        content: of the file.
+        breaks: after how many bytes each answer breaks off, first answer first; none left: answers are whole.
+        ranges: whether it can send a part.
+        status: None, or what it answers instead.
+        asked: the Range header of each request, or None.
+    """
+
+    def __init__(self):
+        self.content, self.breaks, self.ranges, self.status, self.asked = b"", [], True, None, []
+
+    def answer(self, handler: http.server.BaseHTTPRequestHandler) -> None:
+        asked = handler.headers.get("Range")
+        self.asked.append(asked)
+        if self.status:
+            handler.send_error(self.status)
+            return
+        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and self.ranges else 0
+        if start >= len(self.content) > 0:
+            handler.send_response(416)
+            handler.send_header("Content-Range", f"bytes */{len(self.content)}")
+            handler.end_headers()
+            return
+        handler.send_response(206 if start else 200)
+        if start:
+            handler.send_header("Content-Range", f"bytes {start}-{len(self.content) - 1}/{len(self.content)}")
+        handler.send_header("Content-Length", str(len(self.content) - start))
+        handler.end_headers()
+        end = start + self.breaks.pop(0) if self.breaks else len(self.content)
+        handler.wfile.write(self.content[start:end])
+        handler.close_connection = True
+
+
+@pytest.fixture
+def site():
+    """A running Site, with its address as `site.url`."""
+    made = Site()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            made.answer(self)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        made.url = f"http://127.0.0.1:{server.server_port}/a.bin"
+        yield made
+        server.shutdown()
+        thread.join()
+
+
+def fetch(site: Site, cache: Path, **more) -> Path:
+    return fetch_file(site.url, f"sha256:{sha256(site.content)}", cache, sleep=lambda seconds: None, **more)
+
+
+# Fetching.
+
+
+def test_a_file_comes_once_and_from_the_cache_afterwards(site, tmp_path):
+    site.content = os.urandom(100_000)
+    for _ in range(2):
+        assert fetch(site, tmp_path).read_bytes() == site.content
+    assert site.asked == [None]
+
+
+def test_a_broken_connection_is_taken_up_where_it_broke(site, tmp_path):
+    site.content, site.breaks = os.urandom(300_000), [100_000, 50_000]
+    assert fetch(site, tmp_path).read_bytes() == site.content
+    assert site.asked == [None, "bytes=100000-", "bytes=150000-"]
+
+
+def test_a_download_that_was_given_up_goes_on_in_the_next_run(site, tmp_path):
+    site.content, site.breaks = os.urandom(300_000), [100_000]
+    with pytest.raises(DownloadFailed, match=r"broke off after 100000 of 300000 bytes; .* kept, and the next attempt"):
+        fetch(site, tmp_path, attempts=1)
+    assert fetch(site, tmp_path).read_bytes() == site.content
+    assert site.asked[-1] == "bytes=100000-"
+
+
+def test_a_server_that_cannot_send_parts_is_asked_for_the_whole(site, tmp_path):
+    site.content, site.breaks, site.ranges = os.urandom(300_000), [100_000], False
+    assert fetch(site, tmp_path).read_bytes() == site.content
+
+
+def test_a_part_that_is_the_whole_or_longer_needs_nothing_more_than_that(site, tmp_path):
+    site.content = os.urandom(1000)
+    part = tmp_path / f".{sha256(site.content)[:16]}-a.bin.part"
+    part.write_bytes(site.content)
+    assert fetch(site, tmp_path).read_bytes() == site.content
+    (tmp_path / f"{sha256(site.content)[:16]}-a.bin").unlink()
+    part.write_bytes(site.content + b"x")
+    assert fetch(site, tmp_path).read_bytes() == site.content
+
+
+def test_a_part_of_another_file_is_thrown_away(site, tmp_path):
+    site.content = os.urandom(1000)
+    (tmp_path / f".{sha256(site.content)[:16]}-a.bin.part").write_bytes(b"\0" * 500)
+    assert fetch(site, tmp_path).read_bytes() == site.content
+    assert site.asked == ["bytes=500-", None]
+
+
+def test_another_file_than_was_expected_is_refused_and_not_kept(site, tmp_path):
+    site.content = b"not what was published"
+    with pytest.raises(
+        DownloadFailed, match=f"its sha256 is {sha256(site.content)}, expected {'0' * 64}: another file"
+    ):
+        fetch_file(site.url, f"sha256:{'0' * 64}", tmp_path, attempts=2, sleep=lambda seconds: None)
+    assert [path for path in tmp_path.iterdir() if path.stat().st_size] == []
+
+
+def test_an_answer_that_will_not_change_is_not_asked_for_again(site, tmp_path):
+    site.status = 404
+    with pytest.raises(DownloadFailed, match="HTTP 404 Not Found; check address, digest and network"):
+        fetch(site, tmp_path)
+    assert len(site.asked) == 1
+
+
+def test_a_busy_server_is_asked_again_after_longer_and_longer_pauses(site, tmp_path):
+    site.status, pauses = 503, []
+    with pytest.raises(DownloadFailed, match="HTTP 503"):
+        fetch_file(site.url, f"md5:{'0' * 32}", tmp_path, attempts=4, pause=1.0, sleep=pauses.append)
+    assert pauses == [1, 2, 4]
+
+
+def test_a_file_put_into_the_cache_by_hand_is_taken(site, tmp_path):
+    site.content = b"abc"
+    (tmp_path / "a.bin").write_bytes(b"abc")
+    assert fetch(site, tmp_path) == tmp_path / "a.bin"
+    assert site.asked == []
+
+
+@pytest.mark.parametrize(
+    ("url", "digest", "said"),
+    [
+        ("ftp://x/a.tar", "sha256:" + "0" * 64, "is not an http or https address; for files on disk use folder:<path>"),
+        ("file:///etc/passwd", "sha256:" + "0" * 64, "is not an http or https address"),
+        ("https://x/a.tar", "sha256:00", "is not sha256:<64 hexadecimal digits>"),
+        ("https://x/a.tar", "sha1:" + "0" * 40, "is not sha256:"),
+    ],
+)
+def test_an_address_or_digest_of_another_form_is_refused(tmp_path, url, digest, said):
+    with pytest.raises(ValueError, match=said):
+        fetch_file(url, digest, tmp_path)
+
+
+# Unpacking.
+
+
+@pytest.mark.parametrize("pack", [tar_of, lambda m: tar_of(m, "w"), lambda m: tar_of(m, "w:xz"), zip_of])
+def test_archives_of_all_kinds_unpack_to_their_files(tmp_path, pack):
+    members = {"cat/1.png": picture(1), "dog/ü 2.png": picture(2), "./dog/3.png": b""}
+    (tmp_path / "a").write_bytes(pack(members))
+    unpack(tmp_path / "a", tmp_path / "out")
+    found = {path.relative_to(tmp_path / "out").as_posix(): path for path in (tmp_path / "out").rglob("*.png")}
+    assert {name: path.read_bytes() for name, path in found.items()} == {
+        "cat/1.png": picture(1),
+        "dog/ü 2.png": picture(2),
+        "dog/3.png": b"",
+    }
+
+
+def link(name: str, target: str, kind: bytes) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        info = tarfile.TarInfo(name)
+        info.type, info.linkname = kind, target
+        archive.addfile(info)
+    return file.getvalue()
+
+
+def zip_link() -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        info = zipfile.ZipInfo("x.png")
+        info.external_attr = 0o120777 << 16
+        archive.writestr(info, "/etc/passwd")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (tar_of({"ok.png": b"1", "../out.png": b"2"}), r"holds '\.\./out\.png', a name that leaves the folder"),
+        (tar_of({"a/../../out.png": b"2"}), "a name that leaves the folder"),
+        (tar_of({"/out.png": b"2"}), "holds '/out.png', a name that leaves the folder"),
+        (zip_of({"../out.png": b"2"}), "a name that leaves the folder"),
+        (zip_of({"C:/out.png": b"2"}), "a name that leaves the folder"),
+        (zip_of({"/out.png": b"2"}), "a name that leaves the folder"),
+        (link("x.png", "/etc/passwd", tarfile.SYMTYPE), "holds 'x.png', a link; only files and folders"),
+        (link("x.png", "y.png", tarfile.LNKTYPE), "a link"),
+        (link("x.png", "", tarfile.FIFOTYPE), "a device or the like"),
+        (link("x.png", "", tarfile.CHRTYPE), "a device or the like"),
+        (link("../x", "", tarfile.DIRTYPE), "a name that leaves the folder"),
+        (zip_link(), "a link"),
+    ],
+    ids=[
+        "tar beside",
+        "tar up",
+        "tar root",
+        "zip beside",
+        "zip drive",
+        "zip root",
+        "soft",
+        "hard",
+        "pipe",
+        "device",
+        "dir",
+        "zip soft",
+    ],
+)
+def test_what_would_write_elsewhere_is_refused_and_nothing_is_left(tmp_path, content, said):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.bin").write_bytes(content)
+    with pytest.raises(UnsafeArchive, match=said):
+        unpack(tmp_path / "in/a.bin", tmp_path / "in/deep/out")
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {name for name in left if not name.endswith(".lock")} == {"in/a.bin"}
+
+
+@pytest.mark.parametrize("pack", [tar_of, zip_of])
+def test_an_archive_that_grows_beyond_bounds_is_refused_before_it_fills_the_disk(tmp_path, pack):
+    (tmp_path / "a.bin").write_bytes(pack({f"{i}.png": bytes(1 << 20) for i in range(4)}))
+    with pytest.raises(UnsafeArchive, match="unpacks to more than 2500000 bytes"):
+        unpack(tmp_path / "a.bin", tmp_path / "out", growth=1, floor=2_500_000)
+    assert not (tmp_path / "out").exists()
+    unpack(tmp_path / "a.bin", tmp_path / "out", growth=1, floor=5_000_000)
+
+
+def test_a_zip_member_that_holds_more_than_it_declares_is_refused(tmp_path):
+    content = bytearray(zip_of({"x.png": bytes(5000)}, zipfile.ZIP_STORED))
+    for signature, place in ((b"PK\x01\x02", 24), (b"PK\x03\x04", 22)):  # the size when unpacked
+        start = content.index(signature) + place
+        content[start : start + 4] = (10).to_bytes(4, "little")
+    (tmp_path / "a.zip").write_bytes(content)
+    with pytest.raises(ValueError, match=r"(holds more than the 10 bytes|is broken)"):
+        unpack(tmp_path / "a.zip", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_name_that_occurs_twice_is_refused(tmp_path):
+    (tmp_path / "a.tar").write_bytes(link("x", "", tarfile.REGTYPE)[:512] + link("./x", "", tarfile.REGTYPE))
+    with pytest.raises(UnsafeArchive, match="'x' twice"):
+        unpack(tmp_path / "a.tar", tmp_path / "out")
+
+
+@pytest.mark.parametrize("pack", [tar_of, lambda m: tar_of(m, "w"), zip_of])
+def test_a_truncated_archive_is_reported_as_broken(tmp_path, pack):
+    content = pack({f"{i}.png": os.urandom(3000) for i in range(9)})
+    (tmp_path / "a.bin").write_bytes(content[:15000])
+    with pytest.raises(ValueError, match=r"is broken|ends .* early|neither a \.tar"):
+        unpack(tmp_path / "a.bin", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_archive_is_refused(tmp_path):
+    (tmp_path / "a.tar").write_text("<html>log in to download</html>")
+    with pytest.raises(ValueError, match=r"a\.tar is neither a \.tar .* nor a \.zip archive"):
+        unpack(tmp_path / "a.tar", tmp_path / "out")
+
+
+def gz_that_breaks(members: dict[str, bytes]) -> bytes:
+    """A .tar.gz whose second half is no deflate stream."""
+    content, packer = tar_of(members, "w"), zlib.compressobj(wbits=31)
+    return packer.compress(content[: len(content) // 2]) + packer.flush(zlib.Z_FULL_FLUSH) + b"\xff" * 4000
+
+
+def damaged(pack):
+    """What makes an archive of which 40 bytes are others than they were, in the middle."""
+
+    def damage(members: dict[str, bytes]) -> bytes:
+        content = pack(members)
+        at = len(content) // 2
+        return content[:at] + bytes(byte ^ 0x55 for byte in content[at : at + 40]) + content[at + 40 :]
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "pack",
+    [
+        gz_that_breaks,
+        damaged(lambda members: tar_of(members, "w:bz2")),
+        damaged(lambda members: tar_of(members, "w:xz")),
+        damaged(zip_of),
+        damaged(lambda members: zip_of(members, zipfile.ZIP_LZMA)),
+        damaged(lambda members: zip_of(members, zipfile.ZIP_BZIP2)),
+    ],
+    ids=["tar.gz", "tar.bz2", "tar.xz", "deflate", "lzma", "bzip2"],
+)
+def test_a_damaged_archive_of_any_compression_is_reported_as_broken(tmp_path, pack):
+    (tmp_path / "a.bin").write_bytes(pack({f"{i}.png": os.urandom(200_000).hex().encode() for i in range(6)}))
+    with pytest.raises(ValueError, match=r"a\.bin is broken \(\w+: .*\); pack it anew"):
+        unpack(tmp_path / "a.bin", tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
+
+
+def test_a_header_in_the_middle_that_cannot_be_read_is_not_taken_for_the_end(tmp_path):
+    content = bytearray(tar_of({f"{i}.png": bytes(512) for i in range(5)}, "w"))
+    content[2 * 1024 + 100] ^= 1  # of the third header
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"a\.tar is broken \(ReadError: what stands at byte 2048 is neither a header nor"
+    ):
+        unpack(tmp_path / "a.tar", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_checksum_at_the_end_of_a_gzip_is_held_to(tmp_path):
+    content = bytearray(tar_of({"1.png": os.urandom(3000)}))
+    content[-8] ^= 1
+    (tmp_path / "a.tar.gz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.tar\.gz is broken \(BadGzipFile: CRC check failed"):
+        unpack(tmp_path / "a.tar.gz", tmp_path / "out")
+
+
+@pytest.mark.parametrize("pack", [tar_of, zip_of])
+@pytest.mark.parametrize("name", ["a/" * 1900 + "x.png", "a/" * 40 + "x.png", "x" * 256, "ü" * 130 + ".png"])
+def test_a_name_that_no_file_could_have_is_refused(tmp_path, pack, name):
+    (tmp_path / "a.bin").write_bytes(pack({name: picture()}))
+    with pytest.raises(
+        UnsafeArchive, match=r"a name of \d+ characters in \d+ parts; 1024 bytes in 32 parts of 255 are the"
+    ):
+        unpack(tmp_path / "a.bin", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_header_that_announces_gigabytes_is_refused_before_they_are_read(tmp_path, monkeypatch, kind, first):
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = kind, 3 << 30
+    before = b"" if first else tar_of({"1.png": picture()}, "w")[:1024]
+    (tmp_path / "a.tar").write_bytes(before + info.tobuf(tarfile.GNU_FORMAT) + bytes(4096))
+    with open(tmp_path / "a.tar", "r+b") as file:
+        file.truncate(4 << 30)  # takes no room on the disk
+    with pytest.raises(
+        UnsafeArchive, match=f"a.tar announces {3 << 30} bytes of name or attributes, more than 1048576"
+    ):
+        unpack(tmp_path / "a.tar", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["gnu", "pax"])
+def test_a_file_with_holes_is_refused_before_their_map_is_read(tmp_path, kind):
+    info = tarfile.TarInfo("holes.png")
+    if kind == "gnu":
+        info.type = tarfile.GNUTYPE_SPARSE
+    else:
+        info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9"}
+    info.size = 512
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        archive.addfile(info, io.BytesIO(b"1000000000\n" + b"0\n" * 300))
+    with pytest.raises(UnsafeArchive, match=r"a\.tar holds 'holes\.png', a file with holes"):
+        unpack(tmp_path / "a.tar", tmp_path / "out")
+
+
+def test_more_files_than_images_would_fit_into_the_archive_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "FEW", 100)
+    (tmp_path / "many.tar").write_bytes(tar_of({f"{i}.png": b"" for i in range(2000)}))
+    with pytest.raises(UnsafeArchive, match=r"many\.tar has more than \d+ files in \d+ bytes: too many to be images"):
+        unpack(tmp_path / "many.tar", tmp_path / "many")
+    assert not (tmp_path / "many").exists()
+    (tmp_path / "some.tar").write_bytes(tar_of({f"{i}.png": os.urandom(64) for i in range(2000)}))
+    unpack(tmp_path / "some.tar", tmp_path / "some")
+    assert len(list((tmp_path / "some").iterdir())) == 2000
+
+
+def test_one_goes_down_to_the_folder_whose_folders_are_classes(tmp_path):
+    for name in ("set/images/cat/1.png", "set/images/dog/2.png", "set/README.txt"):
+        (tmp_path / "many" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "many" / name).touch()
+    assert innermost(tmp_path / "many") == tmp_path / "many/set/images"
+    (tmp_path / "one/cat").mkdir(parents=True)
+    (tmp_path / "one/cat/1.png").touch()
+    assert innermost(tmp_path / "one") == tmp_path / "one"
+
+
+# Both together.
+
+
+def test_an_archive_at_an_address_becomes_a_data_set_that_is_read_where_it_was_unpacked(site, tmp_path):
+    site.content = tar_of(
+        {"imgs/README.txt": b"hi"} | {f"imgs/{label}/{i}.png": picture(i) for label in ("cat", "dog") for i in range(4)}
+    )
+    site.breaks = [200]
+    source = f"url:{site.url}#sha256={sha256(site.content)}"
+    folder, downloads = tmp_path / "data/pets", tmp_path / "downloads"
+    made = make_dataset(source, "pets", folder, tmp_path, 0, False, role="ood", downloads_dir=downloads)
+    assert made.summary() == "pets: 8 images (test 8), 2 classes of 4 to 4, 0 rejected"
+    assert made.dataset.image_path(0).read_bytes() == picture(0)
+    assert downloads in made.dataset.root.parents
+    again = make_dataset(source, "pets", folder, tmp_path, 0, False, role="ood", downloads_dir=downloads)
+    assert again.dataset.digest == made.dataset.digest and len(site.asked) == 2
+
+
+@pytest.mark.parametrize("end", ["", "#", "#sha256=12", "#md5=00112233445566778899aabbccddeeff"])
+def test_an_address_without_a_sha256_is_refused_with_how_to_get_it(tmp_path, end):
+    with pytest.raises(
+        ValueError, match=r"has no digest; write url:<address>#sha256=<64 .* which `sha256sum <archive>`"
+    ):
+        make_dataset(f"url:https://example.org/a.tar{end}", "x", tmp_path / "x", tmp_path, 0, False)

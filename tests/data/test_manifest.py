@@ -1,0 +1,332 @@
+import hashlib
+import json
+import pickle
+import re
+import tracemalloc
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from regvit.data import manifest
+from regvit.data.manifest import Dataset, InvalidManifest, Row, escapes, read_dataset, stratified_splits, write_dataset
+from regvit.data.rows import RowList
+
+ROWS = (
+    Row("b", "images/b.png", "dog", "train"),
+    Row("a", "images/a, with comma.png", "", "test", "[[0, 1, 2, 3]]", "masks/a.png", "ff"),
+    Row("c", "images/ü.png", "cat", "val"),
+)
+
+
+def write(folder: Path, rows=ROWS, classes=("cat", "dog"), **more) -> Path:
+    write_dataset(folder, "pets", rows, classes, {"licence": "CC0-1.0"}, **more)
+    return folder
+
+
+def test_rows_come_back_in_the_order_they_were_given(tmp_path):
+    dataset = read_dataset(write(tmp_path / "pets"))
+    assert dataset.rows == ROWS
+    assert (dataset.name, dataset.classes, len(dataset)) == ("pets", ("cat", "dog"), 3)
+    assert dataset.image_path(1) == tmp_path / "pets/images/a, with comma.png"
+
+
+def test_the_digest_is_that_of_the_manifest_file(tmp_path):
+    dataset = read_dataset(write(tmp_path))
+    assert dataset.digest == hashlib.sha256((tmp_path / "manifest.csv").read_bytes()).hexdigest()
+
+
+def test_labels_are_places_among_the_classes_and_minus_one_without_a_label(tmp_path):
+    labels = read_dataset(write(tmp_path)).labels()
+    assert labels.dtype == np.int64
+    assert labels.tolist() == [1, -1, 0]
+
+
+def test_a_subset_has_the_rows_of_its_split_and_the_digest_of_the_whole(tmp_path):
+    dataset = read_dataset(write(tmp_path))
+    assert [row.image_id for row in dataset.subset("test").rows] == ["a"]
+    assert dataset.subset("val").digest == dataset.digest
+    with pytest.raises(ValueError, match="split 'validation' is unknown; use one of train, val, test"):
+        dataset.subset("validation")
+
+
+def test_labels_and_splits_of_a_part_are_its_own(tmp_path):
+    part = read_dataset(write(tmp_path)).subset("val")
+    assert part.labels().tolist() == [0] and part.split_rows("val").tolist() == [0]
+    assert part.split_rows("train").tolist() == part.split_rows("test").tolist() == []
+    narrowed = Dataset("pets", tmp_path, ("cat",), part.rows, "")  # it shares its columns with rows of class dog
+    assert narrowed.labels().tolist() == [0]
+    with pytest.raises(KeyError, match="dog"):
+        Dataset("pets", tmp_path, ("cat",), ROWS, "").labels()
+
+
+def test_rows_given_as_a_tuple_and_rows_of_a_list_that_grows_are_kept_as_they_were(tmp_path):
+    growing = RowList(ROWS[:2])
+    dataset = Dataset("pets", tmp_path, ("cat", "dog"), growing, "")
+    growing.append(ROWS[2])
+    assert dataset.rows == ROWS[:2]
+    assert dataset == Dataset("pets", tmp_path, ("cat", "dog"), ROWS[:2], "")
+    assert pickle.loads(pickle.dumps(dataset)) == dataset
+
+
+def test_an_image_beyond_the_end_is_refused(tmp_path):
+    dataset = read_dataset(write(tmp_path))
+    for i in (-1, 3):
+        with pytest.raises(IndexError, match=rf"image {i} is out of range \(0 to 2\)"):
+            dataset.image_path(i)
+
+
+def test_images_elsewhere_are_found_from_the_recorded_root(tmp_path):
+    (tmp_path / "photos").mkdir()
+    relative = read_dataset(write(tmp_path / "data/pets", root="../../photos"))
+    absolute = read_dataset(write(tmp_path / "data/pets2", root=tmp_path / "photos"))
+    assert relative.root == absolute.root == tmp_path / "photos"
+
+
+def test_a_relative_root_starts_from_where_a_linked_folder_is_seen(tmp_path):
+    (tmp_path / "photos").mkdir()
+    write(tmp_path / "cache/deep/down/pets", root="../photos")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "pets").symlink_to(tmp_path / "cache/deep/down/pets")
+    assert read_dataset(tmp_path / "pets").root == tmp_path / "photos"
+
+
+def test_a_root_that_is_gone_is_reported_with_its_place(tmp_path):
+    write(tmp_path / "pets", root="../gone")
+    with pytest.raises(FileNotFoundError, match="gone, the image folder of data set 'pets', does not exist"):
+        read_dataset(tmp_path / "pets")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (Row("b", "x.png", "", "test"), "row 4: image_id 'b' occurs twice"),
+        (Row("", "x.png", "", "test"), "row 4: image_id is empty"),
+        (Row("d", "../x.png", "", "test"), r"path '\.\./x\.png' leaves the root"),
+        (Row("d", "x.png", "", "test", mask="/etc/m.png"), r"path '/etc/m\.png' leaves the root"),
+        (Row("d", "x.png", "", "test", depth="../d.png"), r"path '\.\./d\.png' leaves the root"),
+        (Row("d", "x.png", "fish", "test"), "label 'fish' is not among the 2 classes"),
+        (Row("d", "x.png", "", "dev"), "split 'dev' is unknown; use one of train, val, test"),
+        (Row("d", "x.png", "", "test", boxes="[1, 2, 3, 4]"), "are not a JSON list of"),
+        (Row("d", "x.png", "", "test", boxes="[[5, 0, 5, 9]]"), "with x0 < x1 and y0 < y1"),
+        (Row("d", "x.png", "", "test", boxes="[[0, 0, Infinity, Infinity]]"), "are not a JSON list of"),
+        (Row("d", "x.png", "", "test", boxes="[" * 100_000), "are not a JSON list of"),
+        (Row("d", "x.png", "", "test", boxes=f"[[0, 0, {'9' * 5000}, 9]]"), "are not a JSON list of"),
+    ],
+)
+def test_a_bad_row_is_refused_on_writing_and_nothing_is_written(tmp_path, row, message):
+    with pytest.raises(InvalidManifest, match=message):
+        write(tmp_path / "pets", (*ROWS, row))
+    assert not (tmp_path / "pets").exists()
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        ([Row("d", "x.png", "", "dev"), ROWS[0]], "row 4: split 'dev' is unknown"),
+        ([ROWS[0], Row("d", "x.png", "", "dev")], "row 4: image_id 'b' occurs twice"),
+        ([Row("b", "x.png", "", "dev")], "row 4: image_id 'b' occurs twice"),
+        ([Row("d", "x.png", "", "test"), Row("d", "y.png", "", "test"), ROWS[0]], "row 5: image_id 'd' occurs twice"),
+    ],
+)
+def test_of_several_faults_the_first_is_told(tmp_path, added, message):
+    with pytest.raises(InvalidManifest, match=message):
+        write(tmp_path, (*ROWS, *added))
+
+
+def test_ids_of_the_same_hash_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "hash", len, raising=False)
+    assert read_dataset(write(tmp_path)).rows == ROWS
+    with pytest.raises(InvalidManifest, match="row 5: image_id 'c' occurs twice"):
+        write(tmp_path, (*ROWS, Row("d", "x.png", "", "test"), ROWS[2]))
+
+
+def test_a_bad_row_is_refused_on_reading(tmp_path):
+    write(tmp_path)
+    table = tmp_path / "manifest.csv"
+    table.write_text(table.read_text() + "d,x.png,fish,test,,,\n")
+    with pytest.raises(InvalidManifest, match=r"manifest\.csv, row 4: label 'fish'"):
+        read_dataset(tmp_path)
+
+
+def test_a_line_with_too_few_or_too_many_fields_is_refused(tmp_path):
+    for line in ("d,x.png\n", "d,x.png,,test,,,,surplus\n"):
+        write(tmp_path)
+        table = tmp_path / "manifest.csv"
+        table.write_text(table.read_text() + line)
+        with pytest.raises(InvalidManifest, match="line 5: the number of fields differs"):
+            read_dataset(tmp_path)
+
+
+HEADER = b"image_id,path,label,split\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (
+            HEADER + b'a,a.png,,test\nb,"b.png,,test\nc,c.png,,test\n',
+            r"line 3: unexpected end of data; close what it opens",
+        ),
+        (HEADER + b'a,"a".png,,test\n', r"line 2: ',' expected after '\"'"),
+        (HEADER + b"a," + b"x" * 200_000 + b",,test\n", r"line 2: field larger than field limit \(131072\)"),
+        (b'"image_id,path', r"line 1: unexpected end of data"),
+        (HEADER + b"a,a.png,,test\nb,caf\xe9.png,,test\n", r"line 3: it is not UTF-8 \(.*\); save it as UTF-8"),
+        (HEADER + b"a,a\0.png,,test\n", r"path 'a\\x00\.png' leaves the root of the data set|line contains NUL"),
+        (b"", r"lacks the column\(s\) image_id, path, label, split"),
+    ],
+)
+def test_a_table_that_is_no_csv_is_refused_with_its_line(tmp_path, content, said):
+    refuses(tmp_path, "manifest.csv", content, said)
+
+
+def test_the_line_that_is_no_utf8_is_found_wherever_the_file_is_cut(tmp_path, monkeypatch):
+    for size in range(1, 12):
+        monkeypatch.setattr(manifest, "READ_AT_ONCE", size)
+        refuses(tmp_path, "manifest.csv", HEADER + "a,ü.png,,test\nb,ü.png,,te".encode() + b"\xc3st\n",
+                r"line 3: it is not UTF-8 \(invalid continuation byte\)")  # fmt: skip
+        refuses(tmp_path, "manifest.csv", HEADER + b"a,a.png,,test\n\xc3", r"line 3: .* \(unexpected end of data\)")
+        write(tmp_path)
+        assert read_dataset(tmp_path).digest == hashlib.sha256((tmp_path / "manifest.csv").read_bytes()).hexdigest()
+
+
+def test_blank_lines_other_columns_and_line_ends_of_other_systems_do_not_count(tmp_path):
+    write(tmp_path)
+    (tmp_path / "manifest.csv").write_bytes(b"split,camera,path,image_id,label\r\n\r\ntest,5,x.png,x,cat\r\n\r\n")
+    assert read_dataset(tmp_path).rows == (Row("x", "x.png", "cat", "test"),)
+    (tmp_path / "manifest.csv").write_bytes(b'image_id,path,label,split\n\n"a\nb",x.png,cat,val\n\nc,"')
+    with pytest.raises(InvalidManifest, match="line 5: unexpected end of data"):
+        read_dataset(tmp_path)
+
+
+def test_reading_takes_no_more_memory_than_the_rows_and_a_block_of_the_file(tmp_path):
+    n = 20_000
+    rows = (Row(f"{i:07}", f"images/{i:07}.png", "cat", "test", sha256=f"{i:064x}") for i in range(n))
+    write(tmp_path, rows)
+    (tmp_path / "manifest.csv").read_bytes()
+    tracemalloc.start()
+    dataset = read_dataset(tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(dataset) == n and peak < 200 * n + 2 * manifest.READ_AT_ONCE
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"{", r"is not JSON \(.*\); download the data set again"),
+        (b"\xff", r"is not JSON \("),
+        (b"[" * 200_000, r"is not JSON \("),
+        (b"[]", "holds a list, expected an object"),
+        (b'{"name": "pets", "classes": [], "root": 5}', "root is 5, expected text"),
+        (b'{"name": "pets", "classes": [], "root": "a\\u0000"}', "root is 'a.x00', expected text"),
+        (b'{"name": null, "classes": []}', "name is None, expected text"),
+        (b'{"name": "pets", "classes": null}', "classes are None, expected a list of names"),
+        (b'{"name": "pets", "classes": "cat"}', "classes are cat, expected a list of names"),
+        (b'{"name": "pets", "classes": ["cat", 3]}', r"classes are \['cat', 3\], expected a list of names"),
+    ],
+)
+def test_a_description_that_is_not_what_it_should_be_is_refused(tmp_path, content, said):
+    refuses(tmp_path, "dataset.json", content, said)
+
+
+def refuses(folder, file, content, said):
+    """Holds that a data set with this file of other content is refused, in these words after its name."""
+    write(folder)
+    (folder / file).write_bytes(content)
+    with pytest.raises(InvalidManifest, match=rf"{re.escape(file)}.*{said}"):
+        read_dataset(folder)
+
+
+def test_a_missing_column_is_named_and_optional_ones_may_be_absent(tmp_path):
+    write(tmp_path)
+    (tmp_path / "manifest.csv").write_text("image_id,path,label\nx,x.png,cat\n")
+    with pytest.raises(InvalidManifest, match=r"lacks the column\(s\) split; it needs image_id, path, label, split"):
+        read_dataset(tmp_path)
+    (tmp_path / "manifest.csv").write_text("image_id,path,label,split\nx,x.png,cat,val\n")
+    assert read_dataset(tmp_path).rows == (Row("x", "x.png", "cat", "val"),)
+
+
+def test_a_depth_column_is_written_only_where_a_row_has_one(tmp_path):
+    write(tmp_path / "flat")
+    assert (tmp_path / "flat/manifest.csv").read_text().startswith("image_id,path,label,split,boxes,mask,sha256\n")
+    deep = (*ROWS, Row("d", "x.png", "cat", "val", depth="depth/d.png"))
+    assert read_dataset(write(tmp_path / "deep", deep)).rows == deep
+    assert (tmp_path / "deep/manifest.csv").read_text().splitlines()[-1] == "d,x.png,cat,val,,,,depth/d.png"
+
+
+def test_the_bytes_of_a_manifest_without_depth_are_those_of_earlier_versions(tmp_path):
+    expected = (
+        "image_id,path,label,split,boxes,mask,sha256\n"
+        "b,images/b.png,dog,train,,,\n"
+        'a,"images/a, with comma.png",,test,"[[0, 1, 2, 3]]",masks/a.png,ff\n'
+        "c,images/ü.png,cat,val,,,\n"
+    )
+    write(tmp_path)
+    assert (tmp_path / "manifest.csv").read_bytes() == expected.encode()
+
+
+def test_a_folder_without_a_manifest_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"manifest\.csv is missing"):
+        read_dataset(tmp_path)
+
+
+def test_a_description_without_classes_is_refused(tmp_path):
+    write(tmp_path)
+    (tmp_path / "dataset.json").write_text(json.dumps({"name": "pets"}))
+    with pytest.raises(InvalidManifest, match=r"dataset\.json lacks classes"):
+        read_dataset(tmp_path)
+
+
+def test_classes_must_be_unique_and_named(tmp_path):
+    with pytest.raises(InvalidManifest, match="class 'cat' is named twice"):
+        write(tmp_path, (), ("cat", "cat"))
+    with pytest.raises(InvalidManifest, match="a class has an empty name"):
+        write(tmp_path, (), ("",))
+
+
+@pytest.mark.parametrize("path", ["a.png", "a/b.png", "a/..b.png", "a/b..png", "a:b.png"])
+def test_paths_inside_the_root_are_accepted(path):
+    assert not escapes(path)
+
+
+@pytest.mark.parametrize("path", ["", "/a", "..", "../a", "a/../../b", "a\\b", "C:/a", "a\0b"])
+def test_paths_that_may_leave_the_root_are_refused(path):
+    assert escapes(path)
+
+
+@given(st.text("./a\\:\0", max_size=6))
+def test_a_path_escapes_as_the_system_would_read_it(path):
+    pure = PurePosixPath(path)
+    absolute = pure.is_absolute() or path[1:3] == ":/"
+    assert escapes(path) == (not path or "\\" in path or "\0" in path or absolute or ".." in pure.parts)
+
+
+def test_each_class_is_split_in_the_shares_asked_for():
+    labels = {f"a{i}": "a" for i in range(20)} | {f"b{i}": "b" for i in range(40)}
+    splits = stratified_splits(labels, 0, (0.5, 0.15, 0.35))
+    counts = {(label, split): 0 for label in "ab" for split in ("train", "val", "test")}
+    for key, split in splits.items():
+        counts[labels[key], split] += 1
+    assert list(counts.values()) == [10, 3, 7, 20, 6, 14]
+
+
+@given(st.permutations([f"k{i}" for i in range(12)]), st.integers(0, 5))
+def test_splits_do_not_depend_on_the_order_of_the_keys(keys, seed):
+    expected = stratified_splits({f"k{i}": "x" for i in range(12)}, seed, (0.5, 0.25, 0.25))
+    assert stratified_splits(dict.fromkeys(keys, "x"), seed, (0.5, 0.25, 0.25)) == expected
+
+
+def test_splits_depend_on_the_seed_and_not_on_other_classes():
+    labels = {f"k{i}": "x" for i in range(50)}
+    first = stratified_splits(labels, 0, (0.5, 0.25, 0.25))
+    assert stratified_splits(labels, 1, (0.5, 0.25, 0.25)) != first
+    more = stratified_splits(labels | {"other": "y"}, 0, (0.5, 0.25, 0.25))
+    assert {key: more[key] for key in labels} == first
+
+
+def test_shares_must_sum_to_one():
+    with pytest.raises(ValueError, match=r"shares \(0\.5, 0\.5, 0\.5\)"):
+        stratified_splits({}, 0, (0.5, 0.5, 0.5))

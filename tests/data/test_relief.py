@@ -1,0 +1,115 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from regvit.data.dataset_builder import Workbench
+from regvit.data.depth_files import read_depth
+from regvit.data.manifest import read_dataset, write_dataset
+from regvit.data.synthetic import rooms as relief
+from regvit.data.synthetic.rooms import CLASSES, camera_rays, meet_ball, meet_box, render
+
+
+def rendered(seed, size=64):
+    return render(np.random.default_rng(seed), size)
+
+
+def test_the_same_generator_draws_the_same_room_and_another_another():
+    a, b, c = rendered(0), rendered(0), rendered(1)
+    assert np.array_equal(a.image, b.image) and np.array_equal(a.depth, b.depth) and np.array_equal(a.mask, b.mask)
+    assert not np.array_equal(a.depth, c.depth)
+
+
+def test_every_pixel_has_a_class_and_a_depth_that_a_room_can_have():
+    seen = set()
+    for seed in range(12):
+        view = rendered(seed)
+        seen |= set(np.unique(view.mask).tolist())
+        assert view.depth.min() > 500 and view.depth.max() < 10_000  # millimetres
+        assert view.image.dtype == np.uint8 and view.image.shape == (64, 64, 3)
+    assert seen == set(range(1, len(CLASSES) + 1))
+
+
+def test_floor_and_ceiling_lie_where_the_camera_says(monkeypatch):
+    """Depth of a floor pixel from the pinhole equations alone, without rays or boxes."""
+    monkeypatch.setattr(relief, "CAMERA_HEIGHT", (1.5, 1.5))
+    monkeypatch.setattr(relief, "PITCH", (10.0, 10.0))
+    monkeypatch.setattr(relief, "ROOM_HEIGHT", (3.0, 3.0))
+    monkeypatch.setattr(relief, "OBJECTS", (0, 0))
+    view = rendered(3)
+    pitch = np.radians(10)
+    sample = (np.arange(64) * 2 + 0.5) / 128  # the upper left one of four
+    down = (2 * sample - 1) * np.tan(np.radians(30))
+    slope = np.sin(pitch) + down * np.cos(pitch)  # metres downwards by metre of depth
+    for kind, height in ((1, 1.5), (3, -1.5)):
+        rows = np.flatnonzero((view.mask == kind).any(1))
+        assert len(rows)
+        for row in rows:
+            depth = view.depth[row][view.mask[row] == kind]
+            np.testing.assert_allclose(depth, 1000 * height / slope[row], atol=0.6)
+
+
+def test_objects_hide_what_is_behind_them_and_nothing_else(monkeypatch):
+    furnished = [rendered(seed) for seed in range(6)]
+    monkeypatch.setattr(relief, "OBJECTS", (0, 0))
+    for seed, view in enumerate(furnished):
+        empty, objects = rendered(seed), view.mask >= 4
+        assert objects.any() and not (empty.mask >= 4).any()
+        assert (view.depth[objects] < empty.depth[objects]).all()
+        assert np.array_equal(view.depth[~objects], empty.depth[~objects])
+        assert np.array_equal(view.mask[~objects], empty.mask[~objects])
+
+
+def test_a_ray_meets_a_ball_where_plain_geometry_says():
+    rays = np.array([[0.0, 0, 1], [0, 0, 2], [1, 0, 0], [0, 0.6, 0.8]])
+    origin = np.array([0.0, 0, -5])
+    found = meet_ball(origin, rays, 2.0)
+    assert found[0] == pytest.approx(3.0) and found[1] == pytest.approx(1.5)
+    assert np.isinf(found[2]) and np.isinf(found[3])  # to the side, and past it at a distance of 3
+
+
+def test_a_ray_enters_and_leaves_a_box_where_plain_geometry_says():
+    half = np.array([1.0, 2.0, 3.0])
+    rays = np.array([[0.0, 0, 1], [0, 1, 0], [1.0, 0, 1.0]])
+    enter, leave = meet_box(np.array([0.0, 0, -10]), rays, half)
+    assert (enter[0], leave[0]) == (7, 13)
+    assert np.isinf(enter[1:]).all() and np.isinf(leave[1:]).all()
+    assert meet_box(np.array([0.5, 0.0, 0.0]), np.array([[1.0, 0.1, 0.2]]), half)[1][0] == pytest.approx(0.5)
+
+
+def test_the_camera_looks_straight_ahead_and_down_by_its_pitch():
+    rays = camera_rays(101, np.radians(20))
+    np.testing.assert_allclose(rays[50, 50], [0, -np.sin(np.radians(20)), np.cos(np.radians(20))], atol=1e-12)
+    axis = rays[50, 50]
+    np.testing.assert_allclose(rays @ axis, 1.0)  # one metre along the axis, whatever the pixel
+    assert rays[0, 50, 1] > rays[100, 50, 1] and rays[50, 0, 0] < 0 < rays[50, 100, 0]
+
+
+def build(folder, monkeypatch, seed=0):
+    monkeypatch.setattr(relief, "COUNTS", {"train": 3, "val": 2, "test": 2})
+    monkeypatch.setattr(relief, "render", lambda generator: rendered_small(generator))
+    with Workbench(folder, folder, folder, seed) as bench:
+        relief.relief(bench, "")
+    write_dataset(folder, "relief", bench.rows, bench.classes, bench.about, bench.root)
+    return read_dataset(folder)
+
+
+def rendered_small(generator):
+    return render(generator, 32)
+
+
+def test_the_set_has_depth_and_masks_of_every_image_and_is_drawn_from_the_seed(tmp_path, monkeypatch):
+    dataset = build(tmp_path / "a", monkeypatch)
+    assert [row.split for row in dataset.rows] == ["train"] * 3 + ["val"] * 2 + ["test"] * 2
+    assert dataset.classes == CLASSES
+    for row in dataset.rows:
+        depth = read_depth(dataset.root / row.depth)
+        mask = np.asarray(Image.open(dataset.root / row.mask))
+        assert depth.shape == mask.shape == (32, 32)
+        assert depth.min() > 0.5 and depth.max() < 10 and set(np.unique(mask)) <= set(range(1, 6))
+    assert build(tmp_path / "b", monkeypatch).digest == dataset.digest
+    assert build(tmp_path / "c", monkeypatch, seed=1).digest != dataset.digest
+
+
+def test_a_variant_that_does_not_exist_is_refused(tmp_path):
+    with Workbench(tmp_path / "x", tmp_path, tmp_path, 0) as bench, pytest.raises(ValueError, match="write 'relief'"):
+        relief.relief(bench, "hills")

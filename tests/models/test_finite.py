@@ -1,0 +1,187 @@
+"""An image whose tokens turn to NaN in a block stops whatever looks at it, with the image, the array and the layer named."""
+
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from regvit.data.batches import Batches
+from regvit.data.decoding import Transform
+from regvit.data.manifest import Row, read_dataset, write_dataset
+from regvit.data.whole_images import WholeTransform
+from regvit.features.extraction import describe, extract
+from regvit.measures.anatomy import Subject
+from regvit.measures.attention_quality import measure_attention
+from regvit.measures.discovery import discover, measure, settings
+from regvit.measures.zeroshot import classify
+from regvit.models.backbones import Backbone
+from regvit.models.nan_check import BadFeatures, check_finite, where_it_begins
+from regvit.models.token_features import Feature
+from regvit.registers.outliers import Detection
+
+COUNT, BAD, LAYER, SIZE = 4, 1, 3, 32
+IMAGE = r"image 'id 1' \(images/1\.png\): array "
+LAYER_SAID = "it begins in layer 3"
+
+
+class Look:
+    """Which images of a batch are the bad one: that whose upper left pixel is black."""
+
+    def __init__(self):
+        self.bad = torch.zeros(0, dtype=torch.bool)
+
+    def __call__(self, _, args):
+        self.bad = (args[0][:, :, 0, 0] < -0.99).all(1)
+
+
+class Spoil:
+    """NaN in one channel of all tokens of the bad images."""
+
+    def __init__(self, look):
+        self.look = look
+
+    def __call__(self, _, __, tokens):
+        return tokens.masked_fill(self.look.bad[:, None, None] & (torch.arange(tokens.shape[2]) == 2), torch.nan)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", pretrained=False, img_size=SIZE, num_classes=0, dynamic_img_size=True)
+    model.eval().requires_grad_(False)
+    look = Look()
+    model.patch_embed.register_forward_pre_hook(look)
+    model.blocks[LAYER].register_forward_hook(Spoil(look))
+    return model
+
+
+@pytest.fixture
+def backbone(model):
+    return Backbone(
+        "tiny", model, Transform(SIZE, (0.5,) * 3, (0.5,) * 3), "w" * 64, None, {"architecture": "test_vit"}
+    )
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    folder, rng = tmp_path / "set", np.random.default_rng(0)
+    (folder / "images").mkdir(parents=True)
+    for i in range(COUNT):
+        pixels = rng.integers(1, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+        pixels[0, 0] = 0 if i == BAD else 255
+        Image.fromarray(pixels).save(folder / f"images/{i}.png")
+    boxes = "[[0, 0, 20, 20]]"
+    rows = [Row(f"id {i}", f"images/{i}.png", "x", "train", boxes=boxes) for i in range(COUNT)]
+    write_dataset(folder, "noise", rows, ["x"], {})
+    return read_dataset(folder)
+
+
+def batches(dataset, backbone, transform=None):
+    return Batches(dataset, transform or backbone.transform, batch_size=3)
+
+
+def images_of(dataset, backbone):
+    return torch.cat(list(batches(dataset, backbone)))
+
+
+class InPieces:
+    """An engine that computes each unit with an extractor of its own, as workers do."""
+
+    def fill(self, make, writer, advance):
+        for unit in writer.missing_units():
+            writer.write(unit, pickle.loads(pickle.dumps(make))(device="cpu").unit(*writer.unit_rows(unit)))
+
+
+@pytest.mark.parametrize("engine", [None, InPieces()])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_extraction_stops_wherever_it_is_computed(tmp_path, backbone, dataset, engine, precision):
+    said = rf"{IMAGE}'cls', row 1: nan is not a finite number; {LAYER_SAID}; take the image out of the manifest"
+    with pytest.raises(BadFeatures, match=said):
+        extract(backbone, dataset, tmp_path / "x.zarr", None, describe(backbone, dataset, precision), precision,
+                rows_per_unit=2, engine=engine)  # fmt: skip
+    assert not (tmp_path / "x.zarr").exists()
+
+
+@pytest.mark.parametrize("detection", [None, Detection(4, 1.0, 0.9)])
+def test_attention_stops_instead_of_leaving_the_image_out(backbone, dataset, detection):
+    subject = Subject(backbone, backbone, detection)
+    with pytest.raises(
+        BadFeatures, match=rf"{IMAGE}'attention' is NaN or infinite; {LAYER_SAID}; check the weights, or"
+    ):
+        measure_attention(subject, batches(dataset, backbone), [4, 5])
+    with pytest.raises(BadFeatures, match=rf"image 1: array 'attention' .*{LAYER_SAID}"):
+        measure_attention(subject, [images_of(dataset, backbone)[i : i + 1] for i in range(COUNT)], [4, 5])
+
+
+def test_patch_norms_of_the_last_block_count_as_well_where_they_decide_on_outliers(backbone, dataset):
+    look = Look()
+    clean = timm.create_model("test_vit", pretrained=False, img_size=SIZE, num_classes=0).eval().requires_grad_(False)
+    clean.patch_embed.register_forward_pre_hook(look)
+    clean.blocks[5].register_forward_hook(Spoil(look))  # after all attention
+    backbone = replace(backbone, model=clean)
+    with pytest.raises(BadFeatures, match=rf"{IMAGE}'patch norms' is NaN or infinite; it begins in layer 5"):
+        measure_attention(Subject(backbone, backbone, Detection(5, 1.0, 0.9)), batches(dataset, backbone), [5])
+
+
+@pytest.mark.parametrize(
+    ("heads", "layer", "array"), [(False, 4, "k of block 4"), (False, 3, "token of block 3"), (True, 2, "attention")]
+)
+def test_discovery_stops_instead_of_drawing_a_box(backbone, dataset, heads, layer, array):
+    chosen = settings([Feature(array.split()[0] if not heads else "k", layer)], [False], [0.0])
+    whole = batches(dataset, backbone, WholeTransform.of(backbone.transform, "squash"))
+    with pytest.raises(BadFeatures, match=rf"{IMAGE}'{array}' is NaN or infinite; {LAYER_SAID}"):
+        measure(backbone.model, whole, chosen, heads=heads)
+
+
+def test_features_from_before_the_layer_are_sound(backbone, dataset):
+    chosen = settings([Feature("k", LAYER)], [False], [0.0])  # of its input
+    assert discover(backbone.model, images_of(dataset, backbone), chosen).lost.shape == (1, COUNT, 4)
+
+
+def test_zero_shot_stops_with_the_image_and_the_layer(backbone, dataset):
+    classes = torch.nn.functional.normalize(torch.randn(3, 64), dim=1)
+    with pytest.raises(BadFeatures, match=rf"{IMAGE}'embedding' is NaN or infinite; {LAYER_SAID}"):
+        classify(backbone.model, torch.nn.Identity(), batches(dataset, backbone), classes)
+    with pytest.raises(BadFeatures, match=rf"image 1: array 'embedding' .*{LAYER_SAID}"):
+        classify(backbone.model, torch.nn.Identity(), [images_of(dataset, backbone)], classes)
+
+
+def test_what_is_finite_is_looked_at_once_and_passes(model, dataset, backbone):
+    images = images_of(dataset, backbone)[2:]
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the images went through the model again"))
+    check_finite(model, images, {"a": torch.ones(2, 3), "b": torch.full((2, 1, 4), 1e38)})
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_the_first_image_and_its_first_array_are_named(model, dataset, backbone, value):
+    images = images_of(dataset, backbone)
+    a, b, c = torch.zeros(4, 2), torch.zeros(4, 2, 2), torch.zeros(4)
+    a[3, 1] = b[2, 0, 1] = c[2] = value
+    said = (
+        "image 12: array 'b' is NaN or infinite; no layer gives it when the image goes through the model alone; check"
+    )
+    with pytest.raises(BadFeatures, match=said):
+        check_finite(model, images, {"a": a, "b": b, "c": c}, start=10)
+
+
+def test_where_it_begins_is_told_of_every_part_of_a_model():
+    def sound():
+        torch.manual_seed(0)
+        return timm.create_model("test_vit", pretrained=False, img_size=SIZE, num_classes=0).eval()
+
+    image = torch.zeros(1, 3, SIZE, SIZE)
+    assert where_it_begins(sound(), image) == "no layer gives it when the image goes through the model alone"
+    assert where_it_begins(sound(), image * torch.nan) == "the normalised image has it already"
+    for part, said in (
+        ("patch_embed.proj", "the patch embedding"),
+        ("blocks.0.attn.proj", "layer 0"),
+        ("norm", "the last norm"),
+    ):
+        model = sound()
+        model.get_submodule(part).register_forward_hook(lambda _, __, output: output * torch.inf)
+        assert where_it_begins(model, image) == f"it begins in {said}"
+        assert not model.blocks[0]._forward_hooks  # no trace is left

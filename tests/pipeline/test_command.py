@@ -1,0 +1,80 @@
+"""How stages end: usage, one line for what a user can mend, a traceback for what only we can."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from trust_project import Stages, make_project
+
+STAGES = Path(__file__).parents[2] / "stages"
+ENDS = """
+import sys
+sys.path.insert(0, {stages!r})
+from regvit.pipeline.command import command
+def main(name):
+    {body}
+sys.argv = ["stages/tried.py", *{arguments!r}]
+command(main, "name", interrupted="work/{{0}} is not finished")
+"""
+
+
+def ended(body, *arguments, stages=STAGES):
+    program = ENDS.format(stages=str(stages), body=body, arguments=arguments)
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+
+
+def test_a_wrong_number_of_arguments_gives_the_usage():
+    for arguments in ((), ("a", "b")):
+        done = ended("pass", *arguments)
+        assert (done.returncode, done.stderr) == (1, "usage: python stages/tried.py <name>\n")
+
+
+def test_ctrl_c_gives_one_line_and_the_status_of_shells():
+    done = ended("raise KeyboardInterrupt", "x")
+    assert (done.returncode, done.stderr) == (130, "tried: interrupted; work/x is not finished: run the same again\n")
+
+
+def test_an_error_of_the_disk_gives_one_line_with_the_file():
+    done = ended("open('/none/' + name)", "x")
+    said = f"tried: /none/x: {os.strerror(errno.ENOENT)}; mend that and run the same again\n"
+    assert (done.returncode, done.stderr) == (1, said)
+    assert ended("raise FileNotFoundError('x is missing; make it')", "x").stderr == "tried: x is missing; make it\n"
+
+
+def test_an_error_that_we_raise_gives_our_line_and_one_of_a_library_keeps_its_traceback():
+    ours = ended(
+        "from regvit.data.manifest import Row, write_dataset; write_dataset('.', 'a', [], ['x', 'x'], {})", "x"
+    )
+    assert ours.returncode == 1 and "Traceback" not in ours.stderr
+    assert ours.stderr.startswith("tried: the rows given for data set 'a': class 'x' is named twice")
+    theirs = ended("import numpy; numpy.zeros(3).reshape(2)", "x")
+    assert theirs.returncode == 1 and "Traceback" in theirs.stderr and "cannot reshape" in theirs.stderr
+    assert "Traceback" in ended("assert False", "x").stderr
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    with Stages() as stages:
+        yield stages, make_project(tmp_path_factory.mktemp("command"))
+
+
+@pytest.mark.parametrize(
+    ("stage", "names", "said"),
+    [
+        ("backbone", ["tinny"], "backbone: backbones of params.yaml has no 'tinny': did you mean 'tiny'?"),
+        ("compose", ["cure"], "compose: runs of params.yaml has no 'cure': did you mean 'cured'?"),
+        ("download", ["hom"], "download: there is no data set 'hom' in params.yaml: did you mean 'home'?"),
+        ("tokens", ["curd", "rooms"], "tokens: features/curd/run.json does not exist; run the compose stage of this run"),
+        ("depth", ["cured", "rooms"], "depth: data/rooms/manifest.csv is missing; a data set is a folder made by"),
+        ("compose", ["cured"], "compose: data/backbones/tiny/backbone.json is missing; a backbone is a folder made by"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else None,
+)  # fmt: skip
+def test_a_wrong_name_and_a_missing_input_are_named_in_one_line(project, stage, names, said):
+    stages, folder = project
+    ended = stages.run(folder, stage, *names)
+    assert ended.status == 1 and "Traceback" not in ended.text
+    assert ended.text.startswith(said), ended.text

@@ -1,0 +1,282 @@
+import copy
+import importlib.util
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from white_patches import LAYER, UNIT, picture, plant_one
+
+from regvit.data.decoding import Transform
+from regvit.models.backbones import load_backbone, resized, save_backbone
+from regvit.models.tokens import TokenLayout
+from regvit.registers.export import (
+    TOLERANCE,
+    TokenOutputs,
+    _difference,
+    bake,
+    export,
+    load,
+    onnx_outputs,
+    write_onnx,
+    write_pt2,
+)
+from regvit.registers.outliers import patch_norms
+from regvit.registers.test_time import add_test_time_registers, remove_test_time_registers
+
+ARGS = {"num_classes": 0, "dynamic_img_size": True, "img_size": 64, "depth": 3}
+NEURONS = {0: (3, 8), 1: (5,)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A backbone on disk: three blocks of timm's smallest plain ViT, at 64 px, random weights."""
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", pretrained=False, **ARGS).eval()
+    path = tmp_path_factory.mktemp("backbones") / "small"
+    transform = Transform(64, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    about = {"name": "small", "architecture": "vit_tiny_patch16_224", "model_args": ARGS, "transform": transform}
+    save_backbone(path, model, **about, source="made here", licence="MIT")
+    return path
+
+
+def images(size: int = 64, count: int = 3) -> torch.Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def hooked(folder, size: int = 64, num_registers: int = 1, **options) -> torch.nn.Module:
+    model = resized(load_backbone(folder), size).model
+    add_test_time_registers(model, NEURONS, num_registers, **options)
+    return model
+
+
+def expected(model: torch.nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tokens of the hooked model, sliced by hand: CLS, registers, patches."""
+    count = model.test_time_registers.num_registers
+    with torch.no_grad():
+        tokens = model.forward_features(x)
+        return {
+            "pooled": model(x),
+            "cls": tokens[:, 0],
+            "registers": tokens[:, 1 : 1 + count],
+            "patches": tokens[:, 1 + count :],
+        }
+
+
+MODELS = [
+    ("test_vit", {}),
+    ("vit_small_patch14_reg4_dinov2", {"img_size": 56, "embed_dim": 96, "num_heads": 4, "depth": 2}),
+    ("vit_giant_patch14_dinov2", {"img_size": 56, "embed_dim": 96, "num_heads": 4, "depth": 2}),  # SwiGLU
+    ("deit_tiny_distilled_patch16_224", {"img_size": 64, "depth": 2}),  # registers inserted before block 0
+    ("vit_pe_core_tiny_patch16_384", {"depth": 2}),  # attention pooling over prefix tokens
+    ("vit_base_patch16_siglip_224", {"img_size": 64, "embed_dim": 96, "num_heads": 4, "depth": 2}),  # no CLS
+]
+
+
+@pytest.mark.parametrize(("name", "kwargs"), MODELS, ids=[name for name, _ in MODELS])
+def test_a_baked_model_gives_the_bits_of_the_hooked_one_and_has_no_hooks(name, kwargs):
+    torch.manual_seed(0)
+    model = timm.create_model(name, pretrained=False, num_classes=0, **kwargs).eval()
+    x = images(model.patch_embed.img_size[0], 2)
+    add_test_time_registers(model, NEURONS, 2)
+    state = copy.deepcopy(model.state_dict())
+    plain = bake(model)
+    with torch.no_grad():
+        assert torch.equal(plain.forward_features(x), model.forward_features(x))
+        assert torch.equal(plain(x), model(x))
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in plain.modules())
+    assert TokenLayout.of(plain) == TokenLayout.of(model)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    remove_test_time_registers(model)  # the original can still be given back
+
+
+def test_a_baked_model_says_that_its_registers_stay(tiny_vit):
+    model = tiny_vit()
+    add_test_time_registers(model, NEURONS)
+    plain = bake(model)
+    with pytest.raises(ValueError, match="baked in and cannot be removed; open the backbone without them"):
+        remove_test_time_registers(plain)
+    with pytest.raises(ValueError, match="baked in already; bake takes a model after add_test_time_registers"):
+        bake(plain)
+    with pytest.raises(ValueError, match="has no test-time registers"):
+        bake(tiny_vit())
+
+
+@pytest.mark.parametrize("options", [{}, {"statistic": "reference", "patches": "mean", "scale": 0.5}])
+def test_what_is_exported_opens_again_and_equals_the_hooked_model(folder, tmp_path, options):
+    written = export(load_backbone(folder), NEURONS, tmp_path / "out", 2, **options)
+    opened = load(tmp_path / "out")
+    want = expected(hooked(folder, num_registers=2, **options), images())
+    with torch.no_grad():
+        found = dict(zip(written.outputs, TokenOutputs(opened.model)(images()), strict=True))
+    assert written.outputs == ("pooled", "cls", "registers", "patches")
+    for name, value in want.items():
+        assert torch.allclose(found[name], value, atol=1e-5), name
+    assert found["registers"].shape[1] == 2
+    assert opened.transform == load_backbone(folder).transform
+    assert not any(parameter.requires_grad for parameter in opened.model.parameters())
+
+
+def test_another_image_size_is_baked_in(folder, tmp_path):
+    written = export(resized(load_backbone(folder), 96), NEURONS, tmp_path / "out", pt2=True)
+    opened = load(tmp_path / "out")
+    assert opened.transform.size == 96
+    want = expected(hooked(folder, 96), images(96))
+    program = torch.export.load(tmp_path / "out" / "model.pt2").module()
+    for run in (TokenOutputs(opened.model), program):
+        with torch.no_grad():
+            found = dict(zip(written.outputs, run(images(96)), strict=True))
+        assert found["patches"].shape == (3, 36, 192)
+        assert all(torch.allclose(found[name], value, atol=1e-5) for name, value in want.items())
+
+
+def test_the_exported_program_runs_in_a_process_that_never_sees_this_package(folder, tmp_path):
+    written = export(load_backbone(folder), NEURONS, tmp_path / "out", pt2=True)
+    assert written.differences["pt2"] <= 1e-5
+    torch.save(images(), tmp_path / "images.pt")
+    code = (
+        "import sys, torch; program = torch.export.load('out/model.pt2').module();"
+        "x = torch.load('images.pt');"
+        "torch.save([program(x[:1]), program(x)], 'outputs.pt');"
+        "assert not [name for name in sys.modules if name.split('.')[0] in ('regvit', 'timm')]"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    want = expected(hooked(folder), images())
+    for outputs in torch.load(tmp_path / "outputs.pt"):
+        for value, name in zip(outputs, written.outputs, strict=True):
+            assert torch.allclose(value, want[name][: len(value)], atol=1e-5), name
+
+
+@pytest.mark.parametrize("exporter", ["onnxscript", "tracing"])
+def test_onnx_runtime_gives_what_the_hooked_model_gives_for_one_image_and_for_three(
+    folder, tmp_path, monkeypatch, exporter
+):
+    pytest.importorskip("onnxruntime")
+    find = importlib.util.find_spec
+    if exporter == "onnxscript":
+        pytest.importorskip("onnxscript")
+    else:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
+    written = export(load_backbone(folder), NEURONS, tmp_path / "out", onnx=True)
+    want = expected(hooked(folder), images())
+    for count in (1, 3):
+        found = onnx_outputs(tmp_path / "out" / "model.onnx", images()[:count])
+        for value, name in zip(found, written.outputs, strict=True):
+            assert value.shape == want[name][:count].shape
+            assert torch.allclose(value, want[name][:count], atol=1e-5), name
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory) -> tuple[TokenOutputs, torch.Tensor, torch.nn.Module]:
+    """A baked model with a register neuron that makes outliers, images that have one each, and the model without."""
+    torch.manual_seed(0)
+    args = {"img_size": 64, "patch_size": 8, "depth": 6, "embed_dim": 64, "num_heads": 4, "num_classes": 0}
+    model = timm.create_model("vit_tiny_patch16_224", pretrained=False, **args).eval()
+    x = torch.from_numpy(np.stack([picture(i) for i in range(12)])).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        plant_one(model, x)
+    plain = copy.deepcopy(model)
+    add_test_time_registers(model, {LAYER: (UNIT,)})
+    return TokenOutputs(bake(model)).eval(), x, plain
+
+
+@pytest.mark.parametrize("graph", ["onnx", "pt2"])
+def test_on_images_with_outliers_a_graph_is_within_the_tolerance_of_each_outputs_largest_value(
+    planted, tmp_path, graph
+):
+    outputs, x, plain = planted
+    norms = patch_norms(plain, [x], [LAYER])[0]
+    assert ((norms > 100).sum(1) == 1).all() and np.median(norms) < 10  # one outlier an image
+    if graph == "onnx":
+        pytest.importorskip("onnxruntime")
+        write_onnx(outputs, x[:3], tmp_path / "m.onnx")
+        found = onnx_outputs(tmp_path / "m.onnx", x)
+    else:
+        write_pt2(outputs, x[:3], tmp_path / "m.pt2")
+        found = torch.export.load(tmp_path / "m.pt2").module()(x)
+    with torch.no_grad():
+        wanted = outputs(x)
+    for name, value, want in zip(outputs.names, found, wanted, strict=True):
+        assert (value - want).abs().max() <= TOLERANCE * want.abs().max(), name
+
+
+def test_a_difference_is_a_share_of_the_largest_value_of_the_same_output():
+    wanted = (torch.tensor([[2.0, -4.0]]), torch.tensor([[1000.0, 0.0]]), torch.tensor([[0.1]]))
+    found = (torch.tensor([[2.0, -4.1]]), torch.tensor([[1001.0, 0.0]]), torch.tensor([[0.1]]))
+    assert _difference(lambda _: found, torch.zeros(1, 3, 2, 2), wanted) == pytest.approx(0.1 / 4)
+    assert _difference(lambda _: (found[2] + 0.5,), torch.zeros(1, 3, 2, 2), wanted[2:]) == pytest.approx(0.5)
+
+
+def test_each_image_of_an_onnx_batch_gets_its_own_register(folder, tmp_path):
+    pytest.importorskip("onnxruntime")
+    model = hooked(folder)
+    write_onnx(TokenOutputs(bake(model)), images(), tmp_path / "m.onnx")
+    together = onnx_outputs(tmp_path / "m.onnx", images())[2]
+    assert not torch.allclose(together[0], together[1], atol=1e-3)
+    alone = [onnx_outputs(tmp_path / "m.onnx", images()[i : i + 1])[2] for i in range(3)]
+    assert torch.allclose(torch.cat(alone), together, atol=1e-5)
+
+
+def test_an_operation_that_the_tracing_exporter_lacks_is_told_with_the_cure(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", pretrained=False, num_classes=0, dynamic_img_size=True).eval()
+    add_test_time_registers(model, NEURONS)
+    with pytest.raises(RuntimeError, match=r"upsample_bicubic2d_aa.*pip install onnxscript"):
+        write_onnx(TokenOutputs(bake(model)), images(192), tmp_path / "m.onnx")  # positions resampled in each forward
+
+
+def test_without_the_package_onnx_it_is_named(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="needs the package onnx, which is not installed: pip install onnx"):
+        export(load_backbone(folder), NEURONS, tmp_path / "out", onnx=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_replaces_an_earlier_one_and_nothing_else(folder, tmp_path):
+    backbone = load_backbone(folder)
+    export(backbone, NEURONS, tmp_path / "out", pt2=True)
+    export(backbone, {1: (5,)}, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "backbone.json",
+        "registers.json",
+        "weights.safetensors",
+    ]
+    assert json.loads((tmp_path / "out" / "registers.json").read_text())["neurons"] == {"1": [5]}
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"out holds 'notes.txt', which is not of an export; give a new or empty"):
+        export(backbone, NEURONS, tmp_path / "out")
+    assert getattr(backbone.model, "test_time_registers", None) is None
+
+
+@pytest.mark.parametrize(
+    ("neurons", "count", "message"),
+    [({}, 1, "no register neurons are given"), ({0: ()}, 1, "no register neurons"), (NEURONS, 0, "num_registers is 0")],
+)
+def test_nothing_to_bake_in_is_refused(folder, tmp_path, neurons, count, message):
+    with pytest.raises(ValueError, match=message):
+        export(load_backbone(folder), neurons, tmp_path / "out", count)
+
+
+def test_an_export_that_differs_is_not_left_behind(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("regvit.registers.export.TOLERANCE", -1.0)
+    with pytest.raises(ArithmeticError, match=r"the module differs from the hooked model by 0.*vit_tiny_patch16_224"):
+        export(load_backbone(folder), NEURONS, tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match=r"registers.json is missing; give a folder written by `regvit export`"):
+        load(tmp_path / "out")
+
+
+def test_a_damaged_description_is_told(folder, tmp_path):
+    export(load_backbone(folder), NEURONS, tmp_path / "out")
+    path = tmp_path / "out" / "registers.json"
+    about = json.loads(path.read_text())
+    path.write_text(json.dumps({**about, "format": 9}))
+    with pytest.raises(ValueError, match="has format 9, this version reads 1; export the model again"):
+        load(tmp_path / "out")
+    path.write_text(json.dumps({"format": 1}))
+    with pytest.raises(ValueError, match="lacks num_registers, statistic, patches, scale, neurons; export the model"):
+        load(tmp_path / "out")

@@ -1,0 +1,258 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from regvit import add_test_time_registers, find_register_neurons
+from regvit.registers.neurons import ablated, read_selected
+from regvit.registers.outliers import patch_norms
+
+UNITS = {1: (5,), 2: (11, 40)}  # block 1 unit 5 fires on a marked patch; block 2's units on what it wrote
+
+
+def noise(count: int, seed: int = 0) -> torch.Tensor:
+    """Noise images of 160 px in each of which one patch of 16 px is bright."""
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 3, 160, 160, generator=rng)
+    for image, patch in enumerate(torch.randint(0, 100, (count,), generator=rng).tolist()):
+        row, column = divmod(patch, 10)
+        x[image, :, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16] = 4.0
+    return x
+
+
+@torch.no_grad()
+def make_fire(
+    model: torch.nn.Module, x: torch.Tensor, layer: int, unit: int, hot: torch.Tensor, write: torch.Tensor
+) -> None:
+    """Unit `unit` gets the activation 5 or so where `hot`, about 0 elsewhere, and adds 5 * `write` to the residual."""
+    seen = []
+    mlp = model.blocks[layer].mlp
+    handle = mlp.fc1.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model.forward_features(x)
+    handle.remove()
+    h, prefix = seen[0], model.num_prefix_tokens
+    patches = h[:, prefix:]
+    w = patches[hot].mean(0) - patches[~hot].mean(0)
+    z = h @ w
+    cold = torch.cat([z[:, prefix:][~hot], z[:, :prefix].flatten()]).max()
+    t = (cold + z[:, prefix:][hot].min()) / 2
+    gain = 5 / (z[:, prefix:][hot].mean() - t)
+    mlp.fc1.weight[unit], mlp.fc1.bias[unit] = gain * w, -gain * t
+    mlp.fc2.weight[:, unit] = write
+
+
+@pytest.fixture(scope="module")
+def planted():
+    """timm's `test_vit` with three register neurons put in by hand, and the images on which they fire."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", pretrained=False).eval()
+    for block in model.blocks:
+        for scale in (block.ls1, block.ls2):
+            if hasattr(scale, "gamma"):
+                torch.nn.init.ones_(scale.gamma)
+    x = noise(24)
+    hot = torch.nn.functional.avg_pool2d(x.mean(1), 16).flatten(1) > 2
+    direction = torch.nn.functional.normalize(torch.randn(64), dim=0)
+    make_fire(model, x, 1, 5, hot, 2.0 * direction)
+    for unit, size in zip(UNITS[2], (6.0, 4.0), strict=True):
+        make_fire(model, x, 2, unit, hot, size * direction)
+    return model, x
+
+
+def test_the_planted_neurons_are_found_and_nothing_else(planted):
+    model, x = planted
+    found = find_register_neurons(model, x)
+    assert found.selected == UNITS
+    assert found.detection.layer >= 2
+    assert found.outlier_fraction.mean() == pytest.approx(0.01)
+    assert found.explained > 0.9
+
+
+def test_a_test_time_register_takes_the_outliers_out_of_the_patches(planted):
+    model, x = planted
+    found = find_register_neurons(model, x)
+    layer, threshold = found.detection.layer, found.detection.threshold
+    with add_test_time_registers(model, found):
+        assert (patch_norms(model, [x], [layer]) > threshold).mean() == 0
+    with ablated(model, found.selected):
+        assert (patch_norms(model, [x], [layer]) > threshold).mean() == 0
+    assert (patch_norms(model, [x], [layer]) > threshold).mean() == pytest.approx(0.01)
+
+
+def test_random_neurons_leave_the_outliers_where_they_are(planted):
+    model, x = planted
+    found = find_register_neurons(model, x)
+    with add_test_time_registers(model, {1: [7, 8], 2: [9, 10]}):
+        norms = patch_norms(model, [x], [found.detection.layer])
+    assert (norms > found.detection.threshold).mean() == pytest.approx(0.01)
+
+
+def published_scores(model, x, layer, threshold):
+    """The published search, image by image as the paper words it: mean |activation| at the outliers, over images."""
+    totals, images = 0.0, 0
+    for image in x:
+        acts = {}
+        handles = [
+            block.mlp.fc2.register_forward_pre_hook(lambda _, a, i=i, acts=acts: acts.__setitem__(i, a[0][0]))
+            for i, block in enumerate(model.blocks)
+        ]
+        with torch.no_grad():
+            out = model.forward_intermediates(image[None], indices=[layer], intermediates_only=True, output_fmt="NLC")[
+                0
+            ]
+        for handle in handles:
+            handle.remove()
+        where = out[0].norm(dim=-1) > threshold
+        if where.any():
+            stack = torch.stack([acts[i][model.num_prefix_tokens :] for i in range(layer + 1)])  # (l, p, k)
+            totals, images = totals + stack[:, where].abs().mean(1).double(), images + 1
+    return totals / images
+
+
+def test_reference_settings_rank_as_the_published_search_does(planted):
+    model, x = planted
+    norms = patch_norms(model, [x])
+    threshold = float(np.median(norms[-2])) * 1.1  # several outliers in some images, none in others
+    expected = published_scores(model, x, 4, threshold)
+    found = find_register_neurons(
+        model, x.split(7), threshold=threshold, layer=-2, top_k=20, score="activation", keep=100
+    )
+    width = expected.shape[1]
+    order = expected.flatten().argsort(descending=True)[:100].tolist()
+    assert [(n.layer, n.neuron) for n in found.neurons] == [divmod(flat, width) for flat in order]
+    assert np.allclose([n.activation for n in found.neurons], expected.flatten()[order], atol=2e-6)
+    assert found.num_selected == 20
+
+
+def test_attribution_is_the_share_of_the_excess_that_a_neuron_writes(planted):
+    """Against the definition: the change of the residual's excess when the neuron's write is taken away by hand."""
+    model, x = planted
+    layer = 2
+    norms = patch_norms(model, [x], [layer])[0]
+    threshold = 2 * float(np.median(norms))
+    found = find_register_neurons(model, x.split(5), threshold=threshold, layer=layer)
+    with torch.no_grad():
+        acts = []
+        handle = model.blocks[2].mlp.fc2.register_forward_pre_hook(lambda _, a: acts.append(a[0][:, 1:]))
+        out = model.forward_intermediates(x, indices=[layer], intermediates_only=True, output_fmt="NLC")[0].double()
+        handle.remove()
+        write = acts[0][..., 11, None].double() * model.blocks[2].mlp.fc2.weight[:, 11].double()  # LayerScale is 1
+    m = torch.from_numpy(norms > threshold)
+
+    def excess(values):
+        return values[m].mean(0) - values[~m].mean(0)
+
+    whole = excess(out)
+    expected = (excess(write) @ whole / (whole @ whole)).item()
+    share = {(n.layer, n.neuron): n.attribution for n in found.neurons}
+    assert share[2, 11] == pytest.approx(expected, rel=1e-5)
+    assert expected > 0.2
+
+
+def test_cls_and_trained_registers_never_count():
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit2", pretrained=False).eval()  # one trained register
+    with torch.no_grad():
+        model.reg_token.fill_(50.0)  # its norm is far above any patch's
+    x = torch.randn(8, 3, 160, 160)
+    assert patch_norms(model, [x]).shape == (len(model.blocks), 8, 100)
+    assert find_register_neurons(model, x).detection is None
+
+
+def test_max_layer_bounds_the_selection(planted):
+    model, x = planted
+    found = find_register_neurons(model, x, top_k=5, max_layer=1)
+    assert set(found.selected) <= {0, 1}
+    assert found.neurons[0].layer == 1
+    assert found.neurons[0].neuron == 5
+
+
+def test_a_model_without_outliers_selects_none_and_says_so():
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", pretrained=False).eval()
+    found = find_register_neurons(model, torch.randn(8, 3, 160, 160))
+    assert found.detection is None
+    assert found.num_selected == 0
+    assert read_selected(found.to_json(backbone="x")) == (None, {})
+
+
+def test_the_file_reads_back_what_was_found(planted):
+    model, x = planted
+    found = find_register_neurons(model, x)
+    text = found.to_json(backbone="tiny", seed=0)
+    detection, selected = read_selected(text)
+    assert selected == UNITS
+    assert (detection.layer, detection.threshold) == (found.detection.layer, found.detection.threshold)
+    assert list(json.loads(text)) == [
+        "backbone",
+        "seed",
+        "threshold",
+        "detect_layer",
+        "explained",
+        "selected",
+        "neurons",
+        "active",
+    ]
+
+
+def test_images_that_can_be_iterated_once_are_refused(planted):
+    model, x = planted
+    with pytest.raises(ValueError, match="can be gone through only once"):
+        find_register_neurons(model, iter(x.split(4)))
+
+
+def test_a_model_with_test_time_registers_is_refused(planted):
+    model, x = planted
+    with add_test_time_registers(model, UNITS), pytest.raises(ValueError, match="remove them before the search"):
+        find_register_neurons(model, x)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"score": "activation"}, "score='activation' needs top_k"),
+        ({"score": "magic"}, "score is 'magic'"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"explained": 1.5}, "explained is 1.5"),
+        ({"precision": "float8"}, "precision is 'float8'; expected one of float32, float32_medium, bfloat16, float16"),
+        ({"max_layer": 6}, "max_layer 6 is out of range: the model has 6 blocks"),
+    ],
+)
+def test_options_out_of_range_are_refused(planted, options, message):
+    with pytest.raises(ValueError, match=message):
+        find_register_neurons(*planted, **options)
+
+
+def test_the_busiest_neurons_are_kept_beside_the_best_writers(planted):
+    model, x = planted
+    by_writing = find_register_neurons(model, x)
+    by_activity = find_register_neurons(model, x, score="activation", top_k=1)
+    assert by_writing.active == tuple(replace(n, attribution=share_of(by_writing, n)) for n in by_activity.neurons)
+    activations = [neuron.activation for neuron in by_writing.active]
+    assert activations == sorted(activations, reverse=True) and len(activations) == 200
+    assert json.loads(by_writing.to_json())["active"][0]["activation"] == activations[0]
+
+
+def share_of(found, neuron):
+    """The attribution that the search gave to a neuron."""
+    return next(n.attribution for n in found.active if (n.layer, n.neuron) == (neuron.layer, neuron.neuron))
+
+
+@pytest.mark.parametrize("precision", ["float32_medium", "bfloat16"])
+def test_a_faster_precision_selects_the_same_neurons_and_is_named_in_the_file(planted, precision):
+    model, x = planted
+    before = torch.get_float32_matmul_precision()
+    found = find_register_neurons(model, x, precision=precision)
+    assert found.selected == UNITS
+    assert json.loads(found.to_json(backbone="tiny"))["precision"] == precision
+    assert "precision" not in json.loads(find_register_neurons(model, x).to_json())
+    assert torch.get_float32_matmul_precision() == before and not torch.is_autocast_enabled("cpu")
+
+
+def test_the_search_leaves_no_hook_behind(planted):
+    model, x = planted
+    find_register_neurons(model, x)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

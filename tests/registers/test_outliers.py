@@ -1,0 +1,90 @@
+import numpy as np
+import pytest
+import timm
+import torch
+
+from regvit.registers.outliers import detect, otsu, patch_norms, settle_detection
+
+
+def test_otsu_splits_two_clusters_at_the_middle_of_the_gap():
+    split = otsu(np.array([1.0, 1.0, 1.0, 5.0, 5.0]))
+    assert split.threshold == 3.0
+    assert split.fraction == pytest.approx(0.4)
+    assert split.separation == pytest.approx(1.0)
+
+
+def test_otsu_agrees_with_a_search_over_all_thresholds():
+    values = np.random.default_rng(0).normal(size=50)
+    s = np.sort(values)
+    best = min(range(1, 50), key=lambda i: s[:i].var() * i + s[i:].var() * (50 - i))  # smallest within-class variance
+    assert otsu(values).threshold == pytest.approx((s[best - 1] + s[best]) / 2)
+
+
+def _norms(outlier: float = 30.0, share: float = 0.01) -> np.ndarray:
+    norms = np.random.default_rng(0).lognormal(0.0, 0.1, size=(4, 20, 100))
+    count = int(share * 100)
+    norms[2, :, :count] = outlier
+    return norms
+
+
+def test_detection_finds_the_layer_and_a_threshold_between_the_modes():
+    found = detect(_norms())
+    assert found.layer == 2
+    assert 1.5 < found.threshold < 30
+
+
+@pytest.mark.parametrize("norms", [_norms(outlier=1.0), _norms(share=0.2)])
+def test_a_model_without_a_small_second_mode_has_no_outliers(norms):
+    assert detect(norms) is None
+
+
+def test_the_last_layer_does_not_count():
+    assert detect(_norms()[:3]) is None
+
+
+def test_given_threshold_and_layer_are_used_as_they_are():
+    found = settle_detection(_norms(), threshold=10.0, layer=-2)
+    assert (found.layer, found.threshold) == (2, 10.0)
+    assert settle_detection(_norms(), threshold=100.0, layer=-2) is None
+
+
+def test_layer_out_of_range_is_refused():
+    with pytest.raises(ValueError, match=r"layer 4 is out of range: the model has 4 blocks"):
+        settle_detection(_norms(), layer=4)
+
+
+def test_threshold_without_layer_is_refused():
+    with pytest.raises(ValueError, match="threshold 30 needs its layer"):
+        settle_detection(_norms(), threshold=30)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return timm.create_model("test_vit2", pretrained=False).eval()
+
+
+def test_norms_are_those_of_timms_own_intermediates(model):
+    x = torch.randn(3, 3, 160, 160)
+    with torch.no_grad():
+        outs = model.forward_intermediates(x, intermediates_only=True, output_fmt="NLC")
+    expected = torch.stack([out.norm(dim=-1) for out in outs])
+    assert np.allclose(patch_norms(model, x.split(2)), expected, rtol=1e-5)
+    assert np.allclose(patch_norms(model, x.split(2), [1, 3]), expected[[1, 3]], rtol=1e-5)
+
+
+def test_norms_leave_no_hook_behind(model):
+    patch_norms(model, [torch.randn(1, 3, 160, 160)])
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_weights_that_are_not_finite_are_named_by_layer_and_image(model):
+    with torch.no_grad():
+        model.blocks[2].mlp.fc2.bias[0] = float("nan")
+    with pytest.raises(ValueError, match="not finite in layer 2 for image 0"):
+        patch_norms(model, [torch.randn(1, 3, 160, 160)])
+
+
+def test_no_images_is_an_error(model):
+    with pytest.raises(ValueError, match="no images"):
+        patch_norms(model, [])
