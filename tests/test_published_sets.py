@@ -20,15 +20,13 @@ from regvit.data.decoding import Transform
 from regvit.data.manifest import read_dataset
 from regvit.measures.dense import load_image_values
 from regvit.models.backbones import create, load_backbone, save_backbone
-from regvit.registers.runs import describe_run
-
-ROOT = Path(__file__).parents[1]
-
-
 from regvit.pipeline import (
     choose,
     params,
 )
+from regvit.registers.runs import describe_run
+
+ROOT = Path(__file__).parents[1]
 
 SIZE, RUN = 64, "test_time_reg"
 SETS = {  # images by split

