@@ -7,7 +7,8 @@ import torch
 
 from regvit.data.batches import Batches, sample
 from regvit.data.manifest import read_dataset
-from regvit.models.backbones import Built, build, save_backbone
+from regvit.models.backbones import save_backbone
+from regvit.models.sources import Built, build
 from regvit.pipeline.command import command, entry_of
 from regvit.pipeline.params import load_params
 from regvit.pipeline.runtime import Runtime

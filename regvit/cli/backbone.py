@@ -19,7 +19,8 @@ def open_backbone(
     source: str, arguments: argparse.Namespace, root: Path | None, img_size: int | None = None
 ) -> Backbone:
     """The backbone that BACKBONE means, on the device, at the wanted image size or at `img_size` where it can be."""
-    from regvit.models.backbones import Backbone, build, load_backbone, resized  # why here and not above: see cli.py
+    from regvit.models.backbones import Backbone, load_backbone, resized  # why here and not above: see cli.py
+    from regvit.models.sources import build
 
     if not source:
         _check_name(source, root)

@@ -139,12 +139,12 @@ def prefix_attention(
 
 
 class _KernelCalls(TorchFunctionMode):
-    """Shows `see(layer, q, k, mask, scale)` every call of the fused kernel that block `layer` makes."""
+    """Shows `reader(layer, q, k, mask, scale)` every call of the fused kernel that block `layer` makes."""
 
-    def __init__(self, see: Callable[..., None]):
+    def __init__(self, reader: Callable[..., None]):
         super().__init__()
         self.layer: int | None = None  # the block that is running; None between blocks
-        self._see = see
+        self._reader = reader
 
     def __torch_function__(self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None):
         kwargs = kwargs or {}
@@ -168,7 +168,7 @@ class _KernelCalls(TorchFunctionMode):
                 f"block {self.layer} attends {'causally' if is_causal else 'with grouped queries'}, which is not read "
                 "here; leave the block out of layers"
             )
-        self._see(self.layer, query, key, attn_mask, scale)
+        self._reader(self.layer, query, key, attn_mask, scale)
 
 
 @contextmanager

@@ -65,12 +65,12 @@ def residual_scale(block: nn.Module) -> Float[Tensor, " d"] | float:
 
 
 @contextmanager
-def watch_outputs(modules: Mapping[int, nn.Module], see: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """Calls `see(key, output)` after each module runs, inside the `with` block only."""
+def watch_outputs(modules: Mapping[int, nn.Module], watcher: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Calls `watcher(key, output)` after each module runs, inside the `with` block only."""
     handles = []
     try:
         for key, module in modules.items():
-            handles.append(module.register_forward_hook(lambda _, __, out, key=key: see(key, out)))
+            handles.append(module.register_forward_hook(lambda _, __, out, key=key: watcher(key, out)))
         yield
     finally:
         for handle in handles:
@@ -78,12 +78,12 @@ def watch_outputs(modules: Mapping[int, nn.Module], see: Callable[[int, Tensor],
 
 
 @contextmanager
-def watch_inputs(modules: Mapping[int, nn.Module], see: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
-    """Calls `see(key, input)` before each module runs, inside the `with` block only; a tensor it returns is used."""
+def watch_inputs(modules: Mapping[int, nn.Module], watcher: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
+    """Calls `watcher(key, input)` before each module runs, inside the `with` block only; a tensor it returns is used."""
 
     def hook(key: int) -> Callable:
         def before(_: nn.Module, args: tuple) -> tuple | None:
-            new = see(key, args[0])
+            new = watcher(key, args[0])
             return None if new is None else (new, *args[1:])
 
         return before

@@ -23,8 +23,8 @@ from regvit.measures.anatomy import (
     two_modes,
 )
 from regvit.models.backbones import Backbone, create, load_backbone, save_backbone
+from regvit.registers.neighbourhood import low_information
 from regvit.registers.outliers import Detection, patch_norms
-from regvit.registers.planting import low_information
 from regvit.registers.runs import describe_run
 from regvit.registers.test_time import add_test_time_registers
 

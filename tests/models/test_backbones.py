@@ -10,18 +10,9 @@ from timm.data import resolve_data_config
 from regvit import add_test_time_registers
 from regvit.data.decoding import Transform
 from regvit.data.packages import file_sha256
-from regvit.models.backbones import (
-    Backbone,
-    WeightsError,
-    build,
-    create,
-    load_backbone,
-    load_strictly,
-    read_checkpoint,
-    resized,
-    save_backbone,
-    unplanted,
-)
+from regvit.models.backbones import Backbone, create, load_backbone, load_strictly, resized, save_backbone, unplanted
+from regvit.models.checkpoints import WeightsError, read_checkpoint
+from regvit.models.sources import build
 from regvit.registers.planting import plant
 
 TRANSFORM = Transform(160, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

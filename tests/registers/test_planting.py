@@ -7,8 +7,10 @@ from torch import nn
 
 from regvit import TokenLayout, add_test_time_registers
 from regvit.models.attention import cls_attention
+from regvit.registers.neighbourhood import low_information
 from regvit.registers.outliers import patch_norms
-from regvit.registers.planting import low_information, plant, unplant, within_image_direction, write_unit
+from regvit.registers.planted_units import within_image_direction, write_unit
+from regvit.registers.planting import plant, unplant
 
 VARIANTS = {
     "plain": {},

@@ -23,7 +23,9 @@ from regvit.data.manifest import InvalidManifest, Row, read_dataset, write_datas
 from regvit.data.sources.archive import UnsafeArchive, unpack
 from regvit.data.sources.npy import npy
 from regvit.features.store import FeatureStore, InvalidStore
-from regvit.models.backbones import WeightsError, build, load_backbone, read_checkpoint
+from regvit.models.backbones import load_backbone
+from regvit.models.checkpoints import WeightsError, read_checkpoint
+from regvit.models.sources import build
 from regvit.probing.probes import InvalidProbes, load_probes
 
 ROOT = Path(__file__).parents[2]

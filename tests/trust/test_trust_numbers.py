@@ -16,8 +16,10 @@ from regvit.features.extraction import describe, extract
 from regvit.features.store import FeatureStore
 from regvit.features.store_layout import UnstorableFeature
 from regvit.features.store_writer import StoreWriter
-from regvit.models.backbones import Backbone, WeightsError, build, load_backbone, save_backbone
+from regvit.models.backbones import Backbone, load_backbone, save_backbone
+from regvit.models.checkpoints import WeightsError
 from regvit.models.nan_check import BadFeatures
+from regvit.models.sources import build
 from regvit.probing.probes import save_probes, train_probes
 from regvit.registers.neurons import find_register_neurons
 from regvit.registers.outliers import patch_norms, settle_detection
