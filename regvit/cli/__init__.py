@@ -1,23 +1,37 @@
-"""The command line: `regvit look`, `regvit neurons`, `regvit export`.
+"""The commands `regvit look`, `regvit neurons` and `regvit export`, one file each, and what they share.
 
-Exit codes: 0 done; 1 something that was handed in is wrong (one message, no traceback); 2 the command itself is not
-understood; 130 interrupted. What is wrong with the program shows its traceback.
+Exit codes: 0 done; 1 done, but some of the images could not be read; 2 something that was handed in is wrong (one
+message, no traceback); 130 interrupted. What is wrong with the program shows its traceback.
 
-torch and timm take seconds to import, so nothing of ours but the files cli*.py is imported before a command is chosen
-and understood; what a command needs is imported inside its functions.
+The top of the house: it may import every other room. torch and timm take seconds to import, so nothing of ours but these
+files is imported before a command is chosen and understood; what a command needs is imported inside its functions.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib import metadata
+from typing import Annotated
 
-from regvit.cli import export as cli_export
-from regvit.cli import look as cli_look
-from regvit.cli import neurons as cli_neurons
-from regvit.cli.errors import in_words, is_about_the_input
+import typer
+
+from regvit.cli import export, look, neurons
+from regvit.cli.errors import one_message
+
+app = typer.Typer(
+    help="Register tokens in vision transformers: see outlier tokens, find the neurons that make them, move these into "
+    "test-time registers.",
+    epilog="`regvit COMMAND --help` has examples. The whole pipeline is `make repro`, see README.md.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    no_args_is_help=True,
+)
+app.command(epilog=look.EXAMPLES)(one_message(look.look))
+app.command(epilog=neurons.EXAMPLES)(one_message(neurons.neurons))
+app.command(epilog=export.EXAMPLES)(one_message(export.export))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,33 +40,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: its words; those of the process when None.
     Returns: the exit code.
-    Raises:
-        SystemExit: the command is not understood (2), or help was asked for (0).
     """
-    arguments = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal in latin-1 gets "?" for what it cannot show, not an error
+            stream.reconfigure(errors="replace")
     try:
-        return arguments.run(arguments) or 0
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
+        app(args=argv, prog_name="regvit")
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:
-        if not is_about_the_input(error):
-            raise
-        print(f"regvit {arguments.command}: {in_words(error)}", file=sys.stderr)
-        return 1
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else 0
+    return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="regvit",
-        description="Register tokens in vision transformers: see outlier tokens, find the neurons that make them, move "
-        "these into test-time registers.",
-        epilog="`regvit COMMAND --help` has examples. The whole pipeline is `make repro`, see README.md.",
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (cli_look, cli_neurons, cli_export):
-        command.add(commands)
-    return parser
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"regvit {metadata.version('regvit')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    pass

@@ -2,66 +2,116 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from regvit.cli.device import named_device
 from regvit.cli.errors import WrongInput
 
 if TYPE_CHECKING:
+    import torch
+
     from regvit.models.backbones import Backbone
 
 
+def repository() -> Path | None:
+    """The nearest folder upwards that holds `data/backbones`, where the pipeline leaves what it makes."""
+    return next((f for f in (Path.cwd(), *Path.cwd().parents) if (f / "data" / "backbones").is_dir()), None)
+
+
+def default_backbone(root: Path | None) -> str:
+    """The planted backbone of the default run, or the first by name that has neurons."""
+    names = [name for name in _names(root) if (root / "features" / "neurons" / f"{name}.json").is_file()]
+    if not names:
+        raise WrongInput(f"no backbone with its neurons is here; {_where(root)}, or name one with --backbone")
+    return "focus_planted" if "focus_planted" in names else names[0]
+
+
 def open_backbone(
-    source: str, arguments: argparse.Namespace, root: Path | None, img_size: int | None = None
+    source: str, architecture: str | None = None, img_size: int | None = None, default_size: int | None = None
 ) -> Backbone:
-    """The backbone that BACKBONE means, on the device, at the wanted image size or at `img_size` where it can be."""
-    from regvit.models.backbones import Backbone, load_backbone, resized  # why here and not above: see cli.py
+    """The backbone that BACKBONE means, on the CPU.
+
+    Args:
+        source: folder, name in data/backbones, or source of weights.
+        architecture: in timm, of `file:` weights.
+        img_size: side of the input that it must take.
+        default_size: side that it gets where it takes it, when `img_size` is None.
+    Raises:
+        WrongInput: BACKBONE is none of these.
+    """
+    from regvit.models.backbones import Backbone, load_backbone, resized  # why here and not above: see __init__
     from regvit.models.sources import build
 
-    if not source:
-        _check_name(source, root)
-    folder = next((f for f in (Path(source), (root or Path()) / "data" / "backbones" / source) if f.is_dir()), None)
+    root = repository()
+    places = [Path(source), (root or Path()) / "data" / "backbones" / source] if source else []
+    folder = next((place for place in places if place.is_dir()), None)
     if folder is None and ":" not in source and len(Path(source).parts) > 1:
         folder = Path(source)  # meant as a folder, which load_backbone says is missing
     if folder is not None:
         backbone = load_backbone(folder)
     else:
-        _check_name(source, root)
-        source = source if ":" in source else f"timm:{source}"
-        _check_architecture(source, arguments.architecture)
-        cache = (root or Path.home() / ".cache" / "regvit") / ("work/packages" if root else "packages")
-        built = build(
-            source, arguments.architecture, cache_dir=cache, progress=lambda text: print(text, file=sys.stderr)
+        source = source if ":" in source else _timm_source(source, root)
+        _check_architecture(source, architecture)
+        cache = root / "work" / "packages" if root else Path.home() / ".cache" / "regvit" / "packages"
+        built = build(source, architecture, cache_dir=cache, progress=lambda text: print(text, file=sys.stderr))
+        name = source.removeprefix("timm:")
+        backbone = Backbone(name, built.model, built.transform, "", None, {"name": name, **built.about})
+    if img_size is None and default_size is not None:
+        try:
+            return resized(backbone, default_size)
+        except ValueError:  # it takes images of its own size only, or of multiples of another patch size
+            return backbone
+    return resized(backbone, img_size)
+
+
+def named_device(name: str) -> torch.device:
+    """The device of a name; `auto` is a GPU where there is one."""
+    import torch  # why here and not above: see __init__
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    known = ("cpu", "cuda", *(["mps"] if torch.backends.mps.is_available() else []))
+    if device is None or device.type not in known:
+        raise WrongInput(f"--device {name} is unknown; use auto, {', '.join(known)} or cuda:<n>")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise WrongInput(
+            f"--device {name} is not here: torch sees {torch.cuda.device_count()} CUDA device(s); use auto"
         )
-        about = {"name": source.partition(":")[2] if source.startswith("timm:") else source, **built.about}
-        backbone = Backbone(about["name"], built.model, built.transform, "", None, about)
-    wanted = arguments.img_size or img_size
-    if arguments.img_size is None and wanted is not None and not _takes(backbone, wanted):
-        wanted = None
-    backbone = resized(backbone, wanted)
-    backbone.model.to(named_device(arguments.device))
-    return backbone
+    return device
 
 
-def _check_name(source: str, root: Path | None) -> None:
-    """Refuses a name that was meant as one of data/backbones: near one of these, and no model of timm's.
+def _names(root: Path | None) -> list[str]:
+    return sorted(file.parent.name for file in root.glob("data/backbones/*/backbone.json")) if root else []
+
+
+def _where(root: Path | None) -> str:
+    """Which names there are; outside of the repository none, and how to come by them."""
+    if root is None:
+        return "run `make repro` first, or go into a repository that has data/backbones"
+    return f"{root / 'data' / 'backbones'} holds {', '.join(_names(root)) or 'none'}"
+
+
+def _timm_source(name: str, root: Path | None) -> str:
+    """`timm:<name>` of a model of timm's.
 
     Raises:
-        WrongInput: the message gives the nearest name.
+        WrongInput: timm has none of that name; the message gives the nearest names.
     """
-    import timm
+    import timm  # why here and not above: see __init__
 
-    if ":" in source or timm.is_model(source.partition(".")[0]):
-        return
-    known = sorted(folder.parent.name for folder in root.glob("data/backbones/*/backbone.json")) if root else []
-    near = difflib.get_close_matches(source, known, n=1)
-    if near or not source:
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known) or 'none'}"
-        raise WrongInput(f"there is no backbone {source!r}: {hint}")
+    base = name.partition(".")[0]
+    if timm.is_model(base):
+        return f"timm:{name}"
+    if own := difflib.get_close_matches(name, _names(root), n=1):
+        raise WrongInput(f"there is no backbone {name!r}: did you mean {own[0]}?")
+    near = " or ".join(difflib.get_close_matches(base, timm.list_models(), n=3)) or "timm:<model>"
+    raise WrongInput(f"there is no backbone {name!r}: {_where(root)}, or give a folder, file:<path> or {near}")
 
 
 def _check_architecture(source: str, architecture: str | None) -> None:
@@ -81,14 +131,3 @@ def _check_architecture(source: str, architecture: str | None) -> None:
             model = create(name)
         for block in blocks(model):
             output_projection(block)
-
-
-def _takes(backbone: Backbone, img_size: int) -> bool:
-    """Whether a backbone takes images of this size: its own, or any multiple of the patch size."""
-    from regvit.models.backbones import resized
-
-    try:
-        resized(backbone, img_size)
-    except ValueError:
-        return False
-    return True

@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+
+import typer
+
+LIBRARY = Path(__file__).resolve().parents[1]
 
 
 class WrongInput(ValueError):
     """Something that was handed in cannot be used; the message says what and how to cure it."""
+
+
+def one_message(command: Callable[..., int | None]) -> Callable[..., None]:
+    """The command with its exit code: an error about what was handed in gives one message and 2, Ctrl-C 130."""
+
+    @functools.wraps(command)
+    def run(*args: object, **options: object) -> None:
+        try:
+            code = command(*args, **options) or 0
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+            code = 130
+        except Exception as error:
+            if isinstance(error, BrokenPipeError | typer.Exit) or not is_about_the_input(error):
+                raise
+            print(f"regvit {command.__name__}: {in_words(error)}", file=sys.stderr)
+            code = 2
+        raise typer.Exit(code)
+
+    return run
 
 
 def is_about_the_input(error: Exception) -> bool:
@@ -16,7 +43,7 @@ def is_about_the_input(error: Exception) -> bool:
     if isinstance(error, OSError):
         return True
     at = traceback.extract_tb(error.__traceback__)[-1]
-    ours = Path(at.filename).resolve().parent == Path(__file__).resolve().parent
+    ours = LIBRARY in Path(at.filename).resolve().parents
     return ours and (at.line or "").startswith("raise ") and isinstance(error, ValueError | RuntimeError)
 
 
@@ -26,5 +53,5 @@ def in_words(error: Exception) -> str:
     if type(error).__name__ == "UnreadableImage":  # named, not imported: this file does without torch
         return f"{error.path} cannot be read as an image: {error.reason}"
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+        return f"{error.filename} cannot be used: {error.strerror}"
     return str(error)

@@ -2,75 +2,63 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from regvit.cli.backbone import open_backbone
 from regvit.cli.errors import WrongInput
 from regvit.cli.neurons_file import read_neurons
-from regvit.cli.options import BACKBONES, FORMATS, add_backbone_options, add_num_registers, number
-from regvit.cli.repository import repository
+from regvit.cli.options import BACKBONES, Architecture, BackboneArgument, NumRegisters, finite
 
-
-def add(commands: argparse._SubParsersAction) -> None:
-    """The words of `regvit export`, and what runs it."""
-    parser = commands.add_parser(
-        "export",
-        help="write a backbone with its test-time registers baked in",
-        description="Writes a backbone with its test-time registers baked in: safetensors and JSON that regvit.load(FOLDER)"
-        "\nopens, and on request graphs that need none of this software. Each is compared with the model that it was\n"
-        "made of: no value of an output may differ by more than 0.0001 of that output's largest. The graphs take images\n"
-        "(b, 3, size, size), normalised, of any batch size b, and give pooled, cls, registers and patches.",
-        epilog=f"""\
-{BACKBONES}
+EXAMPLES = f"""{BACKBONES}
+\b
 examples:
   regvit export focus_planted --neurons features/neurons/focus_planted.json --out cured
   regvit export focus_planted --neurons neurons.json --out cured --img-size 224 --onnx --pt2
 
+\b
 then:
   backbone = regvit.load("cured")                              # .model, a plain timm model; .transform
   program = torch.export.load("cured/model.pt2").module()      # torch alone
   session = onnxruntime.InferenceSession("cured/model.onnx")
-""",
-        formatter_class=FORMATS,
-    )
-    parser.add_argument("backbone", metavar="BACKBONE", help="see below")
-    parser.add_argument(
-        "--neurons", type=Path, required=True, metavar="FILE", help="from `regvit neurons` or the identify stage"
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new, empty, or an earlier export")
-    add_num_registers(parser)
-    parser.add_argument("--statistic", default="per_neuron", help="per_neuron, per_neuron_patches or reference")
-    parser.add_argument("--patches", default="zero", help="zero, mean, only_outliers or same")
-    parser.add_argument("--scale", type=number, default=1.0, help="factor on a register's value; default: %(default)s")
-    parser.add_argument("--pt2", action="store_true", help="write model.pt2, for torch.export.load")
-    parser.add_argument("--onnx", action="store_true", help="write model.onnx; needs the package onnx")
-    add_backbone_options(parser, "the backbone's own", device=False)
-    parser.set_defaults(run=_export)
+"""
 
 
-def _export(arguments: argparse.Namespace) -> None:
-    from regvit.registers.export import export  # why here and not above: see cli.py
+def export(
+    backbone: BackboneArgument,
+    neurons: Annotated[Path, typer.Option(metavar="FILE", help="From `regvit neurons` or the identify stage.")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="New, empty, or an earlier export.")],
+    num_registers: NumRegisters = 1,
+    statistic: Annotated[str, typer.Option(help="per_neuron, per_neuron_patches or reference.")] = "per_neuron",
+    patches: Annotated[str, typer.Option(help="zero, mean, only_outliers or same.")] = "zero",
+    scale: Annotated[float, typer.Option(callback=finite, help="Factor on a register's value.")] = 1.0,
+    pt2: Annotated[bool, typer.Option("--pt2", help="Write model.pt2, for torch.export.load.")] = False,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Write model.onnx; needs the package onnx.")] = False,
+    img_size: Annotated[
+        int | None, typer.Option(min=1, metavar="PX", help="Side of the input; default: the backbone's own.")
+    ] = None,
+    architecture: Architecture = None,
+) -> None:
+    """Write a backbone with its test-time registers baked in.
 
-    arguments.device = "cpu"
-    backbone = open_backbone(arguments.backbone, arguments, repository(Path.cwd()))
-    _, neurons = read_neurons(arguments.neurons, backbone)
-    if not neurons:
-        raise WrongInput(f"{arguments.neurons} names no register neurons: the search found no outliers to move")
-    written = export(
-        backbone,
-        neurons,
-        arguments.out,
-        arguments.num_registers,
-        statistic=arguments.statistic,
-        patches=arguments.patches,
-        scale=arguments.scale,
-        pt2=arguments.pt2,
-        onnx=arguments.onnx,
-    )
+    What is written is safetensors and JSON that regvit.load(FOLDER) opens, and on request graphs that need none of this
+    software. Each is compared with the model that it was made of: no value of an output may differ by more than 0.0001 of
+    that output's largest. The graphs take images (b, 3, size, size), normalised, of any batch size b, and give pooled,
+    cls, registers and patches.
+    """
+    from regvit.registers.export import export as write_export  # why here and not above: see __init__
+
+    opened = open_backbone(backbone, architecture, img_size)
+    _, selected = read_neurons(neurons, opened)
+    if not selected:
+        raise WrongInput(f"{neurons} names no register neurons: the search found no outliers to move")
+    options = {"statistic": statistic, "patches": patches, "scale": scale}
+    written = write_export(opened, selected, out, num_registers, **options, pt2=pt2, onnx=onnx)
     for name, difference in written.differences.items():
         print(f"{name:<6} differs from the hooked model by {difference:.1e} of an output's largest value at most")
-    if arguments.onnx and "onnx" not in written.differences:
-        print("onnx   not compared: onnxruntime is not installed")
-    print(f"outputs: {', '.join(written.outputs)}; {backbone.transform.size} px, any batch size")
+    if onnx and "onnx" not in written.differences:
+        print("onnx   was not compared, as onnxruntime is not installed")
+    print(f"outputs: {', '.join(written.outputs)}; {opened.transform.size} px, any batch size")
     print(written.folder)

@@ -1,73 +1,90 @@
-"""The images that a command is given: files, and folders of them."""
+"""The images that a command is given: files, and folders of them, decoded once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regvit.cli.errors import WrongInput, in_words
 
 if TYPE_CHECKING:
+    import torch
+    from jaxtyping import Float, UInt8
+    from torch import Tensor
+
     from regvit.data.decoding import Transform
-    from regvit.data.manifest import Dataset
 
 
-def images_at(paths: Iterable[Path]) -> Dataset:
-    """The files, and those in the folders, each once, as a data set of one split."""
-    from regvit.data.manifest import Dataset, Row
+@dataclass(frozen=True)
+class DecodedImages:
+    """Normalised batches that can be gone through more than once; uint8 in memory, 150 kB an image of 224 pixels."""
 
+    pixels: UInt8[Tensor, "b 3 s s"]
+    transform: Transform
+    device: torch.device
+    batch_size: int
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __iter__(self) -> Iterator[Float[Tensor, "b 3 s s"]]:
+        for batch in self.pixels.split(self.batch_size):
+            yield self.transform.normalise(batch.to(self.device))
+
+    def select(self, rows: Sequence[int]) -> DecodedImages:
+        """Some of the images, by their numbers, in that order."""
+        return replace(self, pixels=self.pixels[list(rows)])
+
+
+def image_files(paths: Iterable[Path]) -> list[Path]:
+    """The files, and those in the folders that can be images, each once; what else lies there is counted on stderr."""
+    from PIL import Image  # why here and not above: see __init__
+
+    from regvit.data.decoding import FORMATS
+
+    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
     files: dict[Path, None] = {}
+    others: Counter[str] = Counter()
     for path in paths:
-        if path.is_dir():
-            files |= dict.fromkeys(image_files(path))
-        elif path.is_file():
-            files[path] = None
-        else:
+        if not path.is_dir() and not path.is_file():
             raise WrongInput(f"{path} is neither a file nor a folder; give images, or folders of them")
-    rows = tuple(Row(str(i), path.absolute().as_posix(), "", "train") for i, path in enumerate(files))
-    return Dataset("images", Path("."), (), rows, "")
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file == path or (file.is_file() and file.suffix.lower() in suffixes and not file.name.startswith(".")):
+                files[file] = None
+            elif not file.is_dir():
+                others[file.suffix or "without a suffix"] += 1
+    if others:
+        kinds = ", ".join(f"{suffix} {count}" for suffix, count in others.most_common())
+        print(f"left out: {others.total()} files are no images by their name ({kinds})", file=sys.stderr)
+    if not files:
+        raise WrongInput(
+            f"{', '.join(map(str, paths))} holds no file with the suffix of an image format (.png, .jpg, …)"
+        )
+    return list(files)
 
 
-def readable(images: Dataset, transform: Transform) -> Dataset:
-    """The images that can be decoded; the others are named, with the reason."""
-    from dataclasses import replace
+def decode(files: Sequence[Path], transform: Transform, workers: int) -> tuple[UInt8[Tensor, "b 3 s s"], int]:
+    """The images that can be read, and the number of the others, which are named on stderr with the reason."""
+    import torch  # why here and not above: see __init__
+    from tqdm.auto import tqdm
 
     from regvit.data.decoding import UnreadableImage
-    from regvit.data.progress import progress
 
-    rows = []
-    with progress(len(images), "reading images") as bar:
-        for i, row in enumerate(images.rows):
-            try:
-                transform.load(images.image_path(i))
-                rows.append(row)
-            except UnreadableImage as error:
-                bar.line(f"left out: {in_words(error)}")
-            bar.advance()
-    if not rows:
-        raise WrongInput(f"none of the {len(images)} images can be read")
-    return replace(images, rows=tuple(rows))
+    def load(file: Path) -> Tensor | str:
+        try:
+            return transform.load(file)
+        except UnreadableImage as error:
+            return f"left out: {in_words(error)}"
 
-
-def image_files(folder: Path | str) -> list[Path]:
-    """The files below a folder that have the extension of an image format, sorted; hidden ones are left out.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it holds none.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder; give one that holds images")
-    known = Image.registered_extensions()
-    files = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in known
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
-    if not files:
-        raise ValueError(f"{folder} holds no file with the extension of an image format (.png, .jpg, …)")
-    return files
+    with ThreadPoolExecutor(max(workers, 1)) as threads:
+        loaded = list(tqdm(threads.map(load, files), "reading images", len(files), leave=False))
+    faults = [one for one in loaded if isinstance(one, str)]
+    print(*faults, sep="\n", end="\n" if faults else "", file=sys.stderr)
+    if len(faults) == len(files):
+        raise WrongInput(f"none of the {len(files)} images can be read")
+    return torch.stack([one for one in loaded if not isinstance(one, str)]), len(faults)

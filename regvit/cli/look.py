@@ -2,92 +2,76 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
+from typing import Annotated
 
-from regvit.cli.backbone import open_backbone
-from regvit.cli.device import device_of
+import typer
+
+from regvit.cli.backbone import default_backbone, named_device, open_backbone, repository
 from regvit.cli.errors import WrongInput
-from regvit.cli.neurons_file import read_neurons
-from regvit.cli.options import BACKBONES, FORMATS, IMG_SIZE, add_backbone_options, add_num_registers
+from regvit.cli.neurons_file import neurons_beside, read_neurons
+from regvit.cli.options import BACKBONES, IMG_SIZE, Architecture, Device, ImgSize, NeuronsFile, NumRegisters
 from regvit.cli.outputs import check_out, is_special
-from regvit.cli.repository import default_backbone, neurons_beside, repository
 
-
-def add(commands: argparse._SubParsersAction) -> None:
-    """The words of `regvit look`, and what runs it."""
-    parser = commands.add_parser(
-        "look",
-        help="draw an image's patch norms, CLS attention and features, before and after test-time registers",
-        description="Draws what a backbone makes of one image, before and after test-time registers: patch norms, CLS "
-        "attention\nand features (three principal components as colours), outlier patches framed.",
-        epilog=f"""\
-{BACKBONES}
+EXAMPLES = f"""{BACKBONES}
+\b
 examples:
   regvit look cat.jpg                                   # the first backbone of the pipeline that has neurons
   regvit look cat.jpg --backbone focus_planted --out cat.png
   regvit look cat.jpg --backbone timm:vit_large_patch14_dinov2.lvd142m --neurons neurons.json
   regvit look cat.jpg --backbone timm:vit_base_patch16_clip_224.openai    # neurons searched on this image alone
-""",
-        formatter_class=FORMATS,
-    )
-    parser.add_argument("image", metavar="IMAGE", type=Path, help="any image file")
-    parser.add_argument(
-        "--backbone", help="see below; default: focus_planted, or the first in data/backbones that has neurons"
-    )
-    parser.add_argument("--out", type=_png, default=Path("look.png"), metavar="PNG", help="default: %(default)s")
-    parser.add_argument(
-        "--neurons",
-        type=Path,
-        metavar="FILE",
-        help="from `regvit neurons` or the identify stage; default: features/neurons/<backbone>.json, and where that is "
-        "missing they are searched on the image itself",
-    )
-    add_num_registers(parser)
-    add_backbone_options(parser, f"{IMG_SIZE} where the model takes it, else its own")
-    parser.set_defaults(run=_look)
+"""
 
 
-def _look(arguments: argparse.Namespace) -> None:
-    _check_image(arguments.image)
-    if is_special(arguments.out) and not arguments.out.is_dir():
+def _png(path: Path) -> Path:
+    if path.suffix.lower() != ".png":
+        raise typer.BadParameter(f"{path} does not end in .png, and a picture in PNG format is what is written.")
+    return path
+
+
+def look(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="Any image file.")],
+    backbone: Annotated[
+        str | None,
+        typer.Option(help="See below; default: focus_planted, or the first in data/backbones that has neurons."),
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="PNG", callback=_png, help="The picture.")] = Path("look.png"),
+    neurons: NeuronsFile = None,
+    num_registers: NumRegisters = 1,
+    img_size: ImgSize = None,
+    architecture: Architecture = None,
+    device: Device = "auto",
+) -> None:
+    """Draw an image's patch norms, CLS attention and features, before and after test-time registers.
+
+    Features are shown as three principal components as colours; outlier patches are framed.
+    """
+    if image.is_dir():
         raise WrongInput(
-            f"--out {arguments.out} cannot be written (it is no place for a picture); give a file in a folder"
+            f"{image} is a folder, and one image is drawn; give a file in it, as `regvit look {image}/a.jpg`"
         )
-    check_out(arguments.out)
+    if not image.exists():
+        raise WrongInput(f"there is no file {image}; give the path of an image")
+    if is_special(out) and not out.is_dir():
+        raise WrongInput(f"--out {out} cannot be written (it is no place for a picture); give a file in a folder")
+    check_out(out)
     from regvit.registers.neurons import find_register_neurons
-    from regvit.report.look import draw_look, look  # why here and not above: see cli.py
+    from regvit.report.look import draw_look
+    from regvit.report.look import look as see_both  # why here and not above: see __init__
 
-    root = repository(Path.cwd())
-    source = default_backbone(root) if arguments.backbone is None else arguments.backbone
-    backbone = open_backbone(source, arguments, root, IMG_SIZE)
-    image = backbone.transform.load(arguments.image)
-    normalised = backbone.transform.normalise(image[None].to(device_of(backbone)))
-    file = arguments.neurons or neurons_beside(backbone, root)
+    root = repository()
+    source = default_backbone(root) if backbone is None else backbone
+    opened = open_backbone(source, architecture, img_size, IMG_SIZE)
+    opened.model.to(place := named_device(device))
+    pixels = opened.transform.load(image)
+    normalised = opened.transform.normalise(pixels[None].to(place))
+    file = neurons or neurons_beside(opened, root)
     if file is not None:
-        detection, neurons = read_neurons(file, backbone)
+        detection, selected = read_neurons(file, opened)
     else:
         print(f"no neurons file: searched on this image alone; `regvit neurons {source} IMAGES` makes a sound one")
-        found = find_register_neurons(backbone.model, normalised)
-        detection, neurons = found.detection, found.selected
-    seen = look(backbone.model, image, normalised, detection, neurons, arguments.num_registers)
-    draw_look(arguments.out, seen, f"Outlier tokens in {backbone.name}")
-    for line in seen.sentences():
-        print(line)
-    print(arguments.out)
-
-
-def _check_image(path: Path) -> None:
-    """Refuses what cannot be an image before the seconds that a model takes."""
-    if path.is_dir():
-        raise WrongInput(
-            f"{path} is a folder, and one image is drawn; give a file in it, as in `regvit look {path}/a.jpg`"
-        )
-    if not path.exists():
-        raise WrongInput(f"there is no file {path}; give the path of an image")
-
-
-def _png(text: str) -> Path:
-    if not text.lower().endswith(".png"):
-        raise argparse.ArgumentTypeError(f"{text} does not end in .png, and a picture in PNG format is what is written")
-    return Path(text)
+        found = find_register_neurons(opened.model, normalised)
+        detection, selected = found.detection, found.selected
+    seen = see_both(opened.model, pixels, normalised, detection, selected, num_registers)
+    draw_look(out, seen, f"Outlier tokens in {opened.name}")
+    print(*seen.sentences(), out, sep="\n")

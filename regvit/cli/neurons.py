@@ -2,106 +2,88 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from regvit.cli.backbone import open_backbone
-from regvit.cli.device import device_of
-from regvit.cli.images import images_at, readable
-from regvit.cli.options import BACKBONES, FORMATS, IMG_SIZE, add_backbone_options, count, count_or_none, number
+import typer
+
+from regvit.cli.backbone import named_device, open_backbone
+from regvit.cli.images import DecodedImages, decode, image_files
+from regvit.cli.options import BACKBONES, IMG_SIZE, Architecture, BackboneArgument, Device, ImgSize, finite
 from regvit.cli.outputs import check_out, write
-from regvit.cli.repository import repository
 
 if TYPE_CHECKING:
-    from regvit.data.batches import Batches
-    from regvit.models.backbones import Backbone
+    from torch import nn
+
     from regvit.registers.neurons import RegisterNeurons
 
 TABLE = 20  # neurons printed; the file holds them all
-
-
-def add(commands: argparse._SubParsersAction) -> None:
-    """The words of `regvit neurons`, and what runs it."""
-    parser = commands.add_parser(
-        "neurons",
-        help="find the register neurons of a backbone on your images",
-        description="Finds outlier patches and the MLP neurons that write them, saves these, and tries the cure: outlier "
-        "patches\nwith the neurons silenced, and with their activation moved into one test-time register.\nA hundred "
-        "varied images do.",
-        epilog=f"""\
-{BACKBONES}
+EXAMPLES = f"""{BACKBONES}
+\b
 examples:
   regvit neurons focus_planted photos/ --out neurons.json
   regvit neurons timm:vit_large_patch14_dinov2.lvd142m photos/ more/a.jpg --limit 200 --device cuda
   regvit neurons timm:vit_base_patch16_clip_224.openai photos/ --threshold 30 --layer -1 --top-k 10   # as published
-""",
-        formatter_class=FORMATS,
-    )
-    parser.add_argument("backbone", metavar="BACKBONE", help="see below")
-    parser.add_argument("images", metavar="IMAGES", nargs="+", type=Path, help="image files, or folders of them")
-    parser.add_argument("--out", type=Path, default=Path("neurons.json"), metavar="FILE", help="default: %(default)s")
-    parser.add_argument(
-        "--limit", type=count, default=512, metavar="N", help="of more images, N are drawn; default: %(default)s"
-    )
-    parser.add_argument("--seed", type=count_or_none, default=0, metavar="N", help="of that draw; default: %(default)s")
-    parser.add_argument(
-        "--threshold",
-        type=number,
-        metavar="NORM",
-        help="norm over which a patch is an outlier; default: from the data",
-    )
-    parser.add_argument(
-        "--layer",
-        type=int,
-        metavar="BLOCK",
-        help="block after which it is; negative from the end; default: from the data",
-    )
-    parser.add_argument(
-        "--top-k", type=count, metavar="N", help="neurons to take; default: the fewest that explain the outliers"
-    )
-    parser.add_argument("--max-layer", type=int, metavar="BLOCK", help="last block searched; default: that of --layer")
-    parser.add_argument(
-        "--explained",
-        type=number,
-        default=0.99,
-        metavar="SHARE",
-        help="of the outliers' excess that the neurons are to write; default: %(default)s",
-    )
-    add_backbone_options(parser, f"{IMG_SIZE} where the model takes it, else its own", batches=True)
-    parser.set_defaults(run=_neurons)
+"""
 
 
-def _neurons(arguments: argparse.Namespace) -> None:
-    from regvit.data.batches import Batches, sample  # why here and not above: see cli.py
+def neurons(
+    backbone: BackboneArgument,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="Image files, or folders of them.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the neurons are saved.")] = Path("neurons.json"),
+    limit: Annotated[int, typer.Option(min=1, metavar="N", help="Of more images, N are drawn.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of that draw.")] = 0,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            metavar="NORM", callback=finite, help="Norm over which a patch is an outlier; default: from the data."
+        ),
+    ] = None,
+    layer: Annotated[
+        int | None,
+        typer.Option(metavar="BLOCK", help="Block after which it is, negative from the end; default: from the data."),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Neurons to take; default: the fewest that explain the outliers."),
+    ] = None,
+    max_layer: Annotated[
+        int | None, typer.Option(metavar="BLOCK", help="Last block searched; default: that of --layer.")
+    ] = None,
+    explained: Annotated[
+        float, typer.Option(callback=finite, help="Share of the outliers' excess that the neurons are to write.")
+    ] = 0.99,
+    img_size: ImgSize = None,
+    architecture: Architecture = None,
+    device: Device = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images a forward pass.")] = 32,
+    workers: Annotated[int, typer.Option(min=0, metavar="N", help="Threads that decode.")] = 2,
+) -> int:
+    """Find the register neurons of a backbone on your images.
+
+    Finds outlier patches and the MLP neurons that write them, saves these, and tries the cure: outlier patches with the
+    neurons silenced, and with their activation moved into one test-time register. A hundred varied images do.
+    """
+    check_out(out)
+    import numpy as np  # why here and not above: see __init__
+
     from regvit.registers.neurons import find_register_neurons
 
-    check_out(arguments.out)
-    images = sample(images_at(arguments.images), "train", arguments.limit, arguments.seed)
-    backbone = open_backbone(arguments.backbone, arguments, repository(Path.cwd()), IMG_SIZE)
-    images = readable(images, backbone.transform)
-    batches = Batches(
-        images,
-        backbone.transform,
-        arguments.batch_size,
-        arguments.workers,
-        str(device_of(backbone)),
-        "searching register neurons",
-    )
-    options = {key: getattr(arguments, key) for key in ("threshold", "layer", "top_k", "max_layer", "explained")}
-    found = find_register_neurons(backbone.model, batches, **options)
-    about = {
-        "backbone": backbone.name,
-        "weights_sha256": backbone.weights_sha256 or None,
-        "images": len(images),
-        "seed": arguments.seed,
-    }
-    write(arguments.out, found.to_json(**about))
-    for line in _report(found, len(images)):
-        print(line)
+    files = image_files(images)
+    files = [files[i] for i in np.random.default_rng(seed).permutation(len(files))[:limit]]  # folders may be sorted
+    opened = open_backbone(backbone, architecture, img_size, IMG_SIZE)
+    opened.model.to(place := named_device(device))
+    pixels, left_out = decode(files, opened.transform, workers)
+    batches = DecodedImages(pixels, opened.transform, place, batch_size)
+    options = {"threshold": threshold, "layer": layer, "top_k": top_k, "max_layer": max_layer, "explained": explained}
+    found = find_register_neurons(opened.model, batches, **options)
+    about = {"backbone": opened.name, "weights_sha256": opened.weights_sha256 or None}
+    write(out, found.to_json(**about, images=len(batches), seed=seed))
+    print(*_report(found, len(batches)), sep="\n")
     if found.num_selected:
-        print(_cure(backbone, batches, found))
-    print(arguments.out)
+        print(_cure(opened.model, batches, found))
+    print(out)
+    return 1 if left_out else 0
 
 
 def _report(found: RegisterNeurons, images: int) -> list[str]:
@@ -124,21 +106,19 @@ def _report(found: RegisterNeurons, images: int) -> list[str]:
     return lines + ([f"   … and {len(chosen) - TABLE} more"] if len(chosen) > TABLE else [])
 
 
-def _cure(backbone: Backbone, batches: Batches, found: RegisterNeurons) -> str:
+def _cure(model: nn.Module, batches: DecodedImages, found: RegisterNeurons) -> str:
     """The outliers that are left with the neurons silenced, and with their activation in one register."""
-    from dataclasses import replace
-
     from regvit.registers.neurons import ablated
     from regvit.registers.outliers import patch_norms
     from regvit.registers.test_time import add_test_time_registers
 
-    def left(label: str) -> str:
-        norms = patch_norms(backbone.model, replace(batches, label=label), [found.detection.layer])[0]
+    def left() -> str:
+        norms = patch_norms(model, batches, [found.detection.layer])[0]
         return f"{(norms > found.detection.threshold).mean():.2%}"
 
-    with ablated(backbone.model, found.selected):
-        silenced = left("silencing them")
-    with add_test_time_registers(backbone.model, found):
-        moved = left("adding a register")
+    with ablated(model, found.selected):
+        silenced = left()
+    with add_test_time_registers(model, found):
+        moved = left()
     before = f"{found.outlier_fraction.mean():.2%}"
     return f"outlier patches: {before} as it is, {silenced} with the neurons silenced, {moved} with one register"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from regvit.cli.errors import WrongInput
 
@@ -14,45 +14,42 @@ if TYPE_CHECKING:
     from regvit.registers.outliers import Detection
 
 
+class NeuronsFile(BaseModel, strict=True):
+    """What of the file is used here."""
+
+    threshold: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
+    detect_layer: int | None
+    selected: dict[int, list[int]]
+    weights_sha256: str | None = None
+
+    @model_validator(mode="after")
+    def _both_or_neither(self) -> NeuronsFile:
+        if (self.threshold is None) != (self.detect_layer is None):
+            raise ValueError("give threshold and detect_layer, or neither")
+        return self
+
+
+def neurons_beside(backbone: Backbone, root: Path | None) -> Path | None:
+    """The identify stage's file of a backbone of the pipeline, if there is one."""
+    file = (root or Path()) / "features" / "neurons" / f"{backbone.name}.json"
+    return file if backbone.weights_sha256 and file.is_file() else None
+
+
 def read_neurons(path: Path, backbone: Backbone) -> tuple[Detection | None, dict[int, tuple[int, ...]]]:
     """Detection and register neurons from a file, which must be of this backbone where both say so."""
-    from regvit.registers.neurons import read_selected  # why here and not above: see cli.py
+    from regvit.registers.neurons import read_selected  # why here and not above: see __init__
 
+    text = path.read_bytes()
     try:
-        text = path.read_text(encoding="utf-8")
-        about = json.loads(text)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise WrongInput(f"{path} is no JSON ({error}); give a file from `regvit neurons`") from error
-    if not isinstance(about, dict):
-        raise WrongInput(f"{path} holds a {type(about).__name__}; give a file from `regvit neurons`")
-    if fault := _fault_of(about):
-        raise WrongInput(f"{path}: {fault}; give a file from `regvit neurons`")
-    try:
-        detection, neurons = read_selected(text)
-    except ValueError as error:
-        raise WrongInput(f"{path}: {error}") from error
-    digest = about.get("weights_sha256")
-    if digest and backbone.weights_sha256 and digest != backbone.weights_sha256:
+        about = NeuronsFile.model_validate_json(text)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(map(str, fault["loc"])) + ": " if fault["loc"] else ""
+        raise WrongInput(f"{path} is no neurons file: {where}{fault['msg']}; use one of `regvit neurons`") from error
+    digest, own = about.weights_sha256, backbone.weights_sha256
+    if digest and own and digest != own:
         raise WrongInput(
-            f"{path} was made with weights {digest[:12]}…, but {backbone.name} has {backbone.weights_sha256[:12]}…; "
+            f"{path} was made with weights {digest[:12]}…, but {backbone.name} has {own[:12]}…; "
             "give the file of this backbone"
         )
-    return detection, neurons
-
-
-def _fault_of(about: dict) -> str | None:
-    """What in the file of a search is not of the form that it should have; keys that are missing are told elsewhere."""
-    threshold, layer, selected = (about.get(key) for key in ("threshold", "detect_layer", "selected"))
-    if threshold is not None and not (isinstance(threshold, int | float) and 0 < threshold < math.inf):
-        return f"threshold is {threshold!r}, expected a norm above 0"
-    if layer is not None and not isinstance(layer, int):
-        return f"detect_layer is {layer!r}, expected the index of a block"
-    if (threshold is None) != (layer is None):
-        return f"threshold is {threshold!r} and detect_layer {layer!r}, expected both or neither"
-    if "selected" in about and not (
-        isinstance(selected, dict)
-        and all(key.isdecimal() and isinstance(units, list) for key, units in selected.items())
-        and all(isinstance(unit, int) for units in selected.values() for unit in units)
-    ):
-        return f"selected is {selected!r}, expected lists of neurons by layer, as {{'4': [10, 20]}}"
-    return None
+    return read_selected(text.decode())

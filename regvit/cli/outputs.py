@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from regvit.cli.errors import WrongInput
+from regvit.files import write_text
 
 
 def check_out(path: Path) -> None:
@@ -35,8 +36,6 @@ def write(path: Path, text: str) -> None:
     /dev/stdout is a link, and leads to a plain file wherever the shell sends the output to one: renaming would put a file
     in the link's place, for everyone on the machine, and "w" would cut off what else was sent there.
     """
-    from regvit.files import write_text  # why here and not above: see cli.py
-
     if is_special(path):
         with path.open("a", encoding="utf-8") as file:
             file.write(text)
