@@ -26,7 +26,16 @@ ROOT = Path(__file__).parent.parent
 YAML_FILE = YAML(typ="safe", pure=True)
 YAML_FILE.default_flow_style = False  # a key a line, as regvit/pipeline/choose.py wants it
 CLASSES = ("one", "other")  # drawn alike, so that a probe's errors change with its settings
-TRACKED = ("Makefile", "dvc.yaml", "guard.yaml", ".dvcignore", ".gitignore", "requirements.txt", "requirements-test.txt", "pyproject.toml")
+TRACKED = (
+    "Makefile",
+    "dvc.yaml",
+    "guard.yaml",
+    ".dvcignore",
+    ".gitignore",
+    "requirements.txt",
+    "requirements-test.txt",
+    "pyproject.toml",
+)
 SERVER = """
 import json, os, runpy, signal, socket, sys, traceback
 import dvc.cli, dvc.repo, matplotlib.figure, scipy.ndimage, sklearn.datasets, sklearn.linear_model, timm, torch, zarr

@@ -17,6 +17,7 @@ from white_patches import LAYER, UNIT, picture, plant_one
 import regvit.cli.options
 import regvit.cli.outputs
 import regvit.models.backbones
+import regvit.models.sources
 import regvit.registers.test_time
 import regvit.report.look
 from regvit.cli import main
@@ -300,7 +301,7 @@ def test_a_terminal_that_cannot_show_a_name_gets_another_character_and_no_error(
 
 def test_what_is_wrong_with_image_output_or_architecture_is_told_before_a_model_is_opened(here, monkeypatch, capsys):
     monkeypatch.setattr(regvit.models.backbones, "load_backbone", lambda *_: pytest.fail("the model was opened"))
-    monkeypatch.setattr(regvit.models.backbones, "build", lambda *_, **__: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(regvit.models.sources, "build", lambda *_, **__: pytest.fail("the hub was asked"))
     for command in (["missing.png"], ["photos"], ["grey.png", "--out", "grey.png/a.png"]):
         assert main(["look", *command]) == 2
     assert main(["look", "grey.png", "--backbone", "timm:resnet18"]) == 2
