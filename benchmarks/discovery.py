@@ -211,14 +211,14 @@ def _batches(backbone: Backbone, dataset: Dataset) -> Iterator[tuple[Tensor, Ten
 
 
 def built_runs(folder: Path, dataset: Path) -> list[Path]:
-    """Folders of the runs of a project whose stages have run.
+    """Descriptions of the runs of a project whose stages have run.
 
     Raises:
         FileNotFoundError: there are none, or the data set is missing.
     """
-    runs = sorted(file.parent for file in folder.glob("*/run.json"))
+    runs = sorted(folder.glob("runs/*.json"))
     if not runs or not dataset.is_dir():
-        missing = dataset if runs else folder / "<run>/run.json"
+        missing = dataset if runs else folder / "runs/<run>.json"
         raise FileNotFoundError(
             f"there is no {missing} in {Path.cwd()}: run `dvc repro compose download_scenes` in the root of the "
             "repository first, or run this where the pipeline is built"
@@ -240,9 +240,9 @@ def main() -> None:
     dataset = replace(dataset, rows=dataset.rows[: given.images])
     results = {}
     for run in runs:
-        backbone = resized(open_run(run / "run.json", BACKBONES), SIZE)
-        results[run.name] = found = measure_run(backbone, dataset, last_layers(backbone.model, LAYERS))
-        print(f"{run.name}: {Agreement(**found['all']).sentence()}")
+        backbone = resized(open_run(run, BACKBONES), SIZE)
+        results[run.stem] = found = measure_run(backbone, dataset, last_layers(backbone.model, LAYERS))
+        print(f"{run.stem}: {Agreement(**found['all']).sentence()}")
         setting = found["published_setting"]
         print(
             f"  published setting, {setting['feature']}: {setting['positive_pairs']:.2%} of the pairs of patches are "

@@ -22,7 +22,7 @@ def main(run: str, dataset: str) -> None:
     params, runtime = load_params(), Runtime.load()
     knobs, out = params["attention"], Path("metrics/attention") / run / dataset
     torch.set_float32_matmul_precision("medium")  # half of the time; weights differ by some 1e-4 of themselves
-    run_file = Path("features") / run / "run.json"
+    run_file = Path(f"features/runs/{run}.json")
     subject = open_subject(run_file, Path("data/backbones"), knobs["img_size"], runtime.device)
     images = sample(read_dataset(Path("data") / dataset), "test", knobs["images"], params["seed"])
     later = later_blocks(len(subject.run.model.blocks), knobs["first_layer"])

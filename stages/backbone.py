@@ -9,8 +9,8 @@ from regvit.data.batches import Batches, sample
 from regvit.data.manifest import read_dataset
 from regvit.models.backbones import save_backbone
 from regvit.models.sources import Built, build
-from regvit.pipeline.command import command, entry_of
-from regvit.pipeline.params import load_params
+from regvit.pipeline.command import command
+from regvit.pipeline.params import entry_of, load_params
 from regvit.pipeline.runtime import Runtime
 from regvit.registers.planting import Planted, plant
 
@@ -21,8 +21,8 @@ def main(name: str) -> None:
     params, runtime = load_params(), Runtime.load()
     entry = entry_of(params, "backbones", name)
     cache = Path(os.environ.get("DVC_ROOT", ".")) / "work" / "packages"
-    built = build(entry["source"], entry.get("architecture"), entry.get("img_size"), cache_dir=cache, progress=print)
-    planted, recipe = None, entry.get("plant")
+    built = build(entry.source, entry.architecture, entry.img_size, cache_dir=cache, progress=print)
+    planted, recipe = None, entry.plant and entry.plant.model_dump()
     if recipe:
         planted = plant_on_train(built, recipe, params, runtime)
         recipe = {"neurons": planted.neurons, **recipe, "images": IMAGES, "seed": params["seed"]}

@@ -34,7 +34,7 @@ def main(run: str, dataset: str) -> None:
     params, runtime = load_params(), Runtime.load()
     chosen, seed = params["discover"], params["seed"]
     torch.set_float32_matmul_precision("medium")  # half of the time; features differ by some 1e-4 of themselves
-    backbone = resized(open_run(Path("features") / run / "run.json", Path("data/backbones")), chosen["img_size"])
+    backbone = resized(open_run(Path(f"features/runs/{run}.json"), Path("data/backbones")), chosen["img_size"])
     backbone.model.to(runtime.device)
     whole, out = read_dataset(Path("data") / dataset), Path("metrics/discover") / run / dataset
     out.mkdir(parents=True, exist_ok=True)

@@ -18,13 +18,13 @@ def main(name: str) -> None:
     work = workplace()
     entry = source_of(params, name)
     made = make_dataset(
-        entry["source"],
+        entry.source,
         name,
         Path("data") / name,
         work / "packages",
         params["seed"],
         downloads_dir=work / "downloads",
-        **{key: value for key, value in entry.items() if key != "source"},
+        **entry.model_dump(exclude={"source", "images"}, exclude_unset=True),
     )
     print(f"{made.summary()}, {time.monotonic() - began:.1f} s")
     if made.rejected:

@@ -19,8 +19,10 @@ from regvit.features.store import FeatureStore, InvalidStore, fingerprint
 from regvit.files import write_text
 from regvit.models.backbones import Backbone
 from regvit.pipeline.command import command
+from regvit.pipeline.params import load_params
 from regvit.pipeline.runtime import Runtime
-from regvit.registers.runs import open_run, read_run
+from regvit.registers.run_files import read_run
+from regvit.registers.runs import open_run
 
 INTERRUPTED = "finished units are kept in work/"
 
@@ -42,17 +44,19 @@ def fill_store(
 ) -> None:
     """Extracts, or goes on extracting, and writes the record."""
     runtime = Runtime.load()
-    run_file = Path("features") / run_name / "extract.json"
+    run_file = Path(f"features/runs/{run_name}.json")
     run = read_run(run_file)
-    choices = run.pop("extract")  # `precision`, and `resizing` where it is not Pillow's
+    params = load_params()
+    choices = params.extract
     backbone = open_run(run_file, Path("data/backbones"))
-    transform = replace(backbone.transform, resizing=choices.get("resizing", "pillow"))
+    transform = replace(backbone.transform, resizing=choices.resizing)
     backbone = prepare(replace(backbone, transform=transform))
     dataset = read_dataset(Path("data") / dataset_name)
 
-    run.pop("transform", None)  # of the backbone as it came; what was used is in the description
+    run.pop("detection")  # decides no feature
+    run.pop("transform")  # of the backbone as it came; what was used is in the description
     neurons = run.pop("neurons")
-    attributes = describe(backbone, dataset, choices["precision"]) | run
+    attributes = describe(backbone, dataset, choices.precision) | run
     attributes["neurons_sha256"] = None if neurons is None else fingerprint(neurons)
 
     # One working folder for each set of attributes, in the main repository even where DVC runs a copy of it for a
@@ -72,7 +76,7 @@ def fill_store(
                 final,
                 partial,
                 attributes,
-                choices["precision"],
+                choices.precision,
                 runtime.worker_device or runtime.device,
                 runtime.batch_size if runtime.batch_size_given else None,
                 runtime.workers,

@@ -15,7 +15,7 @@ from regvit.registers.neurons import find_register_neurons
 
 def main(name: str) -> None:
     params, runtime = load_params(), Runtime.load()
-    options, seed = dict(params["identify"]), params["seed"]
+    options, seed = params.identify.model_dump(), params.seed
     backbone = load_backbone(Path("data/backbones") / name)
     backbone.model.to(runtime.device)
     images = sample(read_dataset(Path("data") / params["in_distribution"]), "train", options.pop("images"), seed)

@@ -28,7 +28,8 @@ from regvit.stats.metrics import accuracy
 
 def main(run: str) -> None:
     params, runtime = load_params(), Runtime.load()
-    dataset, settings = read_dataset(Path("data") / params["in_distribution"]), params["probe"]
+    dataset = read_dataset(Path("data") / params["in_distribution"])
+    settings = params.probe.model_dump() | params.baselines.model_dump()
     store = FeatureStore.open(Path("features") / run / f"{params['in_distribution']}.zarr", dataset.digest)
     readouts = available(store.arrays, settings["readouts"])
     for name, reason in readouts.left_out.items():

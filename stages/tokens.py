@@ -86,7 +86,7 @@ def classes(run: str, params: dict, runtime: Runtime) -> dict:
 
 def open_run_beside(run: str, img_size: int | None, runtime: Runtime) -> Subject:
     """The run beside its untreated backbone."""
-    return open_subject(Path("features") / run / "run.json", Path("data/backbones"), img_size, runtime.device)
+    return open_subject(Path(f"features/runs/{run}.json"), Path("data/backbones"), img_size, runtime.device)
 
 
 def batches(subject: Subject, dataset: str, split: str, count: int, seed: int, runtime: Runtime) -> Batches:

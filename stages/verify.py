@@ -18,7 +18,7 @@ def main(name: str) -> None:
     params, runtime = load_params(), Runtime.load()
     out = Path(f"metrics/verify/{name}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
-    run_file = Path("features") / name / "run.json"
+    run_file = Path(f"features/runs/{name}.json")
     models = open_models(run_file, Path("data/backbones"), Path("features/neurons"), runtime.device)
     images = read_dataset(Path("data") / params["in_distribution"]).subset("test")
     batches = Batches(

@@ -22,13 +22,14 @@ from regvit.models.backbones import load_backbone, unplanted
 from regvit.pipeline.command import command
 from regvit.pipeline.params import load_params
 from regvit.pipeline.runtime import Runtime
-from regvit.registers.runs import open_run, read_run
+from regvit.registers.run_files import read_run
+from regvit.registers.runs import open_run
 from regvit.stats.metrics import accuracy, paired_accuracy_difference, top1_correct
 
 
 def main(run_name: str, dataset_name: str) -> None:
     options, runtime = load_params()["zeroshot"], Runtime.load()
-    run_file, backbones = Path("features") / run_name / "run.json", Path("data/backbones")
+    run_file, backbones = Path(f"features/runs/{run_name}.json"), Path("data/backbones")
     run = read_run(run_file)
     clip = open_text_tower(options["text"][run["backbone"]])
     images = labelled(read_dataset(Path("data") / dataset_name))

@@ -13,18 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 from ruamel.yaml import YAML
+from run_example import write_run
 from test_dense_sets import make_ade, make_coco, make_devkit
 from test_nyu import make as make_nyu
 
 from regvit.data.decoding import Transform
 from regvit.data.manifest import read_dataset
 from regvit.measures.dense import load_image_values
-from regvit.models.backbones import create, load_backbone, save_backbone
+from regvit.models.backbones import create, save_backbone
 from regvit.pipeline import (
     choose,
     params,
 )
-from regvit.registers.runs import describe_run
+from regvit.registers.run_files import Variant
 
 ROOT = Path(__file__).parents[1]
 
@@ -80,13 +81,9 @@ def work(tmp_path_factory):
         folder / "data/backbones/tiny", create("test_vit", args), name="tiny", architecture="test_vit",
         model_args=args, transform=Transform(SIZE, (0.5,) * 3, (0.5,) * 3), source="random", licence="MIT",
     )  # fmt: skip
-    described = describe_run(RUN, load_backbone(folder / "data/backbones/tiny"), "test_time", 1, {2: (1, 5)})
-    (folder / "features" / RUN).mkdir(parents=True)
-    (folder / "features" / RUN / "run.json").write_text(json.dumps(described))
-    extracted = described | {"extract": given["extract"]}
-    (folder / "features" / RUN / "extract.json").write_text(json.dumps(extracted))
-    detection = {"threshold": None, "detect_layer": None}
-    (folder / "features" / RUN / "detection.json").write_text(json.dumps(detection))
+    write_run(
+        folder / f"features/runs/{RUN}.json", folder / "data/backbones/tiny", Variant("test_time", 1), {2: (1, 5)}
+    )
     for stage, sets in (("discover", "discover"), ("extract_patches", "patches"), ("segment",) * 2, ("depth",) * 2):
         for name in given[sets]["datasets"]:
             run(folder, given, stage, RUN, name)

@@ -24,8 +24,9 @@ from regvit.models.backbones import Backbone, load_backbone, resized
 from regvit.models.hooks import blocks, watch_outputs
 from regvit.models.tokens import TokenLayout
 from regvit.registers.neighbourhood import neighbour_cosine
-from regvit.registers.outliers import MIN_RATIO, Detection, otsu, patch_norms, read_detection
-from regvit.registers.runs import open_run, read_run
+from regvit.registers.outliers import MIN_RATIO, Detection, otsu, patch_norms
+from regvit.registers.run_files import read_run
+from regvit.registers.runs import detection_of, open_run
 from regvit.stats.intervals import mean_with_interval
 
 LOW_INFORMATION = 0.25  # of an image's patches: those that resemble their neighbours most
@@ -124,7 +125,7 @@ class TwoModes:
 
 
 def open_subject(run_file: Path, backbones: Path, img_size: int | None = None, device: str = "cpu") -> Subject:
-    """The run of a `run.json` beside its untreated backbone, on the device; `detection.json` lies beside `run.json`.
+    """The run of a description (`features/runs/<run>.json`) beside its untreated backbone, on the device.
 
     Args:
         backbones: folder that holds one folder a backbone.
@@ -133,13 +134,13 @@ def open_subject(run_file: Path, backbones: Path, img_size: int | None = None, d
         ValueError: the run was composed of other weights, or the model does not take images of that size.
     """
     run = resized(open_run(run_file, backbones), img_size)
-    detection = read_detection(run_file.with_name("detection.json").read_text())
+    described = read_run(run_file)
     untreated = run
-    if read_run(run_file)["neurons"] is not None:
+    if described["neurons"] is not None:
         untreated = resized(load_backbone(backbones / run.name), img_size)
         untreated.model.to(device)
     run.model.to(device)
-    return Subject(run, untreated, detection)
+    return Subject(run, untreated, detection_of(described))
 
 
 @torch.inference_mode()

@@ -20,7 +20,8 @@ from jaxtyping import Float
 from torch import nn
 
 from regvit.models.arithmetic import arithmetic
-from regvit.registers.controls import control_neurons, mlp_widths
+from regvit.registers.control_neurons import control_neurons
+from regvit.registers.controls import mlp_widths
 from regvit.registers.neurons import RegisterNeurons, ablated
 from regvit.registers.norms import LayerNorms
 from regvit.registers.outliers import patch_norms

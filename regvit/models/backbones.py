@@ -27,10 +27,12 @@ from torch import Tensor, nn
 from regvit.data.decoding import Transform
 from regvit.data.packages import file_sha256
 from regvit.files import replacing, write_text
+from regvit.models.backbone_file import DESCRIPTION, KEYS, read_description
 from regvit.models.checkpoints import WeightsError, check_finite, read_safetensors
+from regvit.models.hooks import blocks, output_projection
+from regvit.models.tokens import TokenLayout
 
-WEIGHTS, DESCRIPTION, REPLACED = "weights.safetensors", "backbone.json", "replaced.safetensors"
-KEYS = ("name", "architecture", "model_args", "transform", "weights_sha256", "source", "licence", "planted")
+WEIGHTS, REPLACED = "weights.safetensors", "replaced.safetensors"
 
 
 @dataclass
@@ -129,6 +131,8 @@ def save_backbone(
     digest = file_sha256(folder / WEIGHTS)
     made = {"transform": transform.to_dict(), "weights_sha256": digest, "planted": planted}
     description = {key: ({**origin, **made})[key] for key in KEYS}
+    description["trained_registers"] = TokenLayout.of(model).trained
+    description["mlp_widths"] = [output_projection(block).in_features for block in blocks(model)]
     write_text(folder / DESCRIPTION, json.dumps(description, indent=1, ensure_ascii=False) + "\n")
     return digest
 
@@ -151,7 +155,7 @@ def unplanted(folder: Path | str) -> Backbone:
         ValueError: the backbone is not a planted one; else as `load_backbone`.
     """
     folder = Path(folder)
-    if _describe(folder)["planted"] is None:
+    if read_description(folder)["planted"] is None:
         raise ValueError(f"{folder} holds a backbone that was not planted; load_backbone gives it as it is")
     backbone = _load(folder, read_safetensors(folder / REPLACED))
     backbone.planted = None
@@ -159,7 +163,7 @@ def unplanted(folder: Path | str) -> Backbone:
 
 
 def _load(folder: Path, replaced: Mapping[str, Tensor]) -> Backbone:
-    info = _describe(folder)
+    info = read_description(folder)
     weights = folder / WEIGHTS
     state = read_safetensors(weights)
     if (found := file_sha256(weights)) != info["weights_sha256"]:
@@ -236,22 +240,6 @@ def patch_size(model: nn.Module) -> int:
             f"{type(model).__name__} has no patch embedding at `.patch_embed`; use a timm vision transformer"
         )
     return size[0] if isinstance(size, tuple) else int(size)
-
-
-def _describe(folder: Path) -> dict:
-    """What `backbone.json` says."""
-    path = folder / DESCRIPTION
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; a backbone is a folder made by the backbone stage")
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); run the backbone stage again") from error
-    if not isinstance(info, dict):
-        raise ValueError(f"{path} holds a {type(info).__name__}, expected an object; run the backbone stage again")
-    if missing := [key for key in KEYS if key not in info]:
-        raise ValueError(f"{path} lacks {', '.join(missing)}; run the backbone stage again")
-    return info
 
 
 def _write_weights(state: Mapping[str, Tensor], path: Path) -> None:

@@ -59,7 +59,7 @@ def untreated_outliers(
 ) -> Bool[np.ndarray, "b p"] | None:
     """Outliers of the test images in the run's backbone without registers; None where it has none."""
     torch.set_float32_matmul_precision("medium")  # norms differ by some 1e-4 of themselves
-    subject = open_subject(Path("features") / run / "run.json", Path("data/backbones"), img_size, runtime.device)
+    subject = open_subject(Path(f"features/runs/{run}.json"), Path("data/backbones"), img_size, runtime.device)
     if subject.detection is None:
         return None
     batches = Batches(

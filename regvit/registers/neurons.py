@@ -25,22 +25,11 @@ from torch import Tensor, nn
 from regvit.models.arithmetic import arithmetic, check_precision
 from regvit.models.hooks import blocks, output_projection, watch_inputs
 from regvit.models.tokens import TokenLayout
+from regvit.registers.neurons_file import MIN_SHARE, Neuron, read_neurons
 from regvit.registers.norms import LayerNorms
-from regvit.registers.outliers import Detection, check_layer, read_detection
+from regvit.registers.outliers import Detection, check_layer
 from regvit.registers.scores import Scores
 from regvit.registers.search import Batches, search
-
-MIN_SHARE = 1e-3  # a neuron that writes less than a thousandth of the excess is one of the many that write noise
-
-
-@dataclass(frozen=True)
-class Neuron:
-    """One MLP unit: block index, unit index, and its two scores (attribution is None where it was not computed)."""
-
-    layer: int
-    neuron: int
-    activation: float
-    attribution: float | None
 
 
 @dataclass(frozen=True)
@@ -96,11 +85,8 @@ def read_selected(text: str) -> tuple[Detection | None, dict[int, tuple[int, ...
     Raises:
         ValueError: a key is missing.
     """
-    document = json.loads(text)
-    missing = {"threshold", "detect_layer", "selected"} - document.keys()
-    if missing:
-        raise ValueError(f"the neurons file lacks {', '.join(sorted(missing))}; run the identify stage again")
-    return read_detection(text), {int(layer): tuple(units) for layer, units in document["selected"].items()}
+    read = read_neurons(text)
+    return read.detection and Detection(**read.detection, separation=float("nan")), read.selected
 
 
 @torch.inference_mode()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -172,24 +171,3 @@ def check_layer(depth: int, threshold: float | None, layer: int | None) -> None:
         raise ValueError(
             f"layer {layer} is out of range: the model has {depth} blocks (0 to {depth - 1}, or -{depth} to -1)"
         )
-
-
-def write_detection(detection: Detection | None) -> str:
-    """Which patches count as outliers, as JSON `{threshold, detect_layer}`; both null where the model has none."""
-    layer = None if detection is None else detection.layer
-    threshold = None if detection is None else detection.threshold
-    return json.dumps({"threshold": threshold, "detect_layer": layer}, indent=1) + "\n"
-
-
-def read_detection(text: str) -> Detection | None:
-    """What `write_detection` wrote; other keys are ignored.
-
-    Raises:
-        ValueError: a key is missing.
-    """
-    document = json.loads(text)
-    missing = {"threshold", "detect_layer"} - document.keys()
-    if missing:
-        raise ValueError(f"the detection lacks {', '.join(sorted(missing))}; run the compose stage again")
-    layer = document["detect_layer"]
-    return None if layer is None else Detection(layer, document["threshold"], float("nan"))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from run_example import write_run
 from scipy.stats import rankdata
 
 from regvit.data.decoding import Transform
@@ -22,10 +23,10 @@ from regvit.measures.anatomy import (
     summary,
     two_modes,
 )
-from regvit.models.backbones import Backbone, create, load_backbone, save_backbone
+from regvit.models.backbones import Backbone, create, save_backbone
 from regvit.registers.neighbourhood import low_information
 from regvit.registers.outliers import Detection, patch_norms
-from regvit.registers.runs import describe_run
+from regvit.registers.run_files import Variant
 from regvit.registers.test_time import add_test_time_registers
 
 TRANSFORM = Transform(64, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -195,15 +196,12 @@ def test_a_run_opens_beside_its_backbone_at_the_size_asked_for(tmp_path):
         tmp_path / "tiny", create("test_vit", args), name="tiny", architecture="test_vit", model_args=args,
         transform=Transform(160, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), source="random weights", licence="MIT",
     )  # fmt: skip
-    detection = {"threshold": 2.5, "detect_layer": 3}
-    (tmp_path / "detection.json").write_text(json.dumps(detection))
-    backbone = load_backbone(tmp_path / "tiny")
+    detection = {"threshold": 2.5, "layer": 3}
     for name, registers, count in (("plain", "none", 0), ("cured", "test_time", 1)):
-        run = describe_run(name, backbone, registers, count, {1: (3,)})
-        (tmp_path / f"{name}.run.json").write_text(json.dumps(run))
-    plain = open_subject(tmp_path / "plain.run.json", tmp_path, 96)
+        write_run(tmp_path / f"{name}.json", tmp_path / "tiny", Variant(registers, count), {1: (3,)}, detection)
+    plain = open_subject(tmp_path / "plain.json", tmp_path, 96)
     assert plain.run is plain.untreated and not plain.treated
-    cured = open_subject(tmp_path / "cured.run.json", tmp_path, 96)
+    cured = open_subject(tmp_path / "cured.json", tmp_path, 96)
     assert cured.treated and cured.detection.threshold == 2.5 and cured.detection.layer == 3
     assert cured.run.model.num_prefix_tokens == 2 and cured.untreated.model.num_prefix_tokens == 1
     assert cured.run.transform.size == cured.untreated.transform.size == 96

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from run_example import write_run
 from scipy.ndimage import gaussian_filter
 
 from regvit.data.decoding import Transform
 from regvit.data.manifest import Row, write_dataset
 from regvit.measures.discovery import lost, similarity
-from regvit.models.backbones import create, load_backbone, save_backbone
+from regvit.models.backbones import create, save_backbone
 from regvit.models.token_features import KINDS, last_layers, patch_features
-from regvit.registers.runs import describe_run
+from regvit.registers.run_files import Variant
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks import discovery
@@ -154,9 +155,8 @@ def project(tmp_path, monkeypatch):
         tmp_path / "data/backbones/tiny", create("test_vit", args), name="tiny", architecture="test_vit",
         model_args=args, transform=Transform(160, (0.5,) * 3, (0.5,) * 3), source="random", licence="MIT",
     )  # fmt: skip
-    run = describe_run("cured", load_backbone(tmp_path / "data/backbones/tiny"), "test_time", 1, {2: (1, 5)})
-    (tmp_path / "features/cured").mkdir(parents=True)
-    (tmp_path / "features/cured/run.json").write_text(json.dumps(run))
+    folder = tmp_path / "data/backbones/tiny"
+    write_run(tmp_path / "features/runs/cured.json", folder, Variant("test_time", 1), {2: (1, 5)})
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["discovery.py", "--out", "found.json"])
     return tmp_path
@@ -171,9 +171,9 @@ def test_a_built_project_is_measured_run_by_run(project, capsys):
     assert capsys.readouterr().out.startswith("cured: ")
 
 
-@pytest.mark.parametrize("lacking", ["features/cured/run.json", "data/scenes"])
+@pytest.mark.parametrize("lacking", ["features/runs/cured.json", "data/scenes"])
 def test_a_folder_without_the_pipeline_is_told_what_to_run(project, lacking):
     (project / lacking).rename(project / "elsewhere")
-    named = "features/<run>/run.json" if "run.json" in lacking else lacking
+    named = "features/runs/<run>.json" if "runs" in lacking else lacking
     with pytest.raises(SystemExit, match=f"there is no {named} in .*: run `dvc repro compose download_scenes`"):
         discovery.main()

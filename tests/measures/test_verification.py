@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from run_example import write_run
 
 from regvit.data.decoding import Transform
 from regvit.data.manifest import Row, read_dataset, write_dataset
@@ -21,9 +22,9 @@ from regvit.measures.verification import (
     verify,
     write_images,
 )
-from regvit.models.backbones import create, load_backbone, save_backbone
+from regvit.models.backbones import create, save_backbone
 from regvit.registers.outliers import Detection
-from regvit.registers.runs import describe_run
+from regvit.registers.run_files import Variant
 
 
 @pytest.fixture
@@ -76,15 +77,13 @@ def folder(tmp_path):
     )  # fmt: skip
     found = {"threshold": 1.0, "detect_layer": 3, "selected": {"1": [3]}}
     (tmp_path / "tiny.json").write_text(json.dumps(found))
-    backbone = load_backbone(tmp_path / "tiny")
     for run, registers, count in (("plain", "none", 0), ("cured", "test_time", 1)):
-        described = describe_run(run, backbone, registers, count, {1: (3,)})
-        (tmp_path / f"{run}.run.json").write_text(json.dumps(described))
+        write_run(tmp_path / f"{run}.json", tmp_path / "tiny", Variant(registers, count), {1: (3,)})
     return tmp_path
 
 
 def opened(folder, run: str) -> Models:
-    return open_models(folder / f"{run}.run.json", folder, folder)
+    return open_models(folder / f"{run}.json", folder, folder)
 
 
 def test_a_run_opens_beside_the_models_before_planting_and_before_registers(folder):

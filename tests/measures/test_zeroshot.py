@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from run_example import write_run
 from safetensors.torch import save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 
@@ -31,7 +32,7 @@ from regvit.measures.zeroshot import (
     open_text_tower,
 )
 from regvit.models.backbones import load_backbone, save_backbone
-from regvit.registers.runs import describe_run
+from regvit.registers.run_files import Variant
 from regvit.registers.test_time import add_test_time_registers
 from regvit.stats.metrics import accuracy, paired_accuracy_difference
 
@@ -250,9 +251,8 @@ def test_the_stage_gives_accuracy_with_and_without_registers_and_the_paired_diff
         rows.append(Row(str(i), f"{i}.png", NAMES[i % 7] if i < 36 else "", "train" if i < 4 else "test"))
     write_dataset(tmp_path / "data/mine", "mine", rows, NAMES, {})
     for name, variant in {"plain": ("none", 0), "cured": ("test_time", 1)}.items():
-        run = describe_run(name, backbone, *variant, {0: (1, 2), 1: (3, 5)}, scale=100.0)
-        (tmp_path / "features" / name).mkdir(parents=True)
-        (tmp_path / "features" / name / "run.json").write_text(json.dumps(run))
+        run_file, selected = tmp_path / f"features/runs/{name}.json", {0: (1, 2), 1: (3, 5)}
+        write_run(run_file, tmp_path / "data/backbones" / backbone.name, Variant(*variant, scale=100.0), selected)
     options = {"text": {"tower": f"folder:{clip_folder}"}, "templates": "simple"}
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("REGVIT_DEVICE", "cpu")

@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from regvit.models.tokens import TokenLayout
-from regvit.registers.controls import ablate, control_neurons, mlp_widths, read_candidates, remove_ablation, silence
-from regvit.registers.neurons import Neuron, ablated, find_register_neurons
+from regvit.registers.control_neurons import control_neurons
+from regvit.registers.controls import ablate, mlp_widths, remove_ablation, silence
+from regvit.registers.neurons import ablated, find_register_neurons
+from regvit.registers.neurons_file import Neuron, read_neurons
 from regvit.registers.outliers import patch_norms
 from regvit.registers.planting import plant
 from regvit.registers.test_time import add_test_time_registers
@@ -83,11 +85,10 @@ def test_a_layer_of_which_most_neurons_are_selected_has_no_control():
 
 def test_candidates_are_the_best_by_attribution_and_the_most_active_each_once():
     entries = [{"layer": 1, "neuron": n, "activation": 1.0, "attribution": 0.1} for n in range(3)]
-    text = json.dumps({"neurons": entries[:2], "active": entries[1:]})
-    assert [candidate.neuron for candidate in read_candidates(text)] == [0, 1, 2]
-    assert [candidate.neuron for candidate in read_candidates(json.dumps({"neurons": entries[:2]}))] == [0, 1]
-    with pytest.raises(ValueError, match="lacks neurons; run the identify stage again"):
-        read_candidates("{}")
+    document = {"threshold": None, "detect_layer": None, "selected": {}, "neurons": entries[:2], "active": entries[1:]}
+    assert [candidate.neuron for candidate in read_neurons(json.dumps(document)).candidates] == [0, 1, 2]
+    del document["active"]
+    assert [candidate.neuron for candidate in read_neurons(json.dumps(document)).candidates] == [0, 1]
 
 
 def test_silencing_zeroes_the_neurons_at_patches_and_leaves_all_prefix_tokens():

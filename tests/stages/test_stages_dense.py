@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from run_example import write_run
 
 from regvit.data.dataset_builder import Workbench
 from regvit.data.decoding import Transform
@@ -21,7 +22,7 @@ from regvit.features.store import FeatureStore
 from regvit.measures.dense import load_image_values
 from regvit.models.backbones import load_backbone, save_backbone
 from regvit.registers.outliers import patch_norms
-from regvit.registers.runs import describe_run
+from regvit.registers.run_files import Variant
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "stages"))
@@ -74,14 +75,10 @@ def work(tmp_path_factory):
     images = torch.stack([Transform(SIZE, (0.5,) * 3, (0.5,) * 3).load(folder / "data/rooms" / row.path)
                           for row in bench.rows[-5:]])  # fmt: skip
     norms = patch_norms(backbone.model, [transform.normalise(images)], [LAYER])[0]
-    found = {"threshold": float(np.sort(norms.ravel())[-4]), "detect_layer": LAYER}
+    found = {"threshold": float(np.sort(norms.ravel())[-4]), "layer": LAYER}
     for name, kind, count in (("plain", "none", 0), ("cured", "test_time", 1)):
-        (folder / "features" / name).mkdir(parents=True)
-        (folder / "features" / name / "detection.json").write_text(json.dumps(found))
-        described = describe_run(name, backbone, kind, count, {2: (1, 5)})
-        (folder / "features" / name / "run.json").write_text(json.dumps(described))
-        extracted = described | {"extract": {"precision": "float32"}}
-        (folder / "features" / name / "extract.json").write_text(json.dumps(extracted))
+        run_file = folder / f"features/runs/{name}.json"
+        write_run(run_file, folder / "data/backbones/tiny", Variant(kind, count), {2: (1, 5)}, found)
         for stage in STAGES:
             run(stage, folder, name, "rooms")
     return folder

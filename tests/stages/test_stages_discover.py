@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from run_example import write_run
 
 from regvit.data.decoding import Transform
 from regvit.data.manifest import Row, write_dataset
-from regvit.models.backbones import create, load_backbone, save_backbone
-from regvit.registers.runs import describe_run
+from regvit.models.backbones import create, save_backbone
+from regvit.registers.run_files import Variant
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "stages"))
@@ -68,9 +69,7 @@ def work(tmp_path_factory):
         folder / "data/backbones/tiny", create("test_vit", args), name="tiny", architecture="test_vit",
         model_args=args, transform=Transform(160, (0.5,) * 3, (0.5,) * 3), source="random", licence="MIT",
     )  # fmt: skip
-    run = describe_run("plain", load_backbone(folder / "data/backbones/tiny"), "none", 0, {})
-    (folder / "features/plain").mkdir(parents=True)
-    (folder / "features/plain/run.json").write_text(json.dumps(run))
+    write_run(folder / "features/runs/plain.json", folder / "data/backbones/tiny", Variant("none", 0), {})
     discover(folder, "plain", "squares")
     return folder
 

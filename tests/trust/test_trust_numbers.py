@@ -1,6 +1,5 @@
 """Numbers that are none, and settings that make no sense, stop with what is wrong named, and before long work."""
 
-import dataclasses
 import json
 import math
 
@@ -22,8 +21,9 @@ from regvit.models.nan_check import BadFeatures
 from regvit.models.sources import build
 from regvit.probing.probes import save_probes, train_probes
 from regvit.registers.neurons import find_register_neurons
+from regvit.registers.neurons_file import NeuronsFile
 from regvit.registers.outliers import patch_norms, settle_detection
-from regvit.registers.runs import describe_run
+from regvit.registers.run_files import Variant, describe_run
 from regvit.registers.test_time import add_test_time_registers
 from regvit.stats.metrics import accuracy
 
@@ -238,10 +238,10 @@ def test_a_layer_out_of_range_is_refused_before_the_images_are_gone_through():
 
 
 def test_a_run_with_a_number_of_registers_that_makes_no_sense_is_refused():
-    backbone = dataclasses.replace(backbone_of(model_of()))
+    info = {"name": "tiny", "trained_registers": 0, "weights_sha256": "0" * 64, "transform": {}, "mlp_widths": [4, 4]}
     for registers, count in (("test_time", 0), ("test_time", -2), ("none", 1), ("trained", 4), ("some", 1)):
         with pytest.raises(ValueError, match="run r: "):
-            describe_run("r", backbone, registers, count, {1: (0,)})
+            describe_run("r", info, Variant(registers, count), NeuronsFile({1: (0,)}))
 
 
 # The same again.

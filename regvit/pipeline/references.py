@@ -1,0 +1,155 @@
+"""What in params.yaml refers to what, and must be there and fit: backbones of runs, sets of measurements, sizes, layers."""
+
+import re
+from collections.abc import Iterator
+
+from regvit.pipeline.architectures import architecture
+from regvit.pipeline.faults import nearest
+from regvit.pipeline.schema import PACKAGES, Backbone, Params
+
+MEASURED = ("tokens", "attention", "patches", "segment", "depth", "discover")
+
+
+def broken_references(params: Params) -> Iterator[str]:
+    """One sentence for each entry that names another which is not there, or does not fit it."""
+    yield from _broken_sets(params)
+    yield from _broken_measurements(params)
+    identify = params.identify
+    if identify.threshold is not None and identify.layer is None:
+        yield f"identify.threshold is {identify.threshold}, but identify.layer is null: norms differ by layer, set it too"
+    for name, backbone in params.backbones.items():
+        yield from _broken_backbone(f"backbones.{name}", backbone)
+    yield from _broken_sizes(params)
+    yield from _broken_runs(params)
+
+
+def broken_layers(params: Params) -> Iterator[str]:
+    """Architectures that timm does not know, numbers of trained registers, and layers that a backbone does not have.
+
+    Raises:
+        OSError: what timm said cannot be kept in work/.
+    """
+    measured = {run.backbone for run in params.runs.values()} if params.attention.datasets else ()
+    for name, backbone in params.backbones.items():
+        try:
+            known = architecture(model_of(backbone))
+        except ValueError as error:
+            yield f"backbones.{name}: {error}"
+            continue
+        wanted = [(f"identify.{key}", getattr(params.identify, key), 1) for key in ("layer", "max_layer")]
+        if name in measured:
+            wanted.append(("attention.first_layer", params.attention.first_layer, 1))
+        if backbone.plant:  # a block after the amplifiers must attend to what they wrote
+            wanted.append((f"backbones.{name}.plant.amplifier_layer", backbone.plant.amplifier_layer, 2))
+        for where, layer, after in wanted:
+            if layer is not None and layer > known.depth - after:
+                has = f"backbone {name} has {known.depth} blocks (0 to {known.depth - 1})"
+                yield f"{where} is {layer}, expected at most {known.depth - after}: {has}"
+        for run_name, run in params.runs.items():
+            if run.backbone == name and run.registers == "trained" and run.num_registers != known.trained:
+                cure = (
+                    f"set num_registers: {known.trained}"
+                    if known.trained
+                    else "take a backbone with registers (…_reg4_…)"
+                )
+                has = f"{model_of(backbone)} was trained with {known.trained}"
+                yield f"runs.{run_name}.num_registers is {run.num_registers}, but {has}: {cure}"
+
+
+def model_of(backbone: Backbone) -> str:
+    """timm's name of a backbone's architecture; empty where none is given."""
+    kind, _, name = backbone.source.partition(":")
+    return name if kind == "timm" else PACKAGES.get(name, "") if kind == "package" else backbone.architecture or ""
+
+
+def _broken_sets(params: Params) -> Iterator[str]:
+    chosen, datasets, known = params.in_distribution, params.datasets, params.datasets | params.scenes
+    if chosen not in datasets:
+        yield f"in_distribution is {chosen!r}, which datasets does not have{nearest(chosen, datasets)}"
+    elif datasets[chosen].role != "id":
+        yield f"in_distribution is {chosen!r}, whose role is {datasets[chosen].role!r}: set its role to id, or name another"
+    for name, entry in datasets.items():
+        if entry.role == "id" and name != chosen:
+            yield f"datasets.{name} has the role id, but in_distribution is {chosen!r}: make it ood or anomaly"
+    for name in datasets.keys() & params.scenes.keys():
+        yield f"scenes.{name} is also a name of datasets, and both would be data/{name}: rename one"
+    if params.verify.pictures not in known:
+        hint = nearest(params.verify.pictures, known)
+        yield f"verify.pictures is {params.verify.pictures!r}, which neither datasets nor scenes has{hint}"
+
+
+def _broken_measurements(params: Params) -> Iterator[str]:
+    """Sets and runs that a measurement names and that are not there."""
+    datasets, runs, known = params.datasets, params.runs, params.datasets | params.scenes
+    for stage in MEASURED:
+        for name in getattr(params, stage).datasets:
+            if name not in known:
+                yield f"{stage}.datasets has {name!r}, which neither datasets nor scenes has{nearest(name, known)}"
+            elif stage in ("segment", "depth") and name not in params.patches.datasets:
+                yield f"{stage}.datasets has {name!r}, which patches.datasets lacks: add it there, {stage} reads its patches"
+    if params.depth.min_depth >= params.depth.max_depth:
+        yield f"depth.min_depth is {params.depth.min_depth}, expected less than max_depth {params.depth.max_depth}"
+    for name in params.zeroshot.datasets:
+        if name not in datasets:
+            yield f"zeroshot.datasets has {name!r}, which datasets does not have{nearest(name, datasets)}"
+    for name in params.zeroshot.runs:
+        if name not in runs:
+            yield f"zeroshot.runs has {name!r}, which runs does not have{nearest(name, runs)}"
+        elif runs[name].backbone not in params.zeroshot.text:
+            yield f"zeroshot.text has no text tower for {runs[name].backbone}, the backbone of run {name}: add one"
+    for name in params.zeroshot.text.keys() - params.backbones.keys():
+        yield f"zeroshot.text.{name} is no backbone{nearest(name, params.backbones)}"
+    references = params.compare.references
+    for name in sorted({*references, *references.values()} - runs.keys()):
+        yield f"compare.references names {name!r}, which runs does not have{nearest(name, runs)}"
+    for name, other in references.items():
+        if name == other:
+            yield f"compare.references.{name} is the run itself: name another"
+
+
+def _broken_backbone(where: str, backbone: Backbone) -> Iterator[str]:
+    """A source that holds no backbone, an architecture that is not given or another one, a planting out of order."""
+    (kind, _, name), given, plant = backbone.source.partition(":"), backbone.architecture, backbone.plant
+    if kind == "package" and name not in PACKAGES:
+        yield f"{where}.source is {backbone.source!r}, a package that holds no backbone: known are {', '.join(PACKAGES)}"
+    elif kind == "file" and given is None:
+        yield f"{where}.architecture is missing: add timm's name of the model that the weights in {name} are of"
+    elif given is not None and given.partition(".")[0] != model_of(backbone).partition(".")[0]:
+        yield f"{where}.architecture is {given!r}, but {backbone.source} holds {model_of(backbone)}: leave it out"
+    if plant and plant.amplifier_layer <= plant.seed_layer:
+        yield (
+            f"{where}.plant.amplifier_layer is {plant.amplifier_layer}, expected one after"
+            f" seed_layer {plant.seed_layer}: amplifiers fire on what the seeds wrote"
+        )
+
+
+def _broken_sizes(params: Params) -> Iterator[str]:
+    """Sizes of images that a backbone cannot part into patches, where the name of its architecture says their size."""
+    measured = sorted({run.backbone for run in params.runs.values()} & params.backbones.keys())
+    wanted = [(f"backbones.{name}", name, backbone.img_size) for name, backbone in params.backbones.items()]
+    for stage in MEASURED:
+        block = getattr(params, stage)
+        if block.datasets and hasattr(block, "img_size"):
+            wanted += [(stage, name, block.img_size) for name in measured]
+    for where, name, size in wanted:
+        named_patch = re.search(r"_patch(\d+)(?![^_.])", model_of(params.backbones[name]))
+        patch = int(named_patch[1]) if named_patch else 1
+        if size is not None and size % patch:
+            low = max(size // patch, 1) * patch
+            cure = f"use {low} or {low + patch}"
+            yield f"{where}.img_size is {size}, no multiple of {patch}, the patch size of backbone {name}: {cure}"
+
+
+def _broken_runs(params: Params) -> Iterator[str]:
+    for name, run in params.runs.items():
+        where = f"runs.{name}"
+        if run.backbone not in params.backbones:
+            hint = nearest(run.backbone, params.backbones)
+            yield f"{where}.backbone is {run.backbone!r}, which backbones does not have{hint}"
+        if run.registers == "test_time" and run.num_registers < 1:
+            yield f"{where}.num_registers is {run.num_registers}, expected at least 1 where registers is test_time"
+        if run.registers == "none" and run.num_registers != 0:
+            yield f"{where}.num_registers is {run.num_registers}, expected 0 where registers is none"
+        wanted = {"ablated": "none", "selected": run.registers}.get(run.neurons, "test_time")
+        if run.registers != wanted:
+            yield f"{where}.neurons is {run.neurons}, which needs registers: {wanted}, not {run.registers}"

