@@ -23,7 +23,7 @@ from regvit.pipeline.runtime import Runtime
 from regvit.probing.logistic import fit_logistic
 from regvit.probing.neighbours import choose_neighbours
 from regvit.probing.probes import ProbeSet, Training, save_probes, train_probes
-from regvit.stats.metrics import accuracy
+from regvit.stats.accuracy import accuracy
 
 
 def main(run: str) -> None:

@@ -24,7 +24,7 @@ from regvit.pipeline.params import load_params
 from regvit.pipeline.runtime import Runtime
 from regvit.registers.run_files import read_run
 from regvit.registers.runs import open_run
-from regvit.stats.metrics import accuracy, paired_accuracy_difference, top1_correct
+from regvit.stats.accuracy import accuracy, paired_accuracy_difference, top1_correct
 
 
 def main(run_name: str, dataset_name: str) -> None:

@@ -27,7 +27,7 @@ from regvit.registers.neighbourhood import neighbour_cosine
 from regvit.registers.outliers import MIN_RATIO, Detection, otsu, patch_norms
 from regvit.registers.run_files import read_run
 from regvit.registers.runs import detection_of, open_run
-from regvit.stats.intervals import mean_with_interval
+from regvit.stats.bootstrap import mean_with_interval
 
 LOW_INFORMATION = 0.25  # of an image's patches: those that resemble their neighbours most
 EM_STEPS = 300  # of the mixture; at two modes that stand apart a dozen are enough

@@ -39,7 +39,7 @@ from regvit.models.attention import query_names, watch_prefix_attention
 from regvit.models.hooks import blocks, watch_outputs
 from regvit.models.nan_check import check_finite
 from regvit.models.tokens import TokenLayout
-from regvit.stats.intervals import mean_with_interval
+from regvit.stats.bootstrap import mean_with_interval
 
 OBJECT_MASS = 0.6  # of the map, that the patches taken for the object hold
 RESAMPLES = 1000

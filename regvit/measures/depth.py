@@ -40,7 +40,7 @@ from regvit.measures.dense import (
     pixels_of_patches,
     statistics,
 )
-from regvit.stats.intervals import mean_with_interval
+from regvit.stats.bootstrap import mean_with_interval
 
 EPSILON = 0.1  # added to each bin before they are normalised (AdaBins, DINOv2): no sum is 0
 ETA = 0.001  # metres, inside logarithms

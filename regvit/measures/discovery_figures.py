@@ -12,9 +12,9 @@ from jaxtyping import Bool
 
 from regvit.data.manifest import Dataset
 from regvit.measures.discovery import Measured, Setting, choose
+from regvit.stats.accuracy import accuracy
+from regvit.stats.bootstrap import mean_with_interval
 from regvit.stats.boxes import HIT
-from regvit.stats.intervals import mean_with_interval
-from regvit.stats.metrics import accuracy
 
 
 def summary(tried: Measured, final: Measured, published: Setting | None, seed: int) -> dict:

@@ -26,8 +26,9 @@ from regvit.measures.detectors import FEATURES_ONLY, Scorer, check_known, fit
 from regvit.probing.neighbours import knn_logit_blocks
 from regvit.probing.predictions import Predictions, check_same_images, image_keys, logit_blocks, paired_difference
 from regvit.probing.probes import Probe, ProbeSet
-from regvit.stats.bootstrap import Resampled, difference, estimate, mean_over_sets, resample
-from regvit.stats.metrics import ANOMALY_METRICS, accuracy, class_indices, roc_curve
+from regvit.stats.accuracy import accuracy, class_indices
+from regvit.stats.anomaly_metrics import ANOMALY_METRICS, roc_curve
+from regvit.stats.bootstrap import Resampled, mean_over_sets, resample
 
 TEST_ROWS = 1 << 14  # test images that are scored at once: 128 MiB of float32 at 2,048 channels
 NO_LOGITS = np.empty((0, 0), dtype=np.float32)  # for detectors that do not look at them
@@ -282,11 +283,10 @@ def draw(predictions: Predictions, plan: Plan, metrics: Sequence[str] = tuple(AN
             np.concatenate(strange),
             plan.bootstrap,
             plan.seed,
-            strata=predictions.labels[home],
             name=dataset,
             metrics=metrics,
         )
-        anomaly[dataset] = {key: every.rows(ends[i], ends[i + 1]) for i, key in enumerate(keys)}
+        anomaly[dataset] = {key: every.rows(range(ends[i], ends[i + 1])) for i, key in enumerate(keys)}
     mean = {key: mean_over_sets({name: sets[key] for name, sets in anomaly.items()}) for key in keys} if anomaly else {}
     return Drawn(predictions, anomaly, mean)
 
@@ -308,8 +308,7 @@ def evaluate(drawn: Drawn, plan: Plan) -> dict:
     def separation(resampled: Resampled, metrics: Sequence[str]) -> dict:
         named = {}
         for metric in metrics:
-            found = estimate(resampled.points[metric], resampled.values[metric], resampled.n, plan.seed)
-            named |= found.named(metric)
+            named |= resampled.estimate(metric).named(metric)
         return named | {"n": resampled.n, "n_id": n_id}
 
     table = {}
@@ -368,8 +367,7 @@ def compared(a: Drawn, readout_a: str, b: Drawn, readout_b: str, plan: Plan) -> 
     def separation(ours: Resampled, theirs: Resampled) -> dict:
         named = {}
         for metric in COMPARED:
-            pairs = ours.points[metric], ours.values[metric], theirs.points[metric], theirs.values[metric]
-            named |= difference(*pairs, ours.n, plan.seed).named(metric)
+            named |= ours.minus(theirs, metric).named(metric)
         return named | {"n": ours.n, "n_id": n_id}
 
     table = {"id": top1([plan.in_distribution]), "ood": {dataset: top1([dataset]) for dataset in plan.ood}}

@@ -27,7 +27,7 @@ from regvit.registers.norms import LayerNorms
 from regvit.registers.outliers import patch_norms
 from regvit.registers.search import SETTLE_ON, Batches, picked
 from regvit.registers.test_time import add_test_time_registers
-from regvit.stats.intervals import mean_with_interval
+from regvit.stats.bootstrap import mean_with_interval
 
 BINS = 60
 CONTROL_IMAGES = 512  # the first ones of the search; a fraction of 1 % is then known to about 0.1 %

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from regvit.measures.anatomy import Look, grid_side, image_means
 from regvit.models.tokens import TokenLayout
-from regvit.stats.intervals import mean_with_interval
+from regvit.stats.bootstrap import mean_with_interval
 
 RIDGE = 1e-2  # of the mean diagonal: on images held out of a training split better than 1e-4 by a sixth (pixels), a
 # quarter (position); tokens of one image resemble each other, so there are fewer of them than it seems

@@ -26,7 +26,7 @@ from regvit.models.tokens import TokenLayout
 from regvit.registers.neurons import read_selected
 from regvit.registers.outliers import Detection, patch_norms
 from regvit.registers.runs import open_run
-from regvit.stats.intervals import mean_with_interval
+from regvit.stats.bootstrap import mean_with_interval
 
 ROWS = 4  # images of the PNG that has all models in one
 SEARCHED = 48  # images, the first, among which those of the PNG are chosen: some seconds on a CPU

@@ -31,7 +31,7 @@ from regvit.features.stored import blocks
 from regvit.features.tensor_file import DiskArray, open_tensors, write_tensors
 from regvit.files import replacing
 from regvit.probing.probes import InvalidProbes, described_in
-from regvit.stats.metrics import PairedDifference, paired_accuracy_difference, top1_correct
+from regvit.stats.accuracy import PairedDifference, paired_accuracy_difference, top1_correct
 
 METADATA_KEY = "regvit_predictions"
 FORMAT_VERSION = 2  # 2: several seeds, other classifiers, anomaly scores

@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from regvit.report.compare import Measured
 from regvit.stats import miou
-from regvit.stats.intervals import mean_with_interval
+from regvit.stats.bootstrap import mean_with_interval
 
 RESAMPLES = 1000
 

@@ -1,201 +1,268 @@
-"""Bootstrap over images and probe seeds of the anomaly metrics, and of their paired differences.
+"""The bootstrap over images: means, ratios of sums, anomaly metrics, and paired differences of them.
 
-Two levels. A resample w draws the ID images, the anomalies and the S probe seeds, each with replacement and each on its
-own; with mₛ(w) the metric of seed s on the drawn images, the resample's value is
+Every interval here resamples images with replacement, through one function, `draws`; what comes of it is
 
-    m̄(w) + √(S / (S − 1)) Σₛ (cₛ(w) / S − 1 / S) mₛ(w),
+- for a mean of one value an image, the studentised bootstrap (Efron and Tibshirani 1993, chapter 12): the quantiles of
+  (m* − m) / s* stand in the place of ±1.96, so that skewed values and small n are covered (a percentile interval of 20
+  values covers 92 %);
+- for a fraction that is no such mean (AUROC, FPR95, mIoU, pixel accuracy), its variance over the images, from which
+  `intervals` makes the interval, together with what probe seeds differ.
 
-m̄ the mean over all seeds and cₛ how often seed s was drawn. Without the root, S seeds would show only (S − 1) / S of
-their variance (Davison and Hinkley 1997, section 3.8): with three seeds a third of it would be missing. Where there is
-one seed, the value is m̄(w). Intervals go from the 2.5 to the 97.5 percentile of the resamples.
-
-ID images are drawn class by class (stratified, as the splits were made) where every class has at least 10 of them; with
-fewer, drawing within classes would miss a good part of the variance, and they are drawn from all.
-
-Where a side has more than 65,536 images, they are drawn in random groups and counted in cells of scores (`binned`): the
-same intervals, but for the randomness of a bootstrap, in a time that hardly grows with images or resamples.
-
-Which images a resample draws depends on the seed, the classes and the name of the data sets only: two detectors, readouts
-or runs see the same resamples, so that the difference of their values, resample by resample, is paired. The p-value of a
-difference is 2 (1 + the number of resamples on the rarer side of 0) / (1 + the number of resamples): it agrees with the
-interval, and with 1,000 resamples is never below 0.002.
+Which images a resample draws depends on the seed, the number of images and the name of the data set only: two detectors,
+readouts or runs see the same resamples, so that the difference of their values, resample by resample, is paired.
 
 Shape letters: b image, a anomaly, s probe seed, w resample, m row of scores.
 """
 
 from __future__ import annotations
 
+import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy.special import stdtr, stdtrit
 
-from regvit.stats import binned
-from regvit.stats.metrics import ANOMALY_METRICS, Difference, Estimate, Separation
+from regvit.stats.accuracy import accuracy
+from regvit.stats.anomaly_metrics import ANOMALY_METRICS, Separation
+from regvit.stats.intervals import Difference, Estimate, Variance, difference, fraction
 
-CELLS_PER_CHUNK = 1 << 17  # resamples × images held at once: 1 MiB an array, which stays in the processor's cache
-MANY_IMAGES = 1 << 16  # of a side: beyond, `binned`
-SMALLEST_STRATUM = 10  # images of a class: the bootstrap within n images shows (n − 1) / n of their variance
+RESAMPLES = 1000
+CELLS_AT_ONCE = 1 << 17  # resamples × images held at once: 1 MiB an array, which stays in the processor's cache
+MANY_IMAGES = 1 << 14  # of a side: with more, anomaly metrics are resampled on so many of them
+LEAST_SPREAD = 0.25  # of a resample's standard deviation to that of the values: none at all would make t infinite
+
+
+def draws(
+    n: int, resamples: int, entropy: Sequence[int], at_once: int | None = None
+) -> Iterator[Int[np.ndarray, "w b"]]:
+    """How often each of n images is drawn, resample after resample, in blocks; the same however they are cut."""
+    rng = np.random.default_rng(entropy)
+    at_once = at_once or max(1, CELLS_AT_ONCE // n)
+    for start in range(0, resamples, at_once):
+        count = min(at_once, resamples - start)
+        drawn = rng.integers(0, n, size=(count, n)) + np.arange(count)[:, None] * n
+        yield np.bincount(drawn.ravel(), minlength=count * n).reshape(count, n)
+
+
+def of_sums(
+    measure: Callable[..., np.ndarray], sums: Sequence[np.ndarray], seed: int = 0, resamples: int = RESAMPLES
+) -> np.ndarray:
+    """What a function of sums over images gives in each resample.
+
+    Args:
+        measure: of as many sums as there are arrays, (w, …) each.
+        sums: what is summed, image by image, (b, …) each.
+    Returns: (w, …).
+    """
+    values = []
+    for counts in draws(len(sums[0]), resamples, [seed]):
+        values.append(measure(*(np.tensordot(counts, each, 1) for each in sums)))
+    return np.concatenate(values)
+
+
+# --- means ----------------------------------------------------------------------------------------------------------
+
+
+def mean_over_images(values: Float[np.ndarray, " b"], seed: int = 0, resamples: int = RESAMPLES) -> Estimate | None:
+    """Mean of one value an image with its interval: the studentised bootstrap, or Wilson's if all values are 0 or 1.
+
+    Args:
+        values: nan where the image has none, and then it is left out.
+    Returns: None where no image has a value.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return None
+    if 0 < values.sum() < len(values) and np.isin(values, (0, 1)).all():
+        return accuracy(values.astype(bool))
+    found = _studentised(values, seed, resamples)
+    return Estimate(found.value, found.lo, found.hi, found.n)
+
+
+def mean_with_interval(
+    name: str, values: Float[np.ndarray, " b"], seed: int = 0, resamples: int = RESAMPLES
+) -> dict[str, float | None]:
+    """`mean_over_images` as `{name, name_lo, name_hi}`, rounded to 6 digits; None where no image has a value."""
+    found = mean_over_images(values, seed, resamples)
+    if found is None:
+        return {name: None, f"{name}_lo": None, f"{name}_hi": None}
+    return {key: round(value, 6) for key, value in found.named(name).items()}
+
+
+def paired_mean_difference(
+    a: Float[np.ndarray, " b"], b: Float[np.ndarray, " b"], seed: int = 0, resamples: int = RESAMPLES
+) -> Difference | None:
+    """Mean of a minus mean of b over the images where both have a value; None where there are none.
+
+    Raises:
+        ValueError: they are not of the same number of images.
+    """
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"a has shape {a.shape} and b {b.shape}; pair the same images in the same order")
+    differences = (a - b)[~np.isnan(a - b)]
+    return _studentised(differences, seed, resamples) if len(differences) else None
+
+
+def _studentised(values: Float[np.ndarray, " b"], seed: int, resamples: int) -> Difference:
+    """Mean, interval and p-value: the wider of the bootstrap's and Student's, as the former is short where tails are long.
+
+    p of the bootstrap: the resamples that lie as far out as 0, one more in both counts, twice for the two sides.
+    """
+    n, mean, spread = len(values), float(values.mean()), float(values.std())
+    if spread <= 1e-12 * abs(mean) or n < 2:
+        return Difference(mean, mean, mean, float(mean == 0), n)
+    centred = values - mean
+
+    def t(total: np.ndarray, squares: np.ndarray) -> np.ndarray:
+        shift = total / n
+        return shift / np.sqrt(np.maximum(squares / n - shift**2, (LEAST_SPREAD * spread) ** 2))
+
+    drawn = np.sort(of_sums(t, (centred, centred**2), seed, resamples))
+    last = max(1, math.ceil(0.025 * (resamples + 1) - 1))  # so that p < 0.05 where the interval leaves 0 out
+    beyond = min((drawn >= mean / spread).sum(), (drawn <= mean / spread).sum())
+    error = spread / math.sqrt(n - 1)
+    half = float(stdtrit(n - 1, 0.975)) * error
+    return Difference(
+        mean,
+        min(mean - spread * float(drawn[-last]), mean - half),
+        max(mean - spread * float(drawn[last - 1]), mean + half),
+        min(1.0, max(2 * (1 + int(beyond)) / (1 + resamples), 2 * float(stdtr(n - 1, -abs(mean) / error)))),
+        n,
+    )
+
+
+# --- anomaly metrics ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Resampled:
-    """Metrics of several rows of scores on the same images, as they stand and resampled.
+    """Anomaly metrics of several rows of scores on the same images, as they stand and resampled.
 
     Attributes:
         points: by metric, of each row.
         values: by metric, of each row in each resample.
         n: anomalies.
+        n_id: ID images.
     """
 
     points: dict[str, Float[np.ndarray, " m"]]
     values: dict[str, Float[np.ndarray, "m w"]]
     n: int
+    n_id: int
 
-    def rows(self, start: int, stop: int) -> Resampled:
-        """Some of the rows."""
+    def rows(self, which: Sequence[int]) -> Resampled:
+        """Some of the rows, such as the seeds of a detector."""
         points, values = (
-            {metric: each[start:stop] for metric, each in kind.items()} for kind in (self.points, self.values)
+            {metric: each[list(which)] for metric, each in kind.items()} for kind in (self.points, self.values)
         )
-        return Resampled(points, values, self.n)
+        return Resampled(points, values, self.n, self.n_id)
+
+    def estimate(self, metric: str) -> Estimate:
+        """Mean over the rows, which are seeds, with its interval over images and seeds."""
+        points, smaller = self.points[metric], min(self.n, self.n_id)
+        variance = _variance(points, self.values[metric], smaller)
+        # of both sides as many images as stand in their harmonic mean, which is a generous bound
+        return fraction(float(points.mean()), variance, self.n, smaller, 4 / (1 / self.n + 1 / self.n_id))
+
+    def minus(self, other: Resampled, metric: str) -> Difference:
+        """This less another, paired by image and by seed; a side without seeds (one row) meets all of the other.
+
+        Raises:
+            ValueError: the numbers of seeds or of resamples do not fit.
+        """
+        mine, theirs = self.values[metric], other.values[metric]
+        if mine.shape[1] != theirs.shape[1] or (len(mine) != len(theirs) and 1 not in (len(mine), len(theirs))):
+            raise ValueError(
+                f"a has {len(mine)} seeds in {mine.shape[1]} resamples and b {len(theirs)} in {theirs.shape[1]}; "
+                "pair the same seeds and resamples"
+            )
+        points = self.points[metric] - other.points[metric]
+        return difference(float(points.mean()), _variance(points, mine - theirs, min(self.n, self.n_id)), self.n)
 
 
 def resample(
     id_scores: Float[np.ndarray, "m b"],
     anomaly_scores: Float[np.ndarray, "m a"],
-    resamples: int = 1000,
+    resamples: int = RESAMPLES,
     seed: int = 0,
-    strata: Int[np.ndarray, " b"] | None = None,
     name: str = "",
     metrics: Sequence[str] = tuple(ANOMALY_METRICS),
 ) -> Resampled:
-    """Anomaly metrics of each row of scores under the same resamples of the images.
+    """Anomaly metrics of each row of scores under the same resamples of the images, both sides drawn on their own.
+
+    Of more than 16,384 images of a side as many are taken at random, of the other side the same share, and what the
+    resamples deviate is scaled by the root of that share: all these metrics have a variance of c / images.
 
     Args:
         id_scores: larger means more anomalous; a row a detector, readout, seed, run.
         anomaly_scores: the same rows, of the anomalies.
-        resamples: number of them, at least 1.
-        seed: of the draws.
-        strata: class of each ID image; None: drawn from all.
+        resamples: number of them, at least 2.
         name: of the anomaly set, so that each set is drawn on its own.
         metrics: names of them.
     Raises:
-        ValueError: a side is empty, a score is NaN, the shapes do not fit, or `resamples` is below 1.
+        ValueError: a side is empty, a score is NaN, the shapes do not fit, or `resamples` is below 2.
     """
-    if resamples < 1:
-        raise ValueError(f"bootstrap is {resamples}; an interval needs at least 1 resample, 1,000 for a stable one")
-    id_scores, anomaly_scores = np.asarray(id_scores), np.asarray(anomaly_scores)
-    if id_scores.ndim != 2 or anomaly_scores.ndim != 2 or len(id_scores) != len(anomaly_scores):
+    if resamples < 2:
+        raise ValueError(f"bootstrap is {resamples}; an interval needs at least 2 resamples, 1,000 for a stable one")
+    own, strange = np.asarray(id_scores), np.asarray(anomaly_scores)
+    if own.ndim != 2 or strange.ndim != 2 or len(own) != len(strange):
         raise ValueError(
-            f"id_scores {id_scores.shape} and anomaly_scores {anomaly_scores.shape} do not fit; expected as many rows "
-            "of both, one column an image"
+            f"id_scores {own.shape} and anomaly_scores {strange.shape} do not fit; expected as many rows of both, one "
+            "column an image"
         )
-    b, a = id_scores.shape[1], anomaly_scores.shape[1]
-    of_id, of_anomalies = (_strata(strata, b), [seed, 0]), ([np.arange(a)], [seed, 1, zlib.crc32(name.encode())])
-    if max(a, b) > MANY_IMAGES:
-        sides = [binned.Side(rows, resamples, entropy) for rows, entropy in (of_id, of_anomalies)]
-        found = [binned.measure(Separation(*pair), *sides, metrics)
-                 for pair in zip(id_scores, anomaly_scores, strict=True)]  # fmt: skip
-        return Resampled(
-            {metric: np.array([point[metric] for point, _ in found]) for metric in metrics},
-            {metric: np.stack([drawn[metric] for _, drawn in found]) for metric in metrics},
-            a,
+    points = _stacked([Separation(*pair).measure(metrics) for pair in zip(own, strange, strict=True)])
+    points, sizes, names = (
+        {metric: each[:, 0] for metric, each in points.items()},
+        (own.shape[1], strange.shape[1]),
+        [zlib.crc32(name.encode())],
+    )
+    centres, share = points, min(1.0, MANY_IMAGES / max(sizes))
+    if share < 1:
+        rng = np.random.default_rng([seed, 3, *names])
+        own, strange = (
+            side[
+                :, rng.choice(side.shape[1], max(round(share * side.shape[1]), min(side.shape[1], 256)), replace=False)
+            ]
+            for side in (own, strange)
         )
-    images, anomalies = _Draws(*of_id), _Draws(*of_anomalies)
-    rows = [Separation(*pair) for pair in zip(id_scores, anomaly_scores, strict=True)]
-    points = [row.measure(metrics) for row in rows]
-    values = {metric: np.empty((len(rows), resamples)) for metric in metrics}
-    at_once = max(1, CELLS_PER_CHUNK // max(a, b, 1))
-    for start in range(0, resamples, at_once):
-        count = min(at_once, resamples - start)
-        id_counts, anomaly_counts = images.next(count), anomalies.next(count)
-        for m, row in enumerate(rows):
-            for metric, measured in row.measure(metrics, id_counts, anomaly_counts).items():
-                values[metric][m, start : start + count] = measured
-    return Resampled({metric: np.array([point[metric][0] for point in points]) for metric in metrics}, values, a)
-
-
-def estimate(points: Float[np.ndarray, " s"], values: Float[np.ndarray, "s w"], n: int, seed: int = 0) -> Estimate:
-    """Mean over the seeds and its interval over images and seeds, of what `resample` gave for each seed."""
-    value, low, high = _interval(points, _over_seeds(values, seed))
-    return Estimate(value, max(0.0, low), min(1.0, high), n)
-
-
-def difference(
-    points_a: Float[np.ndarray, " s"],
-    values_a: Float[np.ndarray, "s w"],
-    points_b: Float[np.ndarray, " s"],
-    values_b: Float[np.ndarray, "s w"],
-    n: int,
-    seed: int = 0,
-) -> Difference:
-    """Metric of a minus metric of b, paired by image and by seed; a side without seeds (one row) meets all of the other.
-
-    Raises:
-        ValueError: the numbers of seeds or of resamples do not fit.
-    """
-    if values_a.shape[1] != values_b.shape[1] or (
-        len(values_a) != len(values_b) and 1 not in (len(values_a), len(values_b))
-    ):
-        raise ValueError(
-            f"a has {len(values_a)} seeds in {values_a.shape[1]} resamples and b {len(values_b)} in "
-            f"{values_b.shape[1]}; pair the same seeds and resamples"
-        )
-    drawn = _over_seeds(values_a - values_b, seed)
-    value, low, high = _interval(points_a - points_b, drawn)
-    rarer = min((drawn <= 0).sum(), (drawn >= 0).sum())
-    p = min(1.0, 2 * (1 + int(rarer)) / (1 + len(drawn)))
-    return Difference(value, max(-1.0, low), min(1.0, high), p, n)
+    rows = [Separation(*pair) for pair in zip(own, strange, strict=True)]
+    if share < 1:
+        centres = {metric: each[:, 0] for metric, each in _stacked([row.measure(metrics) for row in rows]).items()}
+    at_once = max(1, CELLS_AT_ONCE // max(own.shape[1], strange.shape[1]))
+    drawn = zip(
+        draws(own.shape[1], resamples, [seed, 0], at_once),
+        draws(strange.shape[1], resamples, [seed, 1, *names], at_once),
+        strict=True,
+    )
+    blocks = [_stacked([row.measure(metrics, *counts) for row in rows]) for counts in drawn]
+    values = {
+        metric: points[metric][:, None]
+        + math.sqrt(share) * (np.concatenate([block[metric] for block in blocks], axis=1) - centres[metric][:, None])
+        for metric in metrics
+    }
+    return Resampled(points, values, sizes[1], sizes[0])
 
 
 def mean_over_sets(sets: Mapping[str, Resampled]) -> Resampled:
     """The mean over several anomaly sets, each weighing the same; their anomalies were drawn independently."""
     parts = list(sets.values())
-    metrics = parts[0].points
-    return Resampled(
-        {metric: np.mean([part.points[metric] for part in parts], axis=0) for metric in metrics},
-        {metric: np.mean([part.values[metric] for part in parts], axis=0) for metric in metrics},
-        sum(part.n for part in parts),
+    points, values = (
+        {metric: np.mean([getattr(part, kind)[metric] for part in parts], axis=0) for metric in parts[0].points}
+        for kind in ("points", "values")
     )
+    return Resampled(points, values, sum(part.n for part in parts), parts[0].n_id)
 
 
-def _over_seeds(values: Float[np.ndarray, "s w"], seed: int) -> Float[np.ndarray, " w"]:
-    seeds, resamples = values.shape
-    mean = values.mean(0)
-    if seeds == 1:
-        return mean
-    drawn = np.random.default_rng([seed, 2]).multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)  # (w, s)
-    return mean + np.sqrt(seeds / (seeds - 1)) * ((drawn.T - 1) / seeds * values).sum(0)
+def _stacked(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {metric: np.stack([row[metric] for row in rows]) for metric in rows[0]}
 
 
-def _interval(points: Float[np.ndarray, " s"], drawn: Float[np.ndarray, " w"]) -> tuple[float, float, float]:
-    """Value, and the percentiles, widened to hold it."""
-    value = float(points.mean())
-    low, high = np.quantile(drawn, [0.025, 0.975]).tolist()
-    return value, min(low, value), max(high, value)
-
-
-def _strata(strata: np.ndarray | None, b: int) -> list[Int[np.ndarray, " n"]]:
-    """Rows of each class; all rows as one where a class has few."""
-    if strata is None:
-        return [np.arange(b)]
-    if np.shape(strata) != (b,):
-        raise ValueError(f"strata have shape {np.shape(strata)}; expected the class of each of the {b} ID images")
-    rows = [np.flatnonzero(strata == label) for label in np.unique(strata)]
-    return rows if min(map(len, rows), default=0) >= SMALLEST_STRATUM else [np.arange(b)]
-
-
-class _Draws:
-    """How often each image is drawn, resample after resample; the same however many are asked for at once."""
-
-    def __init__(self, strata: list[Int[np.ndarray, " n"]], entropy: list[int]):
-        self._n = sum(map(len, strata))
-        self._strata = [(rows, np.random.default_rng([*entropy, i])) for i, rows in enumerate(strata)]
-
-    def next(self, resamples: int) -> Int[np.ndarray, "w b"]:
-        offset = np.arange(resamples)[:, None] * self._n
-        drawn = [rows[rng.integers(0, len(rows), size=(resamples, len(rows)))] for rows, rng in self._strata]
-        counts = np.bincount((np.concatenate(drawn, axis=1) + offset).ravel(), minlength=resamples * self._n)
-        return counts.reshape(resamples, self._n)
+def _variance(points: Float[np.ndarray, " s"], values: Float[np.ndarray, "s w"], n: int) -> Variance:
+    """Over n images by the resamples, over the seeds by what they differ."""
+    together, single = float(values.mean(0).var(ddof=1)), float(values.var(1, ddof=1).mean())
+    return Variance.of_seeds(points, together, single, max(1, n - 1))

@@ -4,6 +4,8 @@ A measurement leaves `figures.csv` with the columns below. What does not apply t
 Values are fractions, not per cent, and have six digits.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,9 +13,14 @@ from pathlib import Path
 import pandas as pd
 
 from regvit.files import write_text
+from regvit.stats.intervals import Estimate
 
 COLUMNS = ("run", "dataset", "readout", "classifier", "detector", "metric", "value", "lo", "hi", "n")
 KEYS = COLUMNS[:6]
+DIFFERENCE_COLUMNS = (
+    "run", "reference", "dataset", "readout", "reference_readout", "classifier", "detector", "metric",
+    "difference", "lo", "hi", "p", "n",
+)  # fmt: skip  # of tables of paired differences: run minus reference
 DIGITS = 6
 
 
@@ -36,6 +43,12 @@ class Figure:
     readout: str = ""
     classifier: str = ""
     detector: str = ""
+
+    @classmethod
+    def of(cls, metric: str, found: Estimate | None, **keys: str) -> Figure:
+        """From an estimate; None: there was nothing to measure at."""
+        values = (None, None, None, None) if found is None else (found.value, found.lo, found.hi, found.n)
+        return cls(metric, *values, **keys)
 
 
 def figures_table(figures: Iterable[Figure], run: str, dataset: str) -> pd.DataFrame:

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from regvit.stats.metrics import Difference, Estimate
+from regvit.stats.bootstrap import RESAMPLES, of_sums
+from regvit.stats.intervals import Difference, Estimate, Variance, difference, fraction
 
 
 @dataclass(frozen=True)
@@ -68,35 +69,34 @@ def image_miou(counts: ClassCounts) -> Float[np.ndarray, " b"]:
     return np.where(occur > 0, np.nansum(ious, axis=1) / np.maximum(occur, 1), np.nan)
 
 
-def miou_with_interval(counts: ClassCounts, seed: int = 0, resamples: int = 1000) -> Estimate:
-    """mIoU with the 95 % percentile interval of a bootstrap over images."""
-    return _estimate(miou(counts), _resampled_miou(counts, seed, resamples), len(counts))
+def miou_with_interval(counts: ClassCounts, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
+    """mIoU with its 95 % interval over images."""
+    drawn = of_sums(_mean_iou, _parts(counts), seed, resamples)
+    return fraction(miou(counts), _variance(drawn, len(counts)), len(counts))
 
 
-def class_ious_with_interval(counts: ClassCounts, seed: int = 0, resamples: int = 1000) -> list[Estimate | None]:
+def class_ious_with_interval(counts: ClassCounts, seed: int = 0, resamples: int = RESAMPLES) -> list[Estimate | None]:
     """IoU of each class over the images, likewise; None where a class does not occur."""
-    ious, sums = class_ious(counts), _resampled_sums(counts, seed, resamples)
-    resampled = np.stack([_ious(*sum_) for sum_ in sums])
+    drawn = of_sums(_ious, _parts(counts), seed, resamples)  # (w, c)
     return [
-        None if np.isnan(iou) else _estimate(iou, column, int((actual > 0).sum()))
-        for iou, column, actual in zip(ious, resampled.T, counts.actual.T, strict=True)
+        None if np.isnan(iou) else fraction(float(iou), _variance(column, len(counts)), int((actual > 0).sum()))
+        for iou, column, actual in zip(class_ious(counts), drawn.T, counts.actual.T, strict=True)
     ]
 
 
-def paired_miou_difference(a: ClassCounts, b: ClassCounts, seed: int = 0, resamples: int = 1000) -> Difference:
+def paired_miou_difference(a: ClassCounts, b: ClassCounts, seed: int = 0, resamples: int = RESAMPLES) -> Difference:
     """mIoU of a minus mIoU of b on the same images in the same order; each resample takes the same images of both.
 
     Raises:
         ValueError: the masks of the two are not the same.
     """
     _check_same(a, b)
-    return _difference(
-        miou(a) - miou(b), _resampled_miou(a, seed, resamples) - _resampled_miou(b, seed, resamples), len(a)
-    )
+    mine, theirs = (of_sums(_mean_iou, _parts(each), seed, resamples) for each in (a, b))
+    return difference(miou(a) - miou(b), _variance(mine - theirs, len(a)), len(a))
 
 
 def accuracy(
-    counts: Counts, where: Bool[np.ndarray, "b p"] | None = None, seed: int = 0, resamples: int = 1000
+    counts: Counts, where: Bool[np.ndarray, "b p"] | None = None, seed: int = 0, resamples: int = RESAMPLES
 ) -> Estimate | None:
     """Share of pixels that are predicted right, summed over images, with its interval.
 
@@ -105,50 +105,29 @@ def accuracy(
     Returns: None where no pixel counts.
     """
     right, counted = _within(counts, where)
-    if not counted.sum():
+    has = counted > 0
+    if not has.any():
         return None
-    n = int((counted > 0).sum())
-    return _estimate(right.sum() / counted.sum(), _resampled_ratio(right, counted, seed, resamples), n)
+    drawn = of_sums(np.divide, (right[has], counted[has]), seed, resamples)
+    n = int(has.sum())
+    return fraction(float(right.sum() / counted.sum()), _variance(drawn, n), n)
+
+
+def _mean_iou(*sums: np.ndarray) -> Float[np.ndarray, " w"]:
+    return np.nanmean(_ious(*sums), axis=-1)
+
+
+def _parts(counts: ClassCounts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return counts.intersection, counts.predicted, counts.actual
+
+
+def _variance(drawn: Float[np.ndarray, " w"], n: int) -> Variance:
+    return Variance(float(np.nanvar(drawn, ddof=1)), df=max(1, n - 1))
 
 
 def _ious(intersection: np.ndarray, predicted: np.ndarray, actual: np.ndarray) -> Float[np.ndarray, "... c"]:
     union = predicted + actual - intersection
     return np.where(actual > 0, intersection / np.maximum(union, 1), np.nan)
-
-
-def _resampled_sums(counts: ClassCounts, seed: int, resamples: int) -> list[tuple[np.ndarray, ...]]:
-    """Sums of intersection, predicted and actual over images drawn with replacement; the draws depend on b and seed."""
-    rng, b = np.random.default_rng(seed), len(counts)
-    weights = (np.bincount(rng.integers(b, size=b), minlength=b) for _ in range(resamples))
-    parts = (counts.intersection, counts.predicted, counts.actual)
-    return [tuple(weight @ part for part in parts) for weight in weights]
-
-
-def _resampled_miou(counts: ClassCounts, seed: int, resamples: int) -> Float[np.ndarray, " s"]:
-    return np.array([np.nanmean(_ious(*sums)) for sums in _resampled_sums(counts, seed, resamples)])
-
-
-def _resampled_ratio(
-    numerators: Int[np.ndarray, " b"], denominators: Int[np.ndarray, " b"], seed: int, resamples: int
-) -> Float[np.ndarray, " s"]:
-    """Ratio of sums over images drawn with replacement among those that have a denominator."""
-    has = denominators > 0
-    numerators, denominators = numerators[has], denominators[has]
-    rng, b = np.random.default_rng(seed), int(has.sum())
-    draws = rng.integers(b, size=(resamples, b))
-    return numerators[draws].sum(1) / denominators[draws].sum(1)
-
-
-def _estimate(value: float, resampled: Float[np.ndarray, " s"], n: int) -> Estimate:
-    low, high = np.nanpercentile(resampled, [2.5, 97.5])
-    return Estimate(float(value), float(low), float(high), n)
-
-
-def _difference(value: float, resampled: Float[np.ndarray, " s"], n: int) -> Difference:
-    """p is twice the share of resamples on the rarer side of 0, one more in both counts, at most 1."""
-    low, high = np.nanpercentile(resampled, [2.5, 97.5])
-    rarer = min((resampled <= 0).sum(), (resampled >= 0).sum())
-    return Difference(float(value), float(low), float(high), min(1.0, 2 * (1 + int(rarer)) / (1 + len(resampled))), n)
 
 
 def _within(counts: Counts, where: Bool[np.ndarray, "b p"] | None) -> tuple[np.ndarray, np.ndarray]:

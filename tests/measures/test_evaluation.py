@@ -30,8 +30,8 @@ from regvit.probing import predictions as predictions_module
 from regvit.probing.neighbours import Neighbours, knn_logit_blocks
 from regvit.probing.predictions import paired_difference
 from regvit.probing.probes import Probe, ProbeSet
-from regvit.stats.bootstrap import estimate, resample
-from regvit.stats.metrics import accuracy, fpr95
+from regvit.stats.accuracy import accuracy
+from regvit.stats.anomaly_metrics import fpr95
 
 CLASSES = ("ant", "bee", "cat")
 CENTRES = np.random.default_rng(0).normal(size=(3, 6))
@@ -263,15 +263,6 @@ def test_the_mean_over_anomaly_sets_weighs_them_alike(drawn):
     each = [table["anomaly"][name]["vim"]["auroc"] for name in ("alien", "noise")]
     assert table["anomaly_mean"]["vim"]["auroc"] == pytest.approx(np.mean(each))
     assert table["anomaly_mean"]["vim"]["n"] == 65
-
-
-def test_resamples_are_stratified_by_class_and_shared_by_readouts(drawn, predictions):
-    own, strange = (predictions.scores["msp", "cls_reg_learned", name] for name in ("home", "alien"))
-    alone = resample(own, strange, 100, 3, strata=predictions.labels["home"])
-    alone = estimate(alone.points["auroc"], alone.values["auroc"], alone.n, 3)
-    found = evaluate(drawn, PLAN)["cls_reg_learned"]["anomaly"]["alien"]["msp"]
-    assert found["auroc"] == alone.value
-    assert found["auroc_lo"] == pytest.approx(alone.lo, abs=0.03)  # the anomalies are drawn by the set's name
 
 
 def test_without_anomaly_sets_there_is_nothing_to_average(predictions):

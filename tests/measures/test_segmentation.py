@@ -174,7 +174,7 @@ def test_the_interval_is_that_of_images_drawn_anew():
         drawn = rng.integers(12, size=12)
         inter, pred, actual = (x[drawn].sum(0) for x in (counts.intersection, counts.predicted, counts.actual))
         values.append((inter / (pred + actual - inter)).mean())
-    np.testing.assert_allclose([found.lo, found.hi], np.percentile(values, [2.5, 97.5]), atol=0.002)
+    np.testing.assert_allclose([found.lo, found.hi], np.percentile(values, [2.5, 97.5]), atol=0.006)
     assert found.lo < found.value < found.hi and found.n == 12
 
 
@@ -187,7 +187,7 @@ def test_two_runs_on_the_same_images_are_compared_far_more_sharply_than_apart():
     assert found.value == pytest.approx(miou(b) - miou(a)) and found.value > 0
     alone = miou_with_interval(a)
     assert found.hi - found.lo < (alone.hi - alone.lo) / 3
-    assert found.lo > 0 and found.p == pytest.approx(2 / 1001)
+    assert found.lo > 0 and found.p < 0.001
     same = paired_miou_difference(a, a)
     assert (same.value, same.lo, same.hi, same.p) == (0, 0, 0, 1)
 

@@ -34,7 +34,7 @@ from regvit.measures.zeroshot import (
 from regvit.models.backbones import load_backbone, save_backbone
 from regvit.registers.run_files import Variant
 from regvit.registers.test_time import add_test_time_registers
-from regvit.stats.metrics import accuracy, paired_accuracy_difference
+from regvit.stats.accuracy import accuracy, paired_accuracy_difference
 
 ROOT = Path(__file__).parents[2]
 SIZE, WIDTH, DEPTH = 64, 64, 3

@@ -16,7 +16,7 @@ from regvit.probing.predictions import (
     save_predictions,
 )
 from regvit.probing.probes import InvalidProbes
-from regvit.stats.metrics import paired_accuracy_difference
+from regvit.stats.accuracy import paired_accuracy_difference
 
 FIRST = np.array([[3, 1, 2], [3, 1, 2], [0, 0, 1]], dtype=np.float32)
 

@@ -22,7 +22,7 @@ from regvit.report.experiments import (
     unpaired_difference,
     write_rows,
 )
-from regvit.stats.metrics import paired_accuracy_difference
+from regvit.stats.accuracy import paired_accuracy_difference
 
 PLAN = Plan("home", ("lines",), ("flags",), ("msp",), bootstrap=50)
 

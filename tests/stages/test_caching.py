@@ -87,11 +87,11 @@ def test_the_number_of_registers_reruns_only_what_test_time_runs_make_and_going_
 
 
 def test_editing_the_metrics_extracts_nothing(pipeline):
-    with open(pipeline.folder / "regvit/stats/metrics.py", "a") as file:
+    with open(pipeline.folder / "regvit/stats/accuracy.py", "a") as file:
         file.write("\nCHANGED = True\n")
     ran, _ = pipeline.repro()
     fingerprints = (pipeline.folder / "metrics/fingerprint").glob("*.json")
-    using = {file.stem for file in fingerprints if "regvit/stats/metrics.py" in file.read_text()}
+    using = {file.stem for file in fingerprints if "regvit/stats/accuracy.py" in file.read_text()}
     assert {"probe", "evaluate"} <= using and not using & {"extract", "extract_patches", "identify", "compose"}
     assert {name.partition("@")[0] for name in ran} == using - {"discover", "zeroshot"} | {"fingerprint"}
 

@@ -61,7 +61,7 @@ def test_extraction_reads_no_parameters_as_hundreds_of_its_stages_would_each_hav
 
 
 def test_no_stage_that_makes_features_depends_on_metrics_or_probes():
-    assert {"regvit/stats/metrics.py", "regvit/probing/probes.py", "regvit/report/page.py"} & closure(
+    assert {"regvit/stats/accuracy.py", "regvit/probing/probes.py", "regvit/report/page.py"} & closure(
         "stages/extract.py", ROOT
     ) == set()
 

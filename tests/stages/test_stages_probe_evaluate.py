@@ -19,7 +19,7 @@ from regvit.measures import evaluation
 from regvit.measures.detectors import DETECTORS
 from regvit.probing.predictions import load_predictions, paired_difference
 from regvit.probing.probes import train_probes
-from regvit.stats.metrics import accuracy
+from regvit.stats.accuracy import accuracy
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "stages"))

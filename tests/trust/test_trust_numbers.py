@@ -25,7 +25,7 @@ from regvit.registers.neurons_file import NeuronsFile
 from regvit.registers.outliers import patch_norms, settle_detection
 from regvit.registers.run_files import Variant, describe_run
 from regvit.registers.test_time import add_test_time_registers
-from regvit.stats.metrics import accuracy
+from regvit.stats.accuracy import accuracy
 
 HALF = (0.5, 0.5, 0.5)
 ARGS = {"num_classes": 0, "img_size": 32, "dynamic_img_size": True}
