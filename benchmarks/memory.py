@@ -37,11 +37,11 @@ from regvit.data.batches import Batches, sample
 from regvit.data.decoding import Transform
 from regvit.data.manifest import Dataset, Row, read_dataset
 from regvit.data.sources import make_dataset
-from regvit.features import stored, tensor_file
+from regvit.features import stored_readouts, tensor_file
 from regvit.features.extraction import extract
 from regvit.features.store import FeatureStore
 from regvit.features.store_writer import StoreWriter
-from regvit.features.stored import stored_readouts
+from regvit.features.stored_readouts import stored_readouts
 from regvit.files import write_table
 from regvit.measures import detectors, evaluation
 from regvit.measures.evaluation import Plan, TestSet, confusion_rows, differences_within, draw, predict
@@ -233,7 +233,7 @@ def evaluate(folder: Path, n: int) -> None:
     What is bounded by constants of the library (blocks of images and of logits, blocks and samples of detectors) is
     bounded by smaller ones: full at the smallest size already, so that what grows is what an image more takes.
     """
-    evaluation.TEST_ROWS = stored.ROWS_AT_ONCE = BLOCK
+    evaluation.TEST_ROWS = stored_readouts.ROWS_AT_ONCE = BLOCK
     neighbours_module.TEST_ROWS_A_PASS = neighbours_module.TRAIN_ROWS = BLOCK
     detectors.CLIP_VALUES = detectors.CELLS_AT_ONCE = BLOCK * CHANNELS * 2
     predictions.LOGITS_AT_ONCE = tensor_file.COPIED_AT_ONCE = BLOCK * EVALUATED_CLASSES

@@ -10,9 +10,7 @@ import shutil
 import socket
 from pathlib import Path
 
-
-class FolderLocked(RuntimeError):
-    """Another process is at work in the folder; the message says which."""
+from regvit.files import FolderLocked
 
 
 def lock_folder(folder: Path) -> int:

@@ -10,17 +10,22 @@ import json
 import math
 import os
 import shutil
+import socket
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from regvit.durable import sync, sync_folder
+from filelock import FileLock, Timeout
 
 DEVICES = ("/dev", "/dev/fd", "/proc/self/fd")  # but not /dev/shm, a place for files
 
 
+class FolderLocked(RuntimeError):
+    """Another process is at work in the folder; the message says which."""
+
+
 @contextmanager
-def replacing(path: Path | str) -> Iterator[Path]:
+def write_atomic(path: Path | str) -> Iterator[Path]:
     """A path of the same file name to write to; what is there at the end of the block gets the final place.
 
     Args:
@@ -45,9 +50,12 @@ def replacing(path: Path | str) -> Iterator[Path]:
     sync_folder(path.parent)
 
 
+replacing = write_atomic  # the former name, until no room calls it any more
+
+
 def write_bytes(path: Path | str, content: bytes) -> None:
     """The bytes as a file, whole or not there."""
-    with replacing(path) as beside:
+    with write_atomic(path) as beside:
         beside.write_bytes(content)
 
 
@@ -76,7 +84,44 @@ def cell(value: float) -> str:
 
 def write_table(path: Path | str, header: Sequence[str], rows: Iterable[Sequence]) -> None:
     """A header and rows as a CSV file, whole or not there."""
-    with replacing(path) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
+    with write_atomic(path) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file and its name in the folder are on disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Waits until the names in a folder are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds a working folder, which is made if missing, for the block; the end of the process lets go of it too.
+
+    Raises:
+        FolderLocked: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, holder = FileLock(folder / "lock", timeout=0), folder / "holder"
+    try:
+        lock.acquire()
+    except (Timeout, FileNotFoundError):  # FileNotFoundError: its holder has just finished and removed the folder
+        name = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
+        raise FolderLocked(f"{folder} is being written by {name}; wait for it, or end it and run again") from None
+    try:
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        yield
+    finally:
+        lock.release()

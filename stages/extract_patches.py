@@ -1,30 +1,35 @@
-"""extract_patches@<run>-<dataset>: patch tokens of whole images, for dense probes; features/<run>/patches/<dataset>.zarr.
-
-The same set may stand among those classified too: its store lies elsewhere and holds other arrays at another size.
-Beside it a record for git, metrics/extract_patches/<run>/<dataset>.json. It is interrupted and resumed as `extract` is.
-"""
+"""extract_patches@<run>-<dataset>: patch tokens of whole images, for dense probes; features/<run>/patches/<dataset>.zarr."""
 
 from dataclasses import replace
 from pathlib import Path
 
-from extract import INTERRUPTED, fill_store
+from regvit.data.manifest import read_dataset
 from regvit.data.whole_images import WholeTransform
-from regvit.models.backbones import Backbone, resized
+from regvit.features.extraction import extract
+from regvit.models.backbones import resized
 from regvit.pipeline.command import command
 from regvit.pipeline.params import load_params
+from regvit.pipeline.runtime import Runtime
+from regvit.pipeline.store_options import run_attributes, store_options
+from regvit.registers.run_files import read_run
+from regvit.registers.runs import open_run
 
 
 def main(run: str, dataset: str) -> None:
-    img_size = load_params()["patches"]["img_size"]
-
-    def whole(backbone: Backbone) -> Backbone:
-        backbone = resized(backbone, img_size)
-        return replace(backbone, transform=WholeTransform.of(backbone.transform))
-
-    final = Path("features") / run / "patches" / f"{dataset}.zarr"
-    record = Path("metrics/extract_patches") / run / f"{dataset}.json"
-    fill_store(run, dataset, final, record, whole, ["patches"], "patches")
+    params = load_params()
+    file = Path(f"features/runs/{run}.json")
+    backbone = resized(open_run(file, Path("data/backbones")), params.patches.img_size)
+    transform = WholeTransform.of(replace(backbone.transform, resizing=params.extract.resizing))
+    extract(
+        Path("features") / run / "patches" / f"{dataset}.zarr",
+        replace(backbone, transform=transform),
+        read_dataset(Path("data") / dataset),
+        run_attributes(read_run(file)),
+        params.extract.precision,
+        ["patches"],
+        store_options(Runtime.load(), f"extract patches of {run}/{dataset}"),
+    )
 
 
 if __name__ == "__main__":
-    command(main, "run", "dataset", interrupted=INTERRUPTED)
+    command(main, "run", "dataset", interrupted="finished units are kept in work/")

@@ -15,7 +15,7 @@ from regvit.data.manifest import read_dataset
 from regvit.data.progress import progress
 from regvit.features.readouts import available
 from regvit.features.store import FeatureStore, fingerprint
-from regvit.features.stored import stored_readouts
+from regvit.features.stored_readouts import stored_readouts
 from regvit.files import write_json, write_table
 from regvit.pipeline.command import command
 from regvit.pipeline.params import load_params

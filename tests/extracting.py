@@ -1,6 +1,5 @@
 """What the tests of extraction share: a tiny model, eleven images of noise, and ways to be interrupted."""
 
-import io
 import pickle
 
 import numpy as np
@@ -10,9 +9,8 @@ from PIL import Image
 
 from regvit.data.decoding import Transform
 from regvit.data.manifest import Row, read_dataset, write_dataset
-from regvit.data.progress import progress
-from regvit.features.extraction import describe, extract
-from regvit.features.store import FeatureStore
+from regvit.features.extraction import Options, fill_store
+from regvit.features.forward import ARRAYS, Forward, Readouts
 from regvit.models.backbones import Backbone
 from regvit.registers.test_time import add_test_time_registers
 
@@ -36,26 +34,24 @@ def image_of(row):
     return np.random.default_rng(row).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
 
 
-def noise(root):
-    """Eleven images whose names are in another order than their rows."""
+def noise(root, count=11):
+    """Images (eleven of them) whose names are in another order than their rows."""
     folder = root / "noise"
     (folder / "images").mkdir(parents=True)
     rows = []
-    for i in range(11):
-        name = f"{(7 * i) % 11:02}"
+    for i in range(count):
+        name = f"{(7 * i) % count:02}"
         Image.fromarray(image_of(i)).save(folder / f"images/{name}.png")
         rows.append(Row(f"id {name}", f"images/{name}.png", "noise", "train"))
     write_dataset(folder, "noise", rows, ["noise"], {"source": "made for this test"})
     return read_dataset(folder)
 
 
-def run(folder, backbone, dataset, precision="float32", **options):
-    """Extracts in units of four rows and opens the result."""
-    options = {"batch_size": 4, "rows_per_unit": 4} | options
-    final = folder / "noise.zarr"
-    attributes = describe(backbone, dataset, precision) | {"run": "original"}
-    extract(backbone, dataset, final, folder / "noise.partial", attributes, precision, **options)
-    return FeatureStore.open(final, dataset.digest, [row.image_id for row in dataset.rows])
+def run(folder, backbone, dataset, precision="float32", arrays=ARRAYS, **options):
+    """Extracts in units of four rows."""
+    options = Options(**{"batch_size": 4} | options)
+    forward = Forward(backbone, Readouts(tuple(arrays)), precision)
+    return fill_store(folder / "noise.zarr", dataset, forward, {"run": "original"}, options, rows_per_unit=4)
 
 
 def tokens_of(backbone, row):
@@ -74,42 +70,23 @@ def with_registers(backbone, count):
     return backbone
 
 
-class Interrupting(progress):
-    """Ctrl-C after some images."""
+class Interrupting:
+    """An engine that computes here, and meets Ctrl-C after some units."""
 
     def __init__(self, after):
-        self.log = io.StringIO()
-        super().__init__(11, "extract", stream=self.log)
         self.after = after
 
-    def advance(self, n=1):
-        super().advance(n)
-        if self.done >= self.after:
-            raise KeyboardInterrupt
+    def fill(self, job, writer, advance):
+        for unit in writer.missing_units()[: self.after]:
+            [arrays] = job.units([writer.layout.unit_rows(unit)], advance=advance)
+            writer.write(unit, arrays)
+        raise KeyboardInterrupt
 
 
 class Backwards:
-    """An engine that computes the last unit first, each with an extractor of its own, as workers do."""
+    """An engine that computes the last unit first, each with a job of its own, as workers do."""
 
-    def fill(self, make, writer, advance):
+    def fill(self, job, writer, advance):
         for unit in reversed(writer.missing_units()):
-            start, stop = writer.unit_rows(unit)
-            writer.write(unit, pickle.loads(pickle.dumps(make))(device="cpu").unit(start, stop))
-            advance(stop - start)
-
-
-class Compiled:
-    """In place of torch.compile: counts calls, and gives what the model gives, or fails as a missing compiler does."""
-
-    def __init__(self, fails=False):
-        self.fails, self.seen = fails, []
-
-    def __call__(self, forward, dynamic):
-        def compiled(images):
-            if self.fails:
-                raise torch._dynamo.exc.BackendCompilerFailed(None, RuntimeError("no C++ compiler"), None)
-            self.seen.append(len(images))
-            return forward(images)
-
-        assert dynamic is False
-        return compiled
+            [arrays] = pickle.loads(pickle.dumps(job)).units([writer.layout.unit_rows(unit)], advance=advance)
+            writer.write(unit, arrays)

@@ -1,15 +1,28 @@
-"""Writing a feature store in a folder unit by unit, resumed where it was interrupted."""
+"""Writing a feature store unit by unit, so that whatever dies, nothing is lost but the units at work.
+
+While it is written, a store lives in another folder, `<…>.partial`:
+
+    lock, holder  held by the one writer (filelock); who that is
+    resume.json   all that must agree for the work to be resumed
+    done/<unit>   there when all chunks of the unit are on disk; says which device computed it
+    store/        the zarr group, renamed to its final name at the end
+
+A unit is done when its record is there, and its chunks with it; whatever a killed writer left of other units is deleted
+and done again. Chunks may be written by other processes (`StoreWriter.unit_writer`), on other machines too where they
+share the folder; the one writer alone records them.
+"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import socket
-import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,10 +32,24 @@ import zarr
 from jaxtyping import Shaped
 from zarr.storage import LocalStore
 
-from regvit.durable import append_record, lock_folder, move_folder, read_records, sync, write_record
-from regvit.features.store_layout import FORMAT, FORMAT_VERSION, Layout, chunk_bytes, chunk_key, default_rows_per_unit
+from regvit.features.store import DTYPES, FORMAT, FORMAT_VERSION, INFINITY, ArraySpec, Layout, default_rows_per_unit
+from regvit.files import locked, sync, sync_folder, write_json
 
 SEEN_WITHIN = 60.0  # seconds in which a network file system shows what another machine wrote
+
+
+class UnstorableFeature(ValueError):
+    """A feature that its array cannot hold: NaN, infinity, or beyond ±65504 in float16.
+
+    Attributes: array (its name), row (of the whole store).
+    """
+
+    def __init__(self, array: str, row: int, value: float):
+        super().__init__(f"array {array!r}, row {row}: {value:g} is no finite number, or was beyond float16 (±65504)")
+        self.array, self.row, self.value = array, row, value
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.array, self.row, self.value)  # it comes from other processes too
 
 
 class OutOfReach(RuntimeError):
@@ -46,40 +73,63 @@ class UnitWriter:
     layout: Layout
     resume_sha256: str
 
-    def write(self, unit: int, arrays: Mapping[str, Shaped[np.ndarray, "b ..."]]) -> dict:
+    def write(self, unit: int, arrays: Mapping[str, Shaped[np.ndarray, "b ..."]]) -> None:
         """Writes one unit of every array; on return it is on disk.
 
         Args:
-            arrays: features of the rows `layout.unit_rows(unit)`, any float type.
-        Returns: what `StoreWriter.record` is to be told: nothing here.
+            arrays: values of the rows `layout.unit_rows(unit)`; floats are rounded to the type of the array.
         Raises:
-            ValueError, UnstorableFeature: see `Layout.to_halves`; nothing of the unit is written.
+            ValueError: an array is missing, unknown, or of another shape than (rows of the unit, …) or of another kind.
+            UnstorableFeature: a value is not finite or beyond float16; nothing of the unit is written.
             OutOfReach: the unfinished store is not there, or is another by now.
         """
-        halves = self.layout.to_halves(unit, arrays)
-        self._check_place()
         start, stop = self.layout.unit_rows(unit)
-        for name, half in halves.items():
-            array = self._zarrays[name]
-            array[start:stop] = half
-            sync(self.partial / "store" / chunk_key(array, unit))
-        return {}
+        if arrays.keys() != self.layout.arrays.keys():
+            raise ValueError(f"unit {unit} has the arrays {sorted(arrays)}, expected {list(self.layout.arrays)}")
+        stored = {name: _fitting(name, arrays[name], spec, start, stop) for name, spec in self.layout.arrays.items()}
+        self.check_place()
+        for name, values in stored.items():
+            self._zarrays[name][start:stop] = values
+            sync(self.partial / "store" / self.layout.chunk(name, unit))
 
     @cached_property
     def _zarrays(self) -> dict[str, zarr.Array]:
-        return self.layout.open(LocalStore(self.partial / "store"))
+        return self.layout.open(self.partial / "store")
 
-    def _check_place(self) -> None:
+    def check_place(self) -> None:
+        """Raises OutOfReach where the unfinished store is not there, or is another by now."""
         me = f"process {os.getpid()} on {socket.gethostname()}"
         try:
             found = hashlib.sha256((self.partial / "resume.json").read_bytes()).hexdigest()
         except FileNotFoundError:
             raise OutOfReach(
                 f"{self.partial} is no unfinished store as {me} sees it; it must lie on a file system that all workers "
-                "share, or the store on object storage (s3://…)"
+                "share"
             ) from None
         if found != self.resume_sha256:
             raise OutOfReach(f"{self.partial} was begun anew with other settings; {me} gives up its unit")
+
+
+def _fitting(
+    name: str, values: Shaped[np.ndarray, "b ..."], spec: ArraySpec, start: int, stop: int
+) -> Shaped[np.ndarray, "b ..."]:
+    """The values in the type of their array, after a look at shape, kind and range."""
+    if values.shape != (stop - start, *spec.shape):
+        raise ValueError(f"rows {start} to {stop}, array {name!r} has shape {values.shape}, expected "
+                         f"{(stop - start, *spec.shape)}")  # fmt: skip
+    wanted = np.dtype(spec.dtype)
+    if values.dtype.kind != wanted.kind:
+        raise ValueError(f"array {name!r} is to hold {wanted} and was given {values.dtype}")
+    with np.errstate(over="ignore"):
+        stored = np.ascontiguousarray(values, dtype=wanted)
+    if wanted == np.float16:
+        whole = (stored.view(np.uint16) & 0x7FFF).max(initial=0) < INFINITY
+    else:
+        whole = wanted.kind != "f" or np.isfinite(stored).all()
+    if not whole:
+        place = np.unravel_index((~np.isfinite(stored)).argmax(), stored.shape)
+        raise UnstorableFeature(name, start + int(place[0]), float(values[place]))
+    return stored
 
 
 class StoreWriter:
@@ -89,16 +139,16 @@ class StoreWriter:
         final: where the store goes when it is finished; must not exist.
         partial: folder to work in, best on the same file system; kept when the block ends early, removed by `finish`.
         rows: images.
-        arrays: shape of one row by array name.
+        arrays: what each holds of one image.
         attributes: plain JSON values that say what made the features; stored, and compared before resuming.
-        rows_per_unit: rows of a unit; the default depends on `rows` and the names of the arrays alone.
+        rows_per_unit: rows of a unit; the default depends on `rows` and the arrays alone.
         resume_key: plain JSON values that must also agree before resuming, and are not stored: code digest, versions.
     Attributes:
         layout: arrays and units.
-        records: what was recorded of each unit that is done, by unit.
+        done: units that are recorded, and on which device each was computed.
         note: one sentence on what was found in `partial`, "" where there was nothing.
     Raises:
-        ValueError: no rows, no arrays, or a reserved attribute.
+        ValueError: no rows, no arrays, an unknown type, or a reserved attribute.
         FileExistsError: on entering the block, `final` exists.
         FolderLocked: on entering the block, another process is at work in `partial`.
     """
@@ -108,84 +158,64 @@ class StoreWriter:
         final: Path | str,
         partial: Path | str,
         rows: int,
-        arrays: Mapping[str, Sequence[int]],
+        arrays: Mapping[str, ArraySpec],
         attributes: Mapping,
         rows_per_unit: int | None = None,
         resume_key: Mapping | None = None,
     ):
-        self.final, self.partial = self._places(final, partial)
-        self.rows = rows
-        self.rows_per_unit = default_rows_per_unit(rows, arrays) if rows_per_unit is None else rows_per_unit
-        if rows < 1 or self.rows_per_unit < 1 or not arrays:
+        self.final, self.partial = Path(final), Path(partial)
+        if rows < 1 or not arrays or (rows_per_unit is not None and rows_per_unit < 1):
             raise ValueError(
-                f"rows {rows} and rows_per_unit {self.rows_per_unit} must be at least 1, and there must be an array "
+                f"rows {rows} and rows_per_unit {rows_per_unit} must be at least 1, and there must be an array "
                 f"(given: {', '.join(arrays) or 'none'})"
             )
-        self.arrays = {name: tuple(int(n) for n in shape) for name, shape in sorted(arrays.items())}
-        self.layout = Layout(rows, self.rows_per_unit, self.arrays)
-        self.units = self.layout.units
+        specs = {name: ArraySpec(tuple(map(int, shape)), dtype) for name, (shape, dtype) in sorted(arrays.items())}
+        if unknown := [spec.dtype for spec in specs.values() if spec.dtype not in DTYPES]:
+            raise ValueError(f"type {unknown[0]} cannot be stored; expected one of {', '.join(DTYPES)}")
+        self.layout = Layout(rows, rows_per_unit or default_rows_per_unit(rows, specs), specs)
         own = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "rows": rows,
-            "rows_per_unit": self.rows_per_unit,
-            "units": self.units,
-            "arrays": list(self.arrays),
+            "rows_per_unit": self.layout.rows_per_unit,
+            "units": self.layout.units,
+            "arrays": list(specs),
         }
         if taken := sorted(attributes.keys() & {*own, "complete"}):
             raise ValueError(f"attribute {taken[0]!r} is the store's own; name it otherwise")
         # Sorted, so that the bytes do not depend on the order in which a caller builds the dict.
         self.attributes = json.loads(json.dumps({**attributes, **own}, sort_keys=True, allow_nan=False))
-        key = json.loads(json.dumps(resume_key or {}, allow_nan=False))
-        shapes = {name: list(shape) for name, shape in self.arrays.items()}
-        self._description = {"attributes": self.attributes, "shapes": shapes, "resume_key": key}
-        self.note = ""
-        self.records: dict[int, dict] = {}
-        self._lock: int | None = None
-        self._unit_writer: UnitWriter | None = None
-        self._one_at_a_time = threading.Lock()
+        description = {"attributes": self.attributes, "arrays": specs, "resume_key": resume_key or {}}
+        self._description = json.loads(json.dumps(description, allow_nan=False))
+        self.note, self.done = "", {}
+        self._held: ExitStack | None = None
+        self._store = self.partial / "store"
 
     def __enter__(self) -> StoreWriter:
-        if self.final.exists():
-            raise FileExistsError(f"{self.final} exists; delete it to extract it again")
-        self._lock = lock_folder(self.partial)
-        try:
-            self.records = self._resume() if self._resumable() else self._start()
-        except BaseException:
-            self._unlock()
-            raise
+        with ExitStack() as stack:
+            stack.enter_context(locked(self.partial))
+            if self.final.exists():
+                raise FileExistsError(f"{self.final} exists; delete it to extract it again")
+            self.done = self._resume() if self._agrees() else self._start()
+            self._held = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._unlock()
+        if self._held is not None:
+            self._held.close()
+        self._held = None
 
     def missing_units(self) -> list[int]:
         """Units still to be written, in order."""
-        return [unit for unit in range(self.units) if unit not in self.records]
-
-    def unit_rows(self, unit: int) -> tuple[int, int]:
-        """First row of a unit, and the row after its last.
-
-        Raises:
-            IndexError: there is no such unit.
-        """
-        return self.layout.unit_rows(unit)
+        return [unit for unit in range(self.layout.units) if unit not in self.done]
 
     def write(self, unit: int, arrays: Mapping[str, Shaped[np.ndarray, "b ..."]]) -> None:
-        """Writes one unit of every array and records it as done; on return it is on disk.
+        """Writes one unit of every array and records it as done; on return it is on disk. Raises as `UnitWriter.write`.
 
-        Threads may write different units at the same time.
-
-        Args:
-            arrays: features of the rows `unit_rows(unit)`, any float type; nobody may change them meanwhile.
-        Raises:
-            ValueError: an array is missing, unknown, or has another shape than (rows of the unit, …).
-            UnstorableFeature: a value is not finite or beyond float16; nothing of the unit is written.
+        Threads may write different units at the same time; nobody may change the arrays meanwhile.
         """
-        with self._one_at_a_time:
-            if self._unit_writer is None:
-                self._unit_writer = self.unit_writer()
-        self.record(unit, self._unit_writer.write(unit, arrays))
+        self._own_writer.write(unit, arrays)
+        self.record(unit)
 
     def unit_writer(self) -> UnitWriter:
         """What writes the chunks of this store in another process; its units are done when they are recorded here."""
@@ -193,20 +223,31 @@ class StoreWriter:
         digest = hashlib.sha256((self.partial / "resume.json").read_bytes()).hexdigest()
         return UnitWriter(self.partial.absolute(), self.layout, digest)
 
-    def record(self, unit: int, receipt: Mapping) -> None:
+    @cached_property
+    def _own_writer(self) -> UnitWriter:
+        return self.unit_writer()
+
+    def record(self, unit: int, device: str = "") -> None:
         """Records a unit as done whose chunks were written by a `unit_writer`; on return the record is on disk.
 
-        Args:
-            receipt: what the `unit_writer` returned, and whatever else is to be known of the unit (plain JSON).
         Raises:
             OutOfReach: its chunks are not to be seen here, for a minute.
         """
         self._require_lock()
-        self._await_chunks(unit)
-        record = {"unit": unit, **receipt}
-        with self._one_at_a_time:
-            append_record(self.partial / "done.jsonl", record)
-            self.records[unit] = record
+        patience = time.monotonic() + SEEN_WITHIN
+        while not self._has_chunks(unit):
+            if time.monotonic() > patience:
+                raise OutOfReach(
+                    f"{self.partial} shows no chunks of unit {unit}, which another process wrote; it must lie on a file "
+                    "system that all workers share"
+                )
+            for name in self.layout.arrays:
+                os.listdir(self._store / name)  # asks the server of a network file system anew what there is
+            time.sleep(0.1)
+        path = self.partial / "done" / str(unit)
+        path.write_text(device, encoding="utf-8")
+        sync(path)
+        self.done[unit] = device
 
     def finish(self) -> None:
         """Marks the store complete, renames it to its final name and removes the working folder.
@@ -217,128 +258,131 @@ class StoreWriter:
         """
         self._require_lock()
         if missing := self.missing_units():
-            found = f"{len(missing)} of {self.units} units (the first is {missing[0]})"
+            found = f"{len(missing)} of {self.layout.units} units (the first is {missing[0]})"
             raise ValueError(f"{self.partial} lacks {found}; write them first")
         if self.final.exists():
             raise FileExistsError(f"{self.final} exists; delete it, the finished work is in {self.partial}")
-        store = self.partial / "store"
-        _sweep(store)
-        zarr.open_group(LocalStore(store), mode="r+", zarr_format=3).attrs["complete"] = True
-        sync(store / "zarr.json")
-        move_folder(store, self.final)
+        _sweep(self._store)
+        zarr.open_group(LocalStore(self._store), mode="r+", zarr_format=3).attrs["complete"] = True
+        sync(self._store / "zarr.json")
+        _move_folder(self._store, self.final)
         shutil.rmtree(self.partial)
-        self._unlock()
 
-    def _resumable(self) -> bool:
+    def _agrees(self) -> bool:
         """Whether what is in `partial` is the beginning of this very store; `note` says why where it is not."""
         file = self.partial / "resume.json"
-        if not file.exists() or not self._agrees(file.read_bytes(), str(file)):
+        if not file.exists():
             return False
-        store = self.partial / "store"
-        if not all((store / name / "zarr.json").exists() for name in (".", *self.arrays)):
-            self.note = f"started anew: {self.partial} has lost its store"
-            return False
-        return True
-
-    def _agrees(self, resume: bytes, where: str) -> bool:
-        """Whether an unfinished store was described as this one is; `note` says how it was not."""
         try:
-            old = json.loads(resume)
+            old = json.loads(file.read_bytes())
         except ValueError:  # of JSON or of UTF-8
             old = None
         if not isinstance(old, dict):
-            self.note = f"started anew: {where} is damaged"
-            return False
-        if differences := _differences(old, self._description):
-            self.note = "started anew, as the unfinished store differs: " + "; ".join(differences)
-            return False
-        return True
+            self.note = f"started anew: {file} is damaged"
+        elif differing := _differences(old, self._description):
+            self.note = f"started anew, as the unfinished store differs: {', '.join(differing)}"
+        elif not all((self._store / name / "zarr.json").exists() for name in (".", *self.layout.arrays)):
+            self.note = f"started anew: {self.partial} has lost its store"
+        return not self.note
 
-    def _start(self) -> dict[int, dict]:
+    def _start(self) -> dict[int, str]:
         """An empty store. `resume.json` goes first and comes last: where it is, the rest is whole."""
         (self.partial / "resume.json").unlink(missing_ok=True)
-        (self.partial / "done.jsonl").unlink(missing_ok=True)
-        store = self.partial / "store"
-        if store.exists():
-            shutil.rmtree(store)
-        self.layout.create(LocalStore(store), self.attributes)
-        for name in self.arrays:
-            sync(store / name / "zarr.json")
-        sync(store / "zarr.json")
-        write_record(self.partial / "resume.json", self._description)
+        for folder in (self.partial / "done", self._store):
+            if folder.exists():
+                shutil.rmtree(folder)
+        (self.partial / "done").mkdir()
+        self.layout.create(self._store, self.attributes)
+        for name in (*self.layout.arrays, "."):
+            sync(self._store / name / "zarr.json")
+        write_json(self.partial / "resume.json", self._description)
         return {}
 
-    def _resume(self) -> dict[int, dict]:
-        """The records of units that are done; all that a killed writer left of others is deleted."""
-        store = self.partial / "store"
-        _sweep(store)
-        group = zarr.open_group(LocalStore(store), mode="r+", zarr_format=3)
-        recorded = {record.get("unit"): record for record in read_records(self.partial / "done.jsonl")}
-        # A line is written after its chunks; only what came from outside (a cleaner, a copy) takes them away again.
-        done = {unit: recorded[unit] for unit in range(self.units) if unit in recorded and self._has_chunks(unit)}
-        for array in self._zarrays.values():
-            for unit in set(range(self.units)) - done.keys():
-                (store / chunk_key(array, unit)).unlink(missing_ok=True)
-        group.attrs.pop("complete", None)
-        self.note = f"resumed: {len(done)} of {self.units} units were done"
+    def _resume(self) -> dict[int, str]:
+        """The units that are done; all that a killed writer left of others is deleted."""
+        _sweep(self._store)
+        (self.partial / "done").mkdir(exist_ok=True)
+        recorded = {file.name: file for file in (self.partial / "done").iterdir()}
+        done = {}
+        for unit in range(self.layout.units):
+            # A record is written after its chunks; only what came from outside (a cleaner, a copy) takes them away again.
+            if str(unit) in recorded and self._has_chunks(unit):
+                done[unit] = recorded[str(unit)].read_text(encoding="utf-8", errors="replace")
+                continue
+            for name in self.layout.arrays:
+                (self._store / self.layout.chunk(name, unit)).unlink(missing_ok=True)
+        zarr.open_group(LocalStore(self._store), mode="r+", zarr_format=3).attrs.pop("complete", None)
+        self.note = f"resumed: {len(done)} of {self.layout.units} units were done"
         return done
-
-    @cached_property
-    def _zarrays(self) -> dict[str, zarr.Array]:
-        return self.layout.open(LocalStore(self.partial / "store"))
 
     def _has_chunks(self, unit: int) -> bool:
         """Whether the chunks of a unit are there with their full size, in every array."""
-        for array in self._zarrays.values():
-            file = self.partial / "store" / chunk_key(array, unit)
-            if not file.is_file() or file.stat().st_size != chunk_bytes(array):
+        for name in self.layout.arrays:
+            file = self._store / self.layout.chunk(name, unit)
+            if not file.is_file() or file.stat().st_size != self.layout.chunk_bytes(name):
                 return False
         return True
 
-    def _await_chunks(self, unit: int) -> None:
-        """Waits until the chunks of a unit are seen here: network file systems show other machines' files late."""
-        patience = time.monotonic() + SEEN_WITHIN
-        while not self._has_chunks(unit):
-            if time.monotonic() > patience:
-                raise OutOfReach(
-                    f"{self.partial} shows no chunks of unit {unit}, which another process wrote; it must lie on a file "
-                    "system that all workers share, or the store on object storage (s3://…)"
-                )
-            for array in self._zarrays.values():
-                os.listdir(self.partial / "store" / array.basename)  # asks the server anew what there is
-            time.sleep(0.1)
-
     def _require_lock(self) -> None:
-        if self._lock is None:
+        if self._held is None:
             raise RuntimeError("the writer is not open; use it in a `with` block")
 
-    def _unlock(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
 
-    def _places(self, final: Path | str, partial: Path | str) -> tuple[Path, Path]:
-        return Path(final), Path(partial)
+def write_store(
+    path: Path | str,
+    values: Mapping[str, Shaped[np.ndarray, "b ..."]],
+    attributes: Mapping,
+    rows_per_unit: int | None = None,
+) -> None:
+    """Arrays in memory as a feature store: floats as float16, other types as they are."""
+    arrays = {
+        name: ArraySpec(array.shape[1:], "float16" if array.dtype.kind == "f" else str(array.dtype))
+        for name, array in values.items()
+    }
+    rows = len(next(iter(values.values())))
+    with StoreWriter(path, f"{path}.partial", rows, arrays, attributes, rows_per_unit) as writer:
+        for unit in writer.missing_units():
+            start, stop = writer.layout.unit_rows(unit)
+            writer.write(unit, {name: array[start:stop] for name, array in values.items()})
+        writer.finish()
 
 
-def _differences(old: Mapping, new: Mapping, prefix: str = "") -> list[str]:
-    """One phrase for each value that differs between two descriptions."""
-    phrases = []
+def _differences(old: Mapping, new: Mapping) -> list[str]:
+    """The names of the values that differ between two descriptions, of the inner ones where both are blocks."""
+    names = []
     for key in sorted(old.keys() | new.keys()):
         before, now = old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(now, Mapping):
-            phrases += _differences(before, now, f"{prefix}{key}.")
+            names += _differences(before, now)
         elif before != now:
-            phrases.append(f"{prefix}{key} was {_short(before)} and is {_short(now)}")
-    return phrases
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:12]}…{text[-4:]}"
+            names.append(key)
+    return names
 
 
 def _sweep(folder: Path) -> None:
     """Deletes the temporary files that a killed zarr writer leaves."""
     for file in sorted(folder.rglob("*.partial")):
         file.unlink()
+
+
+def _move_folder(source: Path, target: Path) -> None:
+    """Renames a folder in one step, by way of a copy beside the target where that is on another file system.
+
+    Raises:
+        OSError: the target exists and is not an empty folder.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.rename(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        beside = target.with_name(f"{target.name}.partial")
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.copytree(source, beside)
+        for file in beside.rglob("*"):
+            if file.is_file():
+                sync(file)
+        os.rename(beside, target)
+        shutil.rmtree(source)
+    sync_folder(target.parent)

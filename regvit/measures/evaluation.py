@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 
 from regvit.data.manifest import Dataset
 from regvit.features.readouts import Features
-from regvit.features.stored import blocks, stored_readouts
+from regvit.features.stored_readouts import blocks, stored_readouts
 from regvit.features.tensor_file import Scratch
 from regvit.measures.detectors import FEATURES_ONLY, Scorer, check_known, fit
 from regvit.probing.neighbours import knn_logit_blocks

@@ -9,7 +9,6 @@ defaults. `auto` is a default's other name: here, on a GPU where there is one, w
 | `batch_size` | images a forward | 8 on a CPU, else 32; extraction on a GPU as many as its memory has room for |
 | `workers` | decoding threads | with a GPU one for each usable core, else 0, which decodes in between |
 | `threads` | of torch on the CPU | torch's own choice |
-| `compile` | whether extraction runs the model under torch.compile | on a GPU from 500,000 images on |
 | `engine` | `local`, or `ray`: extraction on a cluster | `local` |
 | `address` | of the Ray cluster | one that is started on this machine |
 | `worker_device` | what the cluster's workers compute on: `cpu` or `cuda` | the kind of `device` |
@@ -59,7 +58,6 @@ class Runtime(BaseSettings):
     batch_size: PositiveInt = Field(default_factory=lambda knobs: 8 if _on_cpu(knobs) else 32)
     workers: NonNegativeInt = Field(default_factory=lambda knobs: 0 if _on_cpu(knobs) else usable_cores())
     threads: PositiveInt | None = None
-    compile: bool | None = None
     engine: Literal["local", "ray"] = "local"
     address: str | None = None
     worker_device: Literal["cpu", "cuda"] | None = None

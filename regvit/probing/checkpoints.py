@@ -18,7 +18,7 @@ from torch import Tensor
 
 from regvit.data.progress import progress as Progress
 from regvit.durable import lock_folder, sync, sync_folder
-from regvit.features.stored import StoredReadout, blocks
+from regvit.features.stored_readouts import StoredReadout, blocks
 
 CHECKPOINT = "checkpoint.safetensors"
 KEY = "regvit_training"

@@ -35,7 +35,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from regvit.features.readouts import POOLED, sum_of_rows
-from regvit.features.stored import blocks
+from regvit.features.stored_readouts import blocks
 
 AT_ONCE = 1 << 23  # validation logits, and features, held at once: 32 MiB of float32 each
 

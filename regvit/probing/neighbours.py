@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from regvit.features.stored import blocks
+from regvit.features.stored_readouts import blocks
 
 K = (10, 20, 100, 200)  # and the temperature: DINOv2's protocol
 TEMPERATURE = 0.07

@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
 
-from regvit.features.stored import blocks
+from regvit.features.stored_readouts import blocks
 from regvit.features.tensor_file import DiskArray, open_tensors, write_tensors
 from regvit.files import replacing
 from regvit.probing.probes import InvalidProbes, described_in

@@ -38,7 +38,7 @@ from torch import Tensor
 from regvit.data.progress import progress as Progress
 from regvit.features.memory import available
 from regvit.features.readouts import POOLED
-from regvit.features.stored import blocks
+from regvit.features.stored_readouts import blocks
 from regvit.files import replacing
 from regvit.probing import heads as heads_module
 from regvit.probing.checkpoints import Checkpoint

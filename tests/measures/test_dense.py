@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regvit.features.store import FeatureStore
-from regvit.features.store_writer import StoreWriter
+from regvit.features.store_writer import write_store
 from regvit.measures import dense
 from regvit.measures.dense import (
     DenseHeads,
@@ -30,12 +30,7 @@ from regvit.measures.dense import (
 
 def store_of(folder, patches, rows_per_unit=4):
     """A finished store of these patch tokens."""
-    with StoreWriter(
-        folder / "made.zarr", folder / "made.partial", len(patches), {"patches": patches.shape[1:]}, {}, rows_per_unit
-    ) as writer:
-        for unit in writer.missing_units():
-            writer.write(unit, {"patches": patches[slice(*writer.unit_rows(unit))]})
-        writer.finish()
+    write_store(folder / "made.zarr", {"patches": patches}, {}, rows_per_unit)
     return FeatureStore.open(folder / "made.zarr")
 
 
@@ -63,9 +58,7 @@ def test_the_number_of_patches_must_be_a_square(tmp_path):
 
 
 def test_a_store_without_patches_is_refused_by_what_it_holds(tmp_path):
-    with StoreWriter(tmp_path / "a.zarr", tmp_path / "a.partial", 2, {"cls": (3,)}, {}) as writer:
-        writer.write(0, {"cls": np.zeros((2, 3))})
-        writer.finish()
+    write_store(tmp_path / "a.zarr", {"cls": np.zeros((2, 3))}, {})
     with pytest.raises(KeyError, match="holds cls and no patches"):
         PatchTokens(FeatureStore.open(tmp_path / "a.zarr"), [0])
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from regvit.features.store import FeatureStore
-from regvit.features.store_writer import StoreWriter
+from regvit.features.store_writer import write_store
 from regvit.measures.dense import LinearLayer, PatchTokens
 from regvit.measures.depth import (
     DepthModel,
@@ -27,12 +27,7 @@ INDOORS = Range(0.5, 5.0)
 
 
 def store_of(folder, patches):
-    with StoreWriter(
-        folder / "made.zarr", folder / "made.partial", len(patches), {"patches": patches.shape[1:]}, {}, 8
-    ) as writer:
-        for unit in writer.missing_units():
-            writer.write(unit, {"patches": patches[slice(*writer.unit_rows(unit))]})
-        writer.finish()
+    write_store(folder / "made.zarr", {"patches": patches}, {}, 8)
     return FeatureStore.open(folder / "made.zarr")
 
 

@@ -9,7 +9,7 @@ from sklearn.metrics import jaccard_score
 
 from regvit.data.decoding import UnreadableImage
 from regvit.features.store import FeatureStore
-from regvit.features.store_writer import StoreWriter
+from regvit.features.store_writer import write_store
 from regvit.measures.dense import LinearLayer, PatchTokens
 from regvit.measures.segmentation import Segmenter, count, read_classes, summary, train
 from regvit.stats.miou import (
@@ -27,12 +27,7 @@ SIDE, CLASSES = 4, 3
 
 
 def store_of(folder, patches):
-    with StoreWriter(
-        folder / "made.zarr", folder / "made.partial", len(patches), {"patches": patches.shape[1:]}, {}, 8
-    ) as writer:
-        for unit in writer.missing_units():
-            writer.write(unit, {"patches": patches[slice(*writer.unit_rows(unit))]})
-        writer.finish()
+    write_store(folder / "made.zarr", {"patches": patches}, {}, 8)
     return FeatureStore.open(folder / "made.zarr")
 
 

@@ -1,6 +1,5 @@
 """An image whose tokens turn to NaN in a block stops whatever looks at it, with the image, the array and the layer named."""
 
-import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +12,7 @@ from regvit.data.batches import Batches
 from regvit.data.decoding import Transform
 from regvit.data.manifest import Row, read_dataset, write_dataset
 from regvit.data.whole_images import WholeTransform
-from regvit.features.extraction import describe, extract
+from regvit.features.extraction import Options, extract
 from regvit.measures.anatomy import Subject
 from regvit.measures.attention_quality import measure_attention
 from regvit.measures.discovery import discover, measure, settings
@@ -88,21 +87,11 @@ def images_of(dataset, backbone):
     return torch.cat(list(batches(dataset, backbone)))
 
 
-class InPieces:
-    """An engine that computes each unit with an extractor of its own, as workers do."""
-
-    def fill(self, make, writer, advance):
-        for unit in writer.missing_units():
-            writer.write(unit, pickle.loads(pickle.dumps(make))(device="cpu").unit(*writer.unit_rows(unit)))
-
-
-@pytest.mark.parametrize("engine", [None, InPieces()])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_extraction_stops_wherever_it_is_computed(tmp_path, backbone, dataset, engine, precision):
+def test_extraction_stops_wherever_it_is_computed(tmp_path, backbone, dataset, precision):
     said = rf"{IMAGE}'cls', row 1: nan is not a finite number; {LAYER_SAID}; take the image out of the manifest"
     with pytest.raises(BadFeatures, match=said):
-        extract(backbone, dataset, tmp_path / "x.zarr", None, describe(backbone, dataset, precision), precision,
-                rows_per_unit=2, engine=engine)  # fmt: skip
+        extract(tmp_path / "x.zarr", backbone, dataset, precision=precision, options=Options(batch_size=2))
     assert not (tmp_path / "x.zarr").exists()
 
 

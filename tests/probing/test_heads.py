@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from regvit.features.stored import blocks
+from regvit.features.stored_readouts import blocks
 from regvit.probing.heads import RowOrder, moments
 from regvit.probing.probes import train_probes
 

@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 
 from regvit.data.manifest import Row, read_dataset, write_dataset
 from regvit.features.store import FeatureStore
-from regvit.features.store_writer import StoreWriter
+from regvit.features.store_writer import write_store
 from regvit.measures import evaluation
 from regvit.measures.detectors import DETECTORS
 from regvit.probing.predictions import load_predictions, paired_difference
@@ -62,13 +62,9 @@ def make(folder, name, classes, counts, shift):
         if run_name == "two":
             cleaner = 0.9 * cls + 0.1 * np.float32(CENTRES.mean(0))
             arrays = {"cls": cleaner, "patch_mean": cls, "registers": cls[:, None, ::-1]}
-        shapes = {key: values.shape[1:] for key, values in arrays.items()}
         final = folder / "features" / run_name / f"{name}.zarr"
-        with StoreWriter(final, folder / "p", len(rows), shapes, {"manifest_sha256": dataset.digest}) as writer:
-            for unit in writer.missing_units():
-                start, stop = writer.unit_rows(unit)
-                writer.write(unit, {key: values[start:stop] for key, values in arrays.items()})
-            writer.finish()
+        final.parent.mkdir(parents=True, exist_ok=True)
+        write_store(final, arrays, {"manifest_sha256": dataset.digest})
 
 
 def run(stage, folder, *names):

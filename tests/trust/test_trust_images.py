@@ -21,7 +21,7 @@ from regvit.data.decoding import MAX_BYTES, Transform, UnreadableImage, read_rgb
 from regvit.data.manifest import read_dataset
 from regvit.data.sources import make_dataset
 from regvit.data.whole_images import original_size, read_mask
-from regvit.features.extraction import describe, extract
+from regvit.features.extraction import Options, extract
 from regvit.features.store import FeatureStore
 from regvit.models.backbones import Backbone
 
@@ -338,9 +338,7 @@ def vit():
 def features_by_image(dataset, folder):
     """CLS of each image, by the image's id."""
     backbone = vit()
-    extract(
-        backbone, dataset, folder / "x.zarr", folder / "x.partial", describe(backbone, dataset, "float32"), batch_size=1
-    )
+    extract(folder / "x.zarr", backbone, dataset, options=Options(batch_size=1))
     store = FeatureStore.open(folder / "x.zarr", dataset.digest, [row.image_id for row in dataset.rows])
     return dict(zip([row.image_id for row in dataset.rows], store.read("cls"), strict=True))
 

@@ -11,10 +11,9 @@ from PIL import Image
 
 from regvit.data.decoding import Transform
 from regvit.data.manifest import InvalidManifest, Row, read_dataset, write_dataset
-from regvit.features.extraction import describe, extract
-from regvit.features.store import FeatureStore
-from regvit.features.store_layout import UnstorableFeature
-from regvit.features.store_writer import StoreWriter
+from regvit.features.extraction import Options, fill_store
+from regvit.features.forward import Forward, Readouts
+from regvit.features.store_writer import UnstorableFeature, write_store
 from regvit.models.backbones import Backbone, load_backbone, save_backbone
 from regvit.models.checkpoints import WeightsError
 from regvit.models.nan_check import BadFeatures
@@ -50,11 +49,8 @@ def dataset_of(folder, count=5):
 
 
 def run(folder, backbone, dataset, precision="float32", **options):
-    attributes = describe(backbone, dataset, precision)
-    extract(
-        backbone, dataset, folder / "x.zarr", folder / "x.partial", attributes, precision, rows_per_unit=2, **options
-    )
-    return FeatureStore.open(folder / "x.zarr")
+    forward = Forward(backbone, Readouts(), precision)
+    return fill_store(folder / "x.zarr", dataset, forward, {}, Options(**options), rows_per_unit=2)
 
 
 # Weights.
@@ -115,10 +111,9 @@ def test_arithmetic_in_float16_that_overflows_inside_of_the_model_is_caught(tmp_
 def test_a_store_names_array_and_row_of_what_it_cannot_hold(tmp_path, array, value):
     values = {"cls": np.zeros((3, 4), np.float32), "patch_mean": np.zeros((3, 4), np.float32)}
     values[array][2, 1] = value
-    with StoreWriter(tmp_path / "x.zarr", tmp_path / "p", 3, {"cls": (4,), "patch_mean": (4,)}, {}) as writer:
-        with pytest.raises(UnstorableFeature, match=f"array '{array}', row 2: "):
-            writer.write(0, values)
-        assert writer.missing_units() == [0]
+    with pytest.raises(UnstorableFeature, match=f"array '{array}', row 2: "):
+        write_store(tmp_path / "x.zarr", values, {})
+    assert not (tmp_path / "x.zarr").exists()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

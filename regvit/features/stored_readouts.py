@@ -5,13 +5,13 @@
     train["cls_reg"][0:4096]    # float32, read now
 
 Rows come out as `readouts.readout` would give them for the whole store, bit for bit (`cls_random`: but for the rounding of
-a matrix product, once in many millions of values), so whoever takes an array in blocks or by rows takes one of these, and its memory does not grow with the
-images. Two ways of reading, by what is asked for:
+a matrix product, once in many millions of values), so whoever takes an array in blocks or by rows takes one of these, and
+its memory does not grow with the images. Two ways of reading, by what is asked for:
 
 - a slice reads whole units through zarr, which holds each chunk to its checksum: for passes over everything;
 - an array of row numbers reads just these rows, each out of its chunk file: chunks are plain rows with a checksum at the
-  end, which is not looked at. For random batches, after a pass has been made. On a disk that seeks slowly and is not
-  cached by the system this is slow; it never needs more memory than the rows.
+  end, which is not looked at. For random batches, after a pass has been made: zarr would read whole chunks for them. A
+  memory map would count as memory of the process, so it is `pread`.
 
 The readouts that are made together share what they read.
 """
@@ -21,17 +21,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import resource
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from regvit.features.float16 import DTYPE, to_float
 from regvit.features.readouts import CONTROLS, Features, InMemory, arrays_needed, noise_spread, readout
-from regvit.features.store import FeatureStore, InvalidStore
+from regvit.features.store import CHECKSUM_BYTES, FeatureStore, InvalidStore
 
 ROWS_AT_ONCE = 4096  # of a pass over everything: 32 MiB of float32 at 2,048 channels
 
@@ -73,7 +69,9 @@ class StoredReadout:
 
     def __getitem__(self, which: slice | Int[np.ndarray, " n"]) -> Float[np.ndarray, "n d"]:
         """Rows as float32; a slice in whole units, row numbers one by one."""
-        return self._made({array: self._reader.read(array, which) for array in arrays_needed(self.name)})
+        arrays = {array: self._reader.read(array, which) for array in arrays_needed(self.name)}
+        spread = self._reader.spread() if self.name in CONTROLS else None
+        return readout(InMemory({array: v.astype(np.float32) for array, v in arrays.items()}), self.name, spread)
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self[:], dtype=dtype)
@@ -82,10 +80,6 @@ class StoredReadout:
         """SHA-256 (hex) of what decides the values: name and rows, the store's attributes and its chunks' checksums."""
         return self._reader.identity(self.name)
 
-    def _made(self, arrays: Mapping[str, np.ndarray]) -> Float[np.ndarray, "n d"]:
-        spread = self._reader.spread() if self.name in CONTROLS else None
-        return readout(InMemory({array: to_float(values) for array, values in arrays.items()}), self.name, spread)
-
 
 class _Reader:
     """Rows of the arrays of a store as they are stored; what was read last is kept, as several readouts ask for it."""
@@ -93,83 +87,56 @@ class _Reader:
     def __init__(self, store: FeatureStore, rows: Int[np.ndarray, " b"]):
         if len(rows) and (np.diff(rows) <= 0).any():
             raise ValueError("rows are not in ascending order, each once; sort them, and order the labels alike")
-        self.store, self.rows = store, rows
-        self._unit_rows = store.attributes["rows_per_unit"]
-        self._local, self._files = os.path.isdir(store.path), _OpenFiles()  # in object storage only units can be read
+        self.store, self.rows, self._unit_rows = store, rows, store.layout.rows_per_unit
         self._last: dict[str, tuple[object, np.ndarray]] = {}  # by array: what was asked for, and what was read
         self._unit: dict[str, tuple[int, np.ndarray]] = {}  # by array: the unit that the last slice ended in
         self._spread: np.ndarray | None = None
 
     def read(self, array: str, which: slice | Int[np.ndarray, " n"]) -> Float[np.ndarray, "n ..."]:
-        key = which.indices(len(self.rows)) if isinstance(which, slice) else np.asarray(which).tobytes()
+        by_units = isinstance(which, slice)
+        key = which.indices(len(self.rows)) if by_units else np.asarray(which).tobytes()
         if array not in self._last or self._last[array][0] != key:
             wanted = self.rows[which]
-            whole = isinstance(which, slice) or not self._local
-            values = self._by_units(array, wanted) if whole else self._one_by_one(array, wanted)
+            values = np.empty((len(wanted), *self.store.arrays[array]), self.store.layout.arrays[array].dtype)
+            (self._read_units if by_units else self._read_rows)(array, wanted, values)
             self._last[array] = (key, values)
         return self._last[array][1]
 
     def spread(self) -> Float[np.ndarray, " d"]:
         """Standard deviation of each channel of CLS over all images of the store, which scales the noise of a control."""
         if self._spread is None:
-            whole = range(-(-len(self.store) // self._unit_rows))
-            self._spread = noise_spread(lambda: (self._read_unit("cls", unit) for unit in whole))
+            units = range(self.store.layout.units)
+            self._spread = noise_spread(lambda: (self._read_unit("cls", unit) for unit in units))
         return self._spread
 
     def identity(self, name: str) -> str:
         found = hashlib.sha256(json.dumps([name, self.store.attributes], sort_keys=True).encode())
         found.update(np.ascontiguousarray(self.rows, dtype="<i8").data)
-        for array in arrays_needed(name) if self._local else ():
-            for unit in range(self.store.attributes["units"]):
-                path = self._chunk(array, unit)
-                found.update(os.pread(self._files.open(path), 4, path.stat().st_size - 4))
+        for array in arrays_needed(name):
+            for unit in range(self.store.layout.units):
+                with open(self.store.path / self.store.layout.chunk(array, unit), "rb") as file:
+                    file.seek(-CHECKSUM_BYTES, os.SEEK_END)
+                    found.update(file.read())
         return found.hexdigest()
 
-    def _by_units(self, array: str, wanted: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n ..."]:
-        values = np.empty((len(wanted), *self.store.arrays[array]), dtype=DTYPE)
+    def _read_units(self, array: str, wanted: Int[np.ndarray, " n"], values: Float[np.ndarray, "n ..."]) -> None:
         units = wanted // self._unit_rows
-        for unit in np.unique(units):
+        for unit in np.unique(units).tolist():
             if array not in self._unit or self._unit[array][0] != unit:
-                self._unit[array] = (int(unit), self._read_unit(array, int(unit)))
+                self._unit[array] = (unit, self._read_unit(array, unit))
             here = units == unit
             values[here] = self._unit[array][1][wanted[here] - unit * self._unit_rows]
-        return values
 
     def _read_unit(self, array: str, unit: int) -> Float[np.ndarray, "n ..."]:
-        start = unit * self._unit_rows
-        return self.store.read_rows(array, start, min(start + self._unit_rows, len(self.store)))
+        return self.store.read_rows(array, *self.store.layout.unit_rows(unit))
 
-    def _one_by_one(self, array: str, wanted: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n ..."]:
-        shape = self.store.arrays[array]
-        values = np.empty((len(wanted), *shape), dtype=DTYPE)
-        size = values.itemsize * int(np.prod(shape))
-        lines = values.reshape(len(wanted), -1).view(np.uint8)
-        for place in np.argsort(wanted, kind="stable").tolist():  # by file, and forward within it
-            unit, row = divmod(int(wanted[place]), self._unit_rows)
-            if os.preadv(self._files.open(self._chunk(array, unit)), [lines[place]], row * size) != size:
-                raise InvalidStore(f"{self._chunk(array, unit)} ends before row {row}; `dvc pull` it, or extract again")
-        return values
-
-    def _chunk(self, array: str, unit: int) -> Path:
-        """File of the chunk of one unit: it spans all axes but the first."""
-        return Path(self.store.path, array, ".".join(["c", str(unit), *["0"] * len(self.store.arrays[array])]))
-
-
-class _OpenFiles:
-    """Descriptors of the files used last, up to half of those that the process may have."""
-
-    def __init__(self):
-        self._most = max(16, min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
-        self._open: OrderedDict[Path, int] = OrderedDict()
-
-    def open(self, path: Path) -> int:
-        if path not in self._open:
-            if len(self._open) >= self._most:
-                os.close(self._open.popitem(last=False)[1])
-            self._open[path] = os.open(path, os.O_RDONLY)
-        self._open.move_to_end(path)
-        return self._open[path]
-
-    def __del__(self):
-        for descriptor in self._open.values():
-            os.close(descriptor)
+    def _read_rows(self, array: str, wanted: Int[np.ndarray, " n"], values: Float[np.ndarray, "n ..."]) -> None:
+        size, lines = self.store.layout.arrays[array].row_bytes, values.reshape(len(wanted), -1).view(np.uint8)
+        units = wanted // self._unit_rows
+        for unit in np.unique(units).tolist():
+            path = self.store.path / self.store.layout.chunk(array, unit)
+            with open(path, "rb", buffering=0) as file:
+                for place in np.flatnonzero(units == unit).tolist():
+                    row = int(wanted[place]) - unit * self._unit_rows
+                    if os.preadv(file.fileno(), [lines[place]], row * size) != size:
+                        raise InvalidStore(f"{path} ends before row {row}; `dvc pull` it, or extract again")

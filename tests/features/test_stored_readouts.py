@@ -1,0 +1,96 @@
+"""Readouts read when they are asked for, against readouts of whole arrays."""
+
+import numpy as np
+import pytest
+
+from regvit.features import stored_readouts as module
+from regvit.features.readouts import InMemory, readout
+from regvit.features.store import FeatureStore, InvalidStore
+from regvit.features.store_writer import write_store
+from regvit.features.stored_readouts import StoredReadout, blocks, stored_readouts
+
+NAMES = ("cls", "reg_mean", "patch_mean", "cls_reg", "cls_patch", "cls_reg_max", "cls_reg_1", "cls_reg_learned",
+         "cls_reg_attn", "cls_noise")  # fmt: skip
+
+
+@pytest.fixture
+def store(tmp_path):
+    """100 rows in units of 16, the class in every array."""
+    rng = np.random.default_rng(0)
+    centre = np.repeat(np.eye(2, 6), 50, axis=0)  # sorted by class, as folders are
+    arrays = {"cls": centre + 0.8 * rng.normal(size=(100, 6)), "patch_mean": rng.normal(size=(100, 6)),
+              "registers": centre[:, None] + rng.normal(size=(100, 3, 6))}  # fmt: skip
+    write_store(tmp_path / "x.zarr", arrays, {"run": "r"}, 16)
+    return FeatureStore.open(tmp_path / "x.zarr")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_slices_and_rows_are_those_of_the_whole_readout_bit_for_bit(store, name):
+    rows = np.flatnonzero(np.arange(100) % 3 != 1)
+    whole, some = readout(store, name)[rows], stored_readouts(store, [name], rows)[name]
+    assert isinstance(some, StoredReadout) and some.shape == whole.shape and len(some) == len(whole)
+    mixed = np.random.default_rng(0).permutation(len(rows))[:40]
+    assert some[mixed].tobytes() == whole[mixed].tobytes()
+    assert some[5:37].tobytes() == whole[5:37].tobytes()
+    assert np.asarray(some).tobytes() == whole.tobytes() and some[:].dtype == np.float32
+    assert np.concatenate([some[part] for part in blocks(len(some), 7)]).tobytes() == whole.tobytes()
+
+
+def test_a_projected_control_differs_by_rounding_only(store):
+    some = stored_readouts(store, ["cls_random"], np.arange(100))["cls_random"]
+    np.testing.assert_allclose(some[np.array([70, 3])], readout(store, "cls_random")[[70, 3]], rtol=1e-6, atol=1e-7)
+
+
+def test_arrays_in_memory_stay_arrays(store):
+    held = InMemory({"cls": store.read("cls")})
+    assert isinstance(stored_readouts(held, ["cls"], np.arange(3))["cls"], np.ndarray)
+
+
+def test_a_pass_reads_each_unit_once_for_all_readouts(store, monkeypatch):
+    read, plain = [], FeatureStore.read_rows
+    monkeypatch.setattr(FeatureStore, "read_rows", lambda *a: read.append(a[1:]) or plain(*a))
+    values = stored_readouts(store, ["cls", "cls_patch"], np.arange(100))
+    for part in blocks(100, 10):
+        for each in values.values():
+            each[part]
+    assert sorted(read) == sorted((array, u, min(u + 16, 100)) for array in ("cls", "patch_mean")
+                                  for u in range(0, 100, 16))  # fmt: skip
+
+
+def test_a_pass_goes_in_blocks_of_the_size_that_the_module_says_now(monkeypatch):
+    monkeypatch.setattr(module, "ROWS_AT_ONCE", 3)
+    assert list(blocks(7)) == [slice(0, 3), slice(3, 6), slice(6, 7)]
+    assert list(blocks(7, 5)) == [slice(0, 5), slice(5, 7)]
+
+
+def test_rows_out_of_order_are_refused(store):
+    with pytest.raises(ValueError, match="rows are not in ascending order, each once; sort them"):
+        stored_readouts(store, ["cls"], np.array([3, 2]))
+
+
+def test_a_chunk_cut_short_is_named(store):
+    some = stored_readouts(store, ["cls"], np.arange(100))["cls"]
+    chunk = store.path / "cls" / "c.1.0"
+    chunk.write_bytes(chunk.read_bytes()[:20])
+    with pytest.raises(InvalidStore, match=r"c\.1\.0 ends before row 15; `dvc pull` it"):
+        some[np.array([31])]
+
+
+def test_the_identity_changes_with_rows_name_and_content(store):
+    def identity(name, rows):
+        return stored_readouts(store, [name], rows)[name].identity()
+
+    own = identity("cls", np.arange(9))
+    assert own == identity("cls", np.arange(9))
+    assert len({own, identity("cls_reg", np.arange(9)), identity("cls", np.arange(8))}) == 3
+    chunk = store.path / "cls" / "c.0.0"
+    chunk.write_bytes(chunk.read_bytes()[:-4] + b"else")
+    assert identity("cls", np.arange(9)) != own
+
+
+def test_no_more_than_two_units_of_an_array_are_held_in_a_pass(store):
+    some = stored_readouts(store, ["cls"], np.arange(100))["cls"]
+    for part in blocks(100, 8):
+        some[part]
+    held = some._reader._last["cls"][1].nbytes + some._reader._unit["cls"][1].nbytes
+    assert held <= 2 * 16 * 6 * 2
