@@ -37,6 +37,7 @@ from regvit.data.manifest import Dataset
 from regvit.features.forward import ARRAYS, Forward, Readouts
 from regvit.features.store import FeatureStore, InvalidStore, fingerprint, image_ids_digest
 from regvit.features.store_writer import StoreWriter, UnstorableFeature
+from regvit.models.arithmetic import arithmetic
 from regvit.models.backbones import Backbone
 from regvit.models.nan_check import BadFeatures, where_it_begins
 
@@ -319,8 +320,9 @@ def _explained(forward: Forward, dataset: Dataset, error: UnstorableFeature, dev
     if values.isfinite().all():
         what = f"{values[values.abs() == values.abs().max()][0].item():g} is beyond float16 (±65504)"
     else:
-        what = f"{values[~values.isfinite()][0].item():g} is not a finite number; "
-        what += where_it_begins(forward.backbone.model, transform.normalise(image))
+        with arithmetic(forward.precision, device):
+            where = where_it_begins(forward.backbone.model, transform.normalise(image))
+        what = f"{values[~values.isfinite()][0].item():g} is not a finite number; {where}"
     return (
         f"image {row.image_id!r} ({row.path}): array {error.array!r}, row {error.row}: {what}; take the image out of the "
         f"manifest, or extract with another precision than {forward.precision}"
