@@ -129,7 +129,6 @@ def make_project(folder: Path) -> Path:
     torch.save(model.state_dict(), folder / "weights.pt")
     yaml = YAML(typ="safe", pure=True)
     params = yaml.load(ROOT / "params.yaml")
-    measured = {"datasets": ["rooms"], "img_size": 64}
     changes = {
         "in_distribution": "home",
         "datasets": {"home": {"source": "folder:photos", "role": "id"},
@@ -139,15 +138,18 @@ def make_project(folder: Path) -> Path:
         "runs": {"plain": {"backbone": "tiny", "registers": "none", "num_registers": 0},
                  "cured": {"backbone": "tiny", "registers": "test_time", "num_registers": 1}},
         "identify": params["identify"] | {"images": 16, "layer": 3, "threshold": None, "top_k": 5},
-        "probe": params["probe"] | {"learning_rates": [0.01, 0.1], "steps": 40, "seeds": 2, "logistic": [0.1],
-                                    "neighbours": [3]},
+        "probe": params["probe"] | {"learning_rates": [0.01, 0.1], "steps": 40, "seeds": 2},
+        "baselines": params["baselines"] | {"logistic": [0.1], "neighbours": [3]},
         "evaluate": {"detectors": ["msp", "knn"], "bootstrap": 20},
-        "verify": {"pictures": "rooms"},
-        "tokens": params["tokens"] | measured | {"images": 6, "class_images": 20},
-        "attention": params["attention"] | measured | {"images": 4},
-        "discover": params["discover"] | measured | {"datasets": ["boxed"], "layers": 1, "features": ["k"], "biases": [0.0, -0.1],
-                                                     "choose_images": 4, "k_patches": 8},
-        "patches": measured,
+        "verify": {"images": 8, "pictures": "rooms"},
+        "extract_dense": {"layers": 1, "datasets": {
+            "rooms": {"img_size": 64, "arrays": ["patches", "norms", "attention"]},
+            "boxed": {"img_size": 64, "arrays": ["inside"]},
+            "home": {"img_size": None, "arrays": ["patches"]},
+        }},
+        "tokens": {"datasets": ["rooms"]},
+        "attention": params["attention"] | {"datasets": ["rooms"]},
+        "discover": params["discover"] | {"datasets": ["boxed"], "features": ["k"], "biases": [0.0, -0.1], "k_patches": 8},
         "segment": params["segment"] | {"datasets": ["rooms"], "learning_rates": [0.01], "steps": 10, "batch_size": 4},
         "depth": params["depth"] | {"datasets": ["rooms"], "learning_rates": [0.01], "steps": 10, "batch_size": 4,
                                     "bins": 16},

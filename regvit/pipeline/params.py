@@ -4,6 +4,7 @@ DVC reads YAML 1.2 (`1e-4` is a number, `yes` a word), PyYAML reads 1.1 (`1e-4` 
 that used PyYAML could compute with something else than what DVC tracks, so ruamel.yaml reads it here, as in DVC.
 """
 
+import io
 import re
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent, ScalarE
 from ruamel.yaml.nodes import Node
 
 from regvit.pipeline.faults import nearest, sentences, shown
-from regvit.pipeline.references import broken_layers, broken_references
+from regvit.pipeline.references import broken_layers, broken_references, missing_files
 from regvit.pipeline.schema import Block, Images, Params
 
 
@@ -57,7 +58,7 @@ def check_params(path: str | Path = "params.yaml") -> Params:
         OSError: what timm said of an architecture cannot be kept in work/.
     """
     params = load_params(path)
-    _refuse(path, [*_colons_in_braces(_text_of(path)), *broken_layers(params)])
+    _refuse(path, [*_colons_in_braces(_text_of(path)), *missing_files(params), *broken_layers(params)])
     try:
         YAML(typ="safe").load(Path(path))  # as DVC does
     except YAMLError as error:
@@ -76,7 +77,7 @@ def read_values(path: str | Path) -> object:
     reader = YAML(typ="safe", pure=True)  # pure: has a line of its own for each value that cannot be made
     reader.Constructor = _Constructor
     try:
-        return reader.load(_text_of(path))
+        return reader.load(io.StringIO(_text_of(path)))  # a stream: messages give a place and quote no line
     except YAMLError as error:
         raise ParamsError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     except RecursionError as error:

@@ -2,12 +2,20 @@
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from regvit.pipeline.architectures import architecture
 from regvit.pipeline.faults import nearest
 from regvit.pipeline.schema import PACKAGES, Backbone, Params
 
-MEASURED = ("tokens", "attention", "patches", "segment", "depth", "discover")
+LOCAL = ("folder", "file", "npy", "voc07", "voc12", "coco20k", "voc_segmentation", "ade20k", "nyu")
+NEEDED = {  # arrays of extract_dense by the measurement that reads them
+    "tokens": ("patches", "norms"),
+    "attention": ("attention",),
+    "discover": ("inside",),
+    "segment": ("patches",),
+    "depth": ("patches",),
+}
 
 
 def broken_references(params: Params) -> Iterator[str]:
@@ -17,6 +25,8 @@ def broken_references(params: Params) -> Iterator[str]:
     identify = params.identify
     if identify.threshold is not None and identify.layer is None:
         yield f"identify.threshold is {identify.threshold}, but identify.layer is null: norms differ by layer, set it too"
+    if identify.score == "activation" and identify.top_k is None:
+        yield "identify.score is activation, but identify.top_k is null: activations are no shares, set it too (10 to 50)"
     for name, backbone in params.backbones.items():
         yield from _broken_backbone(f"backbones.{name}", backbone)
     yield from _broken_sizes(params)
@@ -46,14 +56,32 @@ def broken_layers(params: Params) -> Iterator[str]:
                 has = f"backbone {name} has {known.depth} blocks (0 to {known.depth - 1})"
                 yield f"{where} is {layer}, expected at most {known.depth - after}: {has}"
         for run_name, run in params.runs.items():
+            has = f"{model_of(backbone)} was trained with {known.trained}"
+            if run.backbone == name and run.registers == "none" and known.trained:
+                cure = f"cannot be left out: set registers: trained, num_registers: {known.trained}"
+                yield f"runs.{run_name}.registers is none, but {has}, which {cure}"
             if run.backbone == name and run.registers == "trained" and run.num_registers != known.trained:
                 cure = (
                     f"set num_registers: {known.trained}"
                     if known.trained
                     else "take a backbone with registers (…_reg4_…)"
                 )
-                has = f"{model_of(backbone)} was trained with {known.trained}"
                 yield f"runs.{run_name}.num_registers is {run.num_registers}, but {has}: {cure}"
+
+
+def missing_files(params: Params) -> Iterator[str]:
+    """Folders and files that data sets, lists of classes and backbones name, and that are not there."""
+    wanted = []
+    for block, entries in (("datasets", params.datasets), ("scenes", params.scenes), ("backbones", params.backbones)):
+        for name, entry in entries.items():
+            kind, _, path = entry.source.partition(":")
+            if kind in LOCAL:
+                wanted.append((f"{block}.{name}.source", re.sub(r"(?<=\.npy):\d+$", "", path)))
+            if isinstance(getattr(entry, "classes", None), str):
+                wanted.append((f"{block}.{name}.classes", entry.classes))
+    for where, path in wanted:
+        if not Path(path).expanduser().exists():
+            yield f"{where}: {path} does not exist: put it there, or mend the path"
 
 
 def model_of(backbone: Backbone) -> str:
@@ -79,14 +107,26 @@ def _broken_sets(params: Params) -> Iterator[str]:
 
 
 def _broken_measurements(params: Params) -> Iterator[str]:
-    """Sets and runs that a measurement names and that are not there."""
-    datasets, runs, known = params.datasets, params.runs, params.datasets | params.scenes
-    for stage in MEASURED:
+    """Sets and runs that a measurement names and that are not there, or of which too little is kept."""
+    datasets, runs, known, dense = (
+        params.datasets,
+        params.runs,
+        params.datasets | params.scenes,
+        params.extract_dense.datasets,
+    )
+    for name in dense:
+        if name not in known:
+            yield f"extract_dense.datasets has {name!r}, which neither datasets nor scenes has{nearest(name, known)}"
+    for stage, arrays in NEEDED.items():
         for name in getattr(params, stage).datasets:
-            if name not in known:
-                yield f"{stage}.datasets has {name!r}, which neither datasets nor scenes has{nearest(name, known)}"
-            elif stage in ("segment", "depth") and name not in params.patches.datasets:
-                yield f"{stage}.datasets has {name!r}, which patches.datasets lacks: add it there, {stage} reads its patches"
+            if name not in dense:
+                yield f"{stage}.datasets has {name!r}, which extract_dense.datasets lacks{nearest(name, dense) or ': add it'}"
+            elif missing := [array for array in arrays if array not in dense[name].arrays]:
+                lacks = ", ".join(missing)
+                yield f"extract_dense.datasets.{name}.arrays lacks {lacks}, which {stage} reads: add it, or take {name} from {stage}.datasets"
+    home = params.in_distribution
+    if params.tokens.datasets and home in datasets and "patches" not in (dense[home].arrays if home in dense else ()):
+        yield f"extract_dense.datasets has no {home} with patches, the in_distribution that tokens reads: add it"
     if params.depth.min_depth >= params.depth.max_depth:
         yield f"depth.min_depth is {params.depth.min_depth}, expected less than max_depth {params.depth.max_depth}"
     for name in params.zeroshot.datasets:
@@ -127,10 +167,8 @@ def _broken_sizes(params: Params) -> Iterator[str]:
     """Sizes of images that a backbone cannot part into patches, where the name of its architecture says their size."""
     measured = sorted({run.backbone for run in params.runs.values()} & params.backbones.keys())
     wanted = [(f"backbones.{name}", name, backbone.img_size) for name, backbone in params.backbones.items()]
-    for stage in MEASURED:
-        block = getattr(params, stage)
-        if block.datasets and hasattr(block, "img_size"):
-            wanted += [(stage, name, block.img_size) for name in measured]
+    for dataset, block in params.extract_dense.datasets.items():
+        wanted += [(f"extract_dense.datasets.{dataset}", name, block.img_size) for name in measured]
     for where, name, size in wanted:
         named_patch = re.search(r"_patch(\d+)(?![^_.])", model_of(params.backbones[name]))
         patch = int(named_patch[1]) if named_patch else 1

@@ -120,11 +120,19 @@ class Block(BaseModel):
         return getattr(self, key) if key in self.model_fields_set else default
 
 
+class Splits(Block):
+    """Images of a split at most."""
+
+    train: Count | None = None
+    val: Count | None = None
+    test: Count | None = None
+
+
 class Images(Block):
     """A set with boxes, masks or depth: measured, never classified."""
 
     source: Source
-    images: Count | None = None  # at most, of each split
+    images: Splits | None = None
     rejects: Literal["reject", "fail"] = "reject"
     max_rejects: Annotated[float, Ge(0), Le(1)] = 0.1
 
@@ -164,6 +172,7 @@ class Identify(Block):
     top_k: Count | None
     max_layer: Index | None
     explained: Share
+    score: Literal["attribution", "activation"] = "attribution"
     precision: Precision = "float32"
 
 
@@ -206,35 +215,34 @@ class Compare(Block):
 
 
 class Verify(Block):
+    images: Count
     pictures: Text
+
+
+class DenseSet(Block):
+    arrays: Some[Literal["patches", "norms", "attention", "inside"]]
+    img_size: Count | None
+    images: Count | None = None
+
+
+class ExtractDense(Block):
+    layers: Count
+    datasets: Named[DenseSet]
 
 
 class Measured(Block):
     datasets: Several[Text]
 
 
-class Sized(Measured):
-    img_size: Count | None
-
-
-class Tokens(Sized):
-    images: Annotated[int, Ge(2)]
-    class_images: Annotated[int, Ge(2)]
-
-
-class Attention(Sized):
-    images: Count
+class Attention(Measured):
     first_layer: Index | None
 
 
-class Discover(Sized):
-    fit: Literal["pad", "squash"]
-    layers: Count
+class Discover(Measured):
     features: Some[Literal["k", "q", "v", "token"]]
     normalised: Some[bool]
     biases: Some[Annotated[float, Ge(-1), Le(0)]]
     k_patches: Count
-    choose_images: Count
 
 
 class Trained(Measured):
@@ -276,10 +284,10 @@ class Params(Block):
     evaluate: Evaluate
     compare: Compare
     verify: Verify
-    tokens: Tokens
+    extract_dense: ExtractDense
+    tokens: Measured
     attention: Attention
-    patches: Sized
+    discover: Discover
     segment: Trained
     depth: Depth
-    discover: Discover
     zeroshot: Zeroshot

@@ -67,7 +67,7 @@ def project(tmp_path_factory):
         ("backbone", ["tinny"], "backbone: backbones of params.yaml has no 'tinny': did you mean 'tiny'?"),
         ("compose", ["cure"], "compose: runs of params.yaml has no 'cure': did you mean 'cured'?"),
         ("download", ["hom"], "download: there is no data set 'hom' in params.yaml: did you mean 'home'?"),
-        ("tokens", ["curd", "rooms"], "tokens: features/curd/run.json does not exist; run the compose stage of this run"),
+        ("tokens", ["curd", "rooms"], "tokens: features/runs/curd.json does not exist; run the compose stage of this run"),
         ("depth", ["cured", "rooms"], "depth: data/rooms/manifest.csv is missing; a data set is a folder made by"),
         ("compose", ["cured"], "compose: data/backbones/tiny/backbone.json is missing; a backbone is a folder made by"),
     ],
