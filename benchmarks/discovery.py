@@ -36,8 +36,9 @@ from torch import Tensor
 
 from benchmarks.machine import describe
 from regvit.data.batches import Batches
+from regvit.data.decoding import original_size
 from regvit.data.manifest import Dataset, read_dataset
-from regvit.data.whole_images import WholeTransform, original_size
+from regvit.data.whole_images import WholeTransform
 from regvit.measures.discovery import K_PATCHES, lost, patch_size, similarity
 from regvit.models.backbones import Backbone, resized
 from regvit.models.token_features import Feature, last_layers, patch_features

@@ -32,16 +32,16 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
+from regvit.features.extractor import Extractor
 from timm.data import create_transform
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.machine import ROUNDS, describe, in_turn, in_words, save
-from regvit.data.decoding import RESIZINGS, Transform
 from regvit.data.manifest import Dataset, Row, read_dataset, write_dataset
+from regvit.data.transform import RESIZINGS, Transform
 from regvit.features import cuda_streams as lanes
 from regvit.features.extraction import describe as attributes_of
 from regvit.features.extraction import extract
-from regvit.features.extractor import Extractor
 from regvit.models.arithmetic import PRECISIONS, arithmetic
 from regvit.models.backbones import Backbone, load_backbone
 

@@ -34,9 +34,9 @@ from PIL import Image
 
 from benchmarks.machine import describe
 from regvit.data.batches import Batches, sample
-from regvit.data.decoding import Transform
 from regvit.data.manifest import Dataset, Row, read_dataset
 from regvit.data.sources import make_dataset
+from regvit.data.transform import Transform
 from regvit.features import stored_readouts, tensor_file
 from regvit.features.extraction import extract
 from regvit.features.store import FeatureStore

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from regvit.data.depth_files import read_depth
+from regvit.data.dense_labels import read_depth
 from regvit.data.progress import progress
 from regvit.files import write_json
 from regvit.measures.dense import ImageValues, save_image_values

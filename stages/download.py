@@ -24,7 +24,7 @@ def main(name: str) -> None:
         work / "packages",
         params["seed"],
         downloads_dir=work / "downloads",
-        **entry.model_dump(exclude={"source", "images"}, exclude_unset=True),
+        **entry.model_dump(exclude={"source"}, exclude_unset=True),
     )
     print(f"{made.summary()}, {time.monotonic() - began:.1f} s")
     if made.rejected:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from regvit.data.dense_labels import zero_is_ignored
 from regvit.data.progress import progress
-from regvit.data.sources import published_sets as dense_sets
 from regvit.files import write_json
 from regvit.measures.dense import ImageValues, save_image_values
 from regvit.measures.segmentation import Segmenter, count, read_classes, summary, train
@@ -42,10 +42,10 @@ def measure(run: str, of: DenseSet, knobs: dict, seed: int, runtime: Runtime) ->
     """Trains on train, chooses on val, counts on test."""
     n_classes = 1 + len(of.dataset.classes)  # background
 
-    zero_is_ignored = dense_sets.zero_is_ignored(Path("data") / of.dataset.name)
+    unannotated = zero_is_ignored(Path("data") / of.dataset.name)
 
     def mask(row: int) -> np.ndarray:
-        return read_classes(of.dataset.root / of.dataset.rows[row].mask, n_classes, zero_is_ignored)
+        return read_classes(of.dataset.root / of.dataset.rows[row].mask, n_classes, unannotated)
 
     with progress(knobs["steps"], f"segment {run}/{of.dataset.name}", "steps") as bar:
         segmenter = train(

@@ -7,8 +7,8 @@ import timm
 import torch
 from PIL import Image
 
-from regvit.data.decoding import Transform
 from regvit.data.manifest import Row, read_dataset, write_dataset
+from regvit.data.transform import Transform
 from regvit.features.extraction import Options, fill_store
 from regvit.features.forward import ARRAYS, Forward, Readouts
 from regvit.models.backbones import Backbone

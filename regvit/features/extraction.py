@@ -32,8 +32,8 @@ from jaxtyping import Shaped, UInt8
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from regvit.data.decoding import in_order
 from regvit.data.manifest import Dataset
+from regvit.data.prefetch import in_order
 from regvit.features.forward import ARRAYS, Forward, Readouts
 from regvit.features.store import FeatureStore, InvalidStore, fingerprint, image_ids_digest
 from regvit.features.store_writer import StoreWriter, UnstorableFeature

@@ -31,8 +31,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from regvit.data.batches import Batches
-from regvit.data.decoding import Transform, open_image
+from regvit.data.decoding import open_image
 from regvit.data.manifest import Dataset
+from regvit.data.transform import Transform
 from regvit.files import cell, write_table
 from regvit.measures.anatomy import Subject, grid_side
 from regvit.models.attention import query_names, watch_prefix_attention

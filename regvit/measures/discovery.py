@@ -34,8 +34,9 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from regvit.data.batches import Batches
+from regvit.data.decoding import original_size
 from regvit.data.manifest import Row
-from regvit.data.whole_images import WholeTransform, original_size, valid_patches
+from regvit.data.whole_images import WholeTransform, valid_patches
 from regvit.models.attention import watch_prefix_attention
 from regvit.models.hooks import blocks
 from regvit.models.nan_check import check_finite

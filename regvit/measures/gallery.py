@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
-from regvit.data.decoding import Transform
 from regvit.data.manifest import Dataset
+from regvit.data.transform import Transform
 from regvit.files import replacing
 from regvit.measures.feature_colours import Palette
 from regvit.models.attention import cls_rows, query_names, watch_prefix_attention

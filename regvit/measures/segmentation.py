@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from regvit.data.whole_images import IGNORE, read_mask
+from regvit.data.dense_labels import IGNORE, read_mask
 from regvit.measures.dense import (
     DenseHeads,
     LinearLayer,

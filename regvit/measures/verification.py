@@ -14,8 +14,8 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
-from regvit.data.decoding import Transform
 from regvit.data.manifest import Dataset
+from regvit.data.transform import Transform
 from regvit.files import cell, write_table
 from regvit.measures.feature_colours import fit_palette
 from regvit.measures.gallery import Maps, as_picture, draw_maps, first_images, save_strip, tile_colours, token_maps

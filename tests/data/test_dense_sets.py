@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from regvit.data.dataset_builder import Workbench
+from regvit.data.dataset_builder import DatasetBuilder
+from regvit.data.dense_labels import read_mask, zero_is_ignored
 from regvit.data.manifest import read_dataset, write_dataset
 from regvit.data.sources import published_sets as dense_sets
-from regvit.data.sources.published_sets import VOC_CLASSES, ade_classes, voc_boxes, zero_is_ignored
-from regvit.data.whole_images import read_mask
+from regvit.data.sources.published_sets import VOC_CLASSES, ade_classes, voc_boxes
 
 OBJECT = """<object><name>{name}</name><pose>Left</pose><truncated>{truncated}</truncated><difficult>{difficult}</difficult>
 <bndbox><xmin>{x0}</xmin><ymin>{y0}</ymin><xmax>{x1}</xmax><ymax>{y1}</ymax></bndbox>{part}</object>"""
@@ -46,10 +46,10 @@ def annotation(path, *objects):
 def made(tmp_path, build, rest):
     """The data set that a builder leaves, read back from its folder."""
     folder = tmp_path / "data" / "made"
-    with Workbench(folder, tmp_path / "p", tmp_path / "d", seed=0) as bench:
-        build(bench, str(rest))
-    write_dataset(folder, "made", bench.rows, bench.classes, bench.about, bench.root)
-    return read_dataset(folder), bench
+    with DatasetBuilder("made", folder, tmp_path / "p", tmp_path / "d", 0, quiet=True) as builder:
+        build(builder, str(rest))
+    write_dataset(folder, "made", builder.rows.rows(), builder.classes, builder.about, builder.root)
+    return read_dataset(folder), builder
 
 
 def make_devkit(folder):
@@ -113,9 +113,9 @@ def test_masks_that_do_not_fit_are_rejected_with_the_reason(tmp_path, devkit):
     mask(root / "000001.png", np.zeros((30, 39)))
     mask(root / "000002.png", np.full((30, 40), 21))
     (root / "000003.png").unlink()
-    dataset, bench = made(tmp_path, dense_sets.voc_segmentation, devkit)
+    dataset, builder = made(tmp_path, dense_sets.voc_segmentation, devkit)
     assert len(dataset) == 11
-    reasons = {one.image_id: one.reason for one in bench.rejected}
+    reasons = {one.image_id: one.reason for one in builder.rejected}
     assert reasons["000001"] == "its mask 000001.png has 39 x 30 pixels, the image 40 x 30"
     assert reasons["000002"] == "its mask 000002.png holds 21, beyond 20 classes; 255 is void"
     assert "SegmentationClass/000003.png cannot be read as an image" in reasons["000003"]
@@ -207,7 +207,7 @@ def test_a_table_of_other_classes_is_refused(ade):
 
 def test_fractions_of_pixels_in_voc_are_rounded(tmp_path):
     annotation(tmp_path / "a.xml", {"x0": "45.70", "y0": "3", "x1": "60.2", "y1": "9"})
-    assert voc_boxes(tmp_path / "a.xml") == ((45, 2, 60, 9),)
+    assert voc_boxes(tmp_path / "a.xml") == [(45, 2, 60, 9)]
 
 
 def test_what_is_no_annotation_is_refused(tmp_path):

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from regvit.data.decoding import UnreadableImage
-from regvit.data.depth_files import depth_problem, read_depth
+from regvit.data.dense_labels import depth_problem, read_depth
 
 
 def test_depth_files_are_millimetres_of_16_bits(tmp_path):

@@ -1,18 +1,16 @@
 import hashlib
-import json
 import pickle
 import re
-import tracemalloc
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+import pyarrow
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from regvit.data import manifest
-from regvit.data.manifest import Dataset, InvalidManifest, Row, escapes, read_dataset, stratified_splits, write_dataset
-from regvit.data.rows import RowList
+from regvit.data.manifest import Dataset, InvalidManifest, Row, escapes, read_dataset, write_dataset
 
 ROWS = (
     Row("b", "images/b.png", "dog", "train"),
@@ -62,12 +60,9 @@ def test_labels_and_splits_of_a_part_are_its_own(tmp_path):
         Dataset("pets", tmp_path, ("cat",), ROWS, "").labels()
 
 
-def test_rows_given_as_a_tuple_and_rows_of_a_list_that_grows_are_kept_as_they_were(tmp_path):
-    growing = RowList(ROWS[:2])
-    dataset = Dataset("pets", tmp_path, ("cat", "dog"), growing, "")
-    growing.append(ROWS[2])
-    assert dataset.rows == ROWS[:2]
-    assert dataset == Dataset("pets", tmp_path, ("cat", "dog"), ROWS[:2], "")
+def test_rows_given_as_a_tuple_make_the_same_data_set_also_in_another_process(tmp_path):
+    dataset = Dataset("pets", tmp_path, ("cat", "dog"), ROWS, "")
+    assert dataset.rows == read_dataset(write(tmp_path)).rows == ROWS
     assert pickle.loads(pickle.dumps(dataset)) == dataset
 
 
@@ -103,10 +98,10 @@ def test_a_root_that_is_gone_is_reported_with_its_place(tmp_path):
     ("row", "message"),
     [
         (Row("b", "x.png", "", "test"), "row 4: image_id 'b' occurs twice"),
-        (Row("", "x.png", "", "test"), "row 4: image_id is empty"),
+        (Row("", "x.png", "", "test"), "row 4: image_id '' is empty"),
         (Row("d", "../x.png", "", "test"), r"path '\.\./x\.png' leaves the root"),
-        (Row("d", "x.png", "", "test", mask="/etc/m.png"), r"path '/etc/m\.png' leaves the root"),
-        (Row("d", "x.png", "", "test", depth="../d.png"), r"path '\.\./d\.png' leaves the root"),
+        (Row("d", "x.png", "", "test", mask="/etc/m.png"), r"mask '/etc/m\.png' leaves the root"),
+        (Row("d", "x.png", "", "test", depth="../d.png"), r"depth '\.\./d\.png' leaves the root"),
         (Row("d", "x.png", "fish", "test"), "label 'fish' is not among the 2 classes"),
         (Row("d", "x.png", "", "dev"), "split 'dev' is unknown; use one of train, val, test"),
         (Row("d", "x.png", "", "test", boxes="[1, 2, 3, 4]"), "are not a JSON list of"),
@@ -151,45 +146,24 @@ def test_a_bad_row_is_refused_on_reading(tmp_path):
         read_dataset(tmp_path)
 
 
-def test_a_line_with_too_few_or_too_many_fields_is_refused(tmp_path):
-    for line in ("d,x.png\n", "d,x.png,,test,,,,surplus\n"):
-        write(tmp_path)
-        table = tmp_path / "manifest.csv"
-        table.write_text(table.read_text() + line)
-        with pytest.raises(InvalidManifest, match="line 5: the number of fields differs"):
-            read_dataset(tmp_path)
-
-
 HEADER = b"image_id,path,label,split\n"
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (
-            HEADER + b'a,a.png,,test\nb,"b.png,,test\nc,c.png,,test\n',
-            r"line 3: unexpected end of data; close what it opens",
-        ),
-        (HEADER + b'a,"a".png,,test\n', r"line 2: ',' expected after '\"'"),
-        (HEADER + b"a," + b"x" * 200_000 + b",,test\n", r"line 2: field larger than field limit \(131072\)"),
-        (b'"image_id,path', r"line 1: unexpected end of data"),
-        (HEADER + b"a,a.png,,test\nb,caf\xe9.png,,test\n", r"line 3: it is not UTF-8 \(.*\); save it as UTF-8"),
-        (HEADER + b"a,a\0.png,,test\n", r"path 'a\\x00\.png' leaves the root of the data set|line contains NUL"),
+        (HEADER + b"d,x.png\n", r"Row #2: Expected 4 columns, got 2"),
+        (HEADER + b"d,x.png,,test\nd,x.png,,test,surplus\n", r"Row #3: Expected 4 columns, got 5"),
+        (HEADER + b'a,a.png,,test\nb,"b.png,,test\nc,c.png,,test\n', r"Row #3: Expected 4 columns, got 2"),
+        (HEADER + b"a,a.png,,test\nb,caf\xe9.png,,test\n", "can't decode byte 0xe9|invalid UTF8"),
+        (HEADER + b"a,a\0.png,,test\n", r"path 'a\\x00\.png' leaves the root of the data set"),
+        (b'"image_id,path', r"lacks the column\(s\)"),
+        (b"\xff\xfe", r"is no table in UTF-8"),
         (b"", r"lacks the column\(s\) image_id, path, label, split"),
     ],
 )
-def test_a_table_that_is_no_csv_is_refused_with_its_line(tmp_path, content, said):
+def test_a_table_that_is_no_csv_is_refused_with_its_row(tmp_path, content, said):
     refuses(tmp_path, "manifest.csv", content, said)
-
-
-def test_the_line_that_is_no_utf8_is_found_wherever_the_file_is_cut(tmp_path, monkeypatch):
-    for size in range(1, 12):
-        monkeypatch.setattr(manifest, "READ_AT_ONCE", size)
-        refuses(tmp_path, "manifest.csv", HEADER + "a,ü.png,,test\nb,ü.png,,te".encode() + b"\xc3st\n",
-                r"line 3: it is not UTF-8 \(invalid continuation byte\)")  # fmt: skip
-        refuses(tmp_path, "manifest.csv", HEADER + b"a,a.png,,test\n\xc3", r"line 3: .* \(unexpected end of data\)")
-        write(tmp_path)
-        assert read_dataset(tmp_path).digest == hashlib.sha256((tmp_path / "manifest.csv").read_bytes()).hexdigest()
 
 
 def test_blank_lines_other_columns_and_line_ends_of_other_systems_do_not_count(tmp_path):
@@ -197,20 +171,21 @@ def test_blank_lines_other_columns_and_line_ends_of_other_systems_do_not_count(t
     (tmp_path / "manifest.csv").write_bytes(b"split,camera,path,image_id,label\r\n\r\ntest,5,x.png,x,cat\r\n\r\n")
     assert read_dataset(tmp_path).rows == (Row("x", "x.png", "cat", "test"),)
     (tmp_path / "manifest.csv").write_bytes(b'image_id,path,label,split\n\n"a\nb",x.png,cat,val\n\nc,"')
-    with pytest.raises(InvalidManifest, match="line 5: unexpected end of data"):
+    with pytest.raises(InvalidManifest, match="Row #3: Expected 4 columns, got 2"):
         read_dataset(tmp_path)
 
 
-def test_reading_takes_no_more_memory_than_the_rows_and_a_block_of_the_file(tmp_path):
-    n = 20_000
-    rows = (Row(f"{i:07}", f"images/{i:07}.png", "cat", "test", sha256=f"{i:064x}") for i in range(n))
-    write(tmp_path, rows)
-    (tmp_path / "manifest.csv").read_bytes()
-    tracemalloc.start()
+def test_a_million_rows_would_take_less_than_300_megabytes(tmp_path):
+    """In Arrow's own memory, a hundredth of them; process memory is measured by `benchmarks`."""
+    n = 13_000
+    names = [f"train/n{i % 1000:08}/n{i % 1000:08}_{i:05}.JPEG" for i in range(n)]
+    write(tmp_path, (Row(name, name, "cat", "train", sha256=f"{i:064x}") for i, name in enumerate(names)))
+    before = pyarrow.total_allocated_bytes()
     dataset = read_dataset(tmp_path)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert len(dataset) == n and peak < 200 * n + 2 * manifest.READ_AT_ONCE
+    taken = pyarrow.total_allocated_bytes() - before
+    part = dataset.subset("train")
+    assert len(dataset) == n and taken / n < 230
+    assert pyarrow.total_allocated_bytes() - before == taken and len(part) == n  # a part shares the columns
 
 
 @pytest.mark.parametrize(
@@ -219,13 +194,19 @@ def test_reading_takes_no_more_memory_than_the_rows_and_a_block_of_the_file(tmp_
         (b"{", r"is not JSON \(.*\); download the data set again"),
         (b"\xff", r"is not JSON \("),
         (b"[" * 200_000, r"is not JSON \("),
-        (b"[]", "holds a list, expected an object"),
-        (b'{"name": "pets", "classes": [], "root": 5}', "root is 5, expected text"),
-        (b'{"name": "pets", "classes": [], "root": "a\\u0000"}', "root is 'a.x00', expected text"),
-        (b'{"name": null, "classes": []}', "name is None, expected text"),
-        (b'{"name": "pets", "classes": null}', "classes are None, expected a list of names"),
-        (b'{"name": "pets", "classes": "cat"}', "classes are cat, expected a list of names"),
-        (b'{"name": "pets", "classes": ["cat", 3]}', r"classes are \['cat', 3\], expected a list of names"),
+        (b"[]", r"is no object with a name and a root \(texts\) and classes \(a list of names\): \[\]; download"),
+        *(
+            (content, "is no object with a name and a root")
+            for content in (
+                b'{"name": "pets", "classes": [], "root": 5}',
+                b'{"name": "pets", "classes": [], "root": "a\\u0000"}',
+                b'{"name": null, "classes": []}',
+                b'{"name": "pets", "classes": null}',
+                b'{"name": "pets"}',
+                b'{"name": "pets", "classes": "cat"}',
+                b'{"name": "pets", "classes": ["cat", 3]}',
+            )
+        ),
     ],
 )
 def test_a_description_that_is_not_what_it_should_be_is_refused(tmp_path, content, said):
@@ -273,13 +254,6 @@ def test_a_folder_without_a_manifest_is_refused(tmp_path):
         read_dataset(tmp_path)
 
 
-def test_a_description_without_classes_is_refused(tmp_path):
-    write(tmp_path)
-    (tmp_path / "dataset.json").write_text(json.dumps({"name": "pets"}))
-    with pytest.raises(InvalidManifest, match=r"dataset\.json lacks classes"):
-        read_dataset(tmp_path)
-
-
 def test_classes_must_be_unique_and_named(tmp_path):
     with pytest.raises(InvalidManifest, match="class 'cat' is named twice"):
         write(tmp_path, (), ("cat", "cat"))
@@ -302,31 +276,3 @@ def test_a_path_escapes_as_the_system_would_read_it(path):
     pure = PurePosixPath(path)
     absolute = pure.is_absolute() or path[1:3] == ":/"
     assert escapes(path) == (not path or "\\" in path or "\0" in path or absolute or ".." in pure.parts)
-
-
-def test_each_class_is_split_in_the_shares_asked_for():
-    labels = {f"a{i}": "a" for i in range(20)} | {f"b{i}": "b" for i in range(40)}
-    splits = stratified_splits(labels, 0, (0.5, 0.15, 0.35))
-    counts = {(label, split): 0 for label in "ab" for split in ("train", "val", "test")}
-    for key, split in splits.items():
-        counts[labels[key], split] += 1
-    assert list(counts.values()) == [10, 3, 7, 20, 6, 14]
-
-
-@given(st.permutations([f"k{i}" for i in range(12)]), st.integers(0, 5))
-def test_splits_do_not_depend_on_the_order_of_the_keys(keys, seed):
-    expected = stratified_splits({f"k{i}": "x" for i in range(12)}, seed, (0.5, 0.25, 0.25))
-    assert stratified_splits(dict.fromkeys(keys, "x"), seed, (0.5, 0.25, 0.25)) == expected
-
-
-def test_splits_depend_on_the_seed_and_not_on_other_classes():
-    labels = {f"k{i}": "x" for i in range(50)}
-    first = stratified_splits(labels, 0, (0.5, 0.25, 0.25))
-    assert stratified_splits(labels, 1, (0.5, 0.25, 0.25)) != first
-    more = stratified_splits(labels | {"other": "y"}, 0, (0.5, 0.25, 0.25))
-    assert {key: more[key] for key in labels} == first
-
-
-def test_shares_must_sum_to_one():
-    with pytest.raises(ValueError, match=r"shares \(0\.5, 0\.5, 0\.5\)"):
-        stratified_splits({}, 0, (0.5, 0.5, 0.5))

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from regvit.data import dataset_builder as workbench
-from regvit.data import sources
+from regvit.data import dataset_builder, sources
 from regvit.data.manifest import read_dataset
 from regvit.data.packages import PACKAGES
 from regvit.data.sources import builtin, make_dataset
@@ -69,7 +68,7 @@ def jpeg(seed: int) -> bytes:
 @pytest.fixture
 def make(tmp_path, fake_packages, monkeypatch):
     """Make a data set of the stand-ins in tmp_path/data."""
-    monkeypatch.setattr(workbench, "fetch_pinned", lambda name, cache, say: fake_packages[name])
+    monkeypatch.setattr(dataset_builder, "fetch_pinned", lambda name, cache, say: fake_packages[name])
     monkeypatch.setattr(builtin, "TEXTILES", 5)
     monkeypatch.setattr(builtin, "DIGITS", 60)
     monkeypatch.setattr(builtin, "SCENES", {"train": 4, "val": 3, "test": 4})
@@ -185,8 +184,8 @@ def test_an_unknown_source_is_answered_with_the_nearest_and_all_known_ones(make)
 
 
 def test_every_known_source_stands_in_the_table_of_the_module():
-    for kind in sources.SOURCES.values():
-        for usage in kind.usage:
+    for _, usages in sources.SOURCES.values():
+        for usage in usages:
             assert f"`{usage}`" in sources.__doc__
 
 

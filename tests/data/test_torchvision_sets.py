@@ -2,7 +2,7 @@
 
 import hashlib
 import io
-import tarfile
+import pickle
 from pathlib import Path
 
 import lmdb
@@ -53,93 +53,76 @@ def pixels(made: Made, i: int) -> np.ndarray:
 # CIFAR.
 
 
-def cifar(labels: list[list[int]], images: np.ndarray) -> bytes:
-    """Binary CIFAR, written from its description: label bytes, then 1,024 red, 1,024 green, 1,024 blue, row by row."""
-    records = []
-    for label, image in zip(labels, images, strict=True):
-        planes = b"".join(image[:, :, channel].tobytes() for channel in range(3))
-        records.append(bytes(label) + planes)
-    return b"".join(records)
-
-
 def noise(count: int) -> np.ndarray:
     return GENERATOR.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
 
 
-def cifar10(folder: Path) -> dict[str, np.ndarray]:
-    """CIFAR-10 in `folder` with 4 images a batch, labels 0 to 3; returns the images by batch."""
-    inner, images = folder / "cifar-10-batches-bin", {}
-    inner.mkdir(parents=True)
-    (inner / "batches.meta.txt").write_text("\n".join(TEN) + "\n\n")
-    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
-        images[name] = noise(4)
-        (inner / f"{name}.bin").write_bytes(cifar([[0], [1], [2], [3]], images[name]))
-    return images
+@pytest.fixture
+def cifar(place, monkeypatch):
+    """Write CIFAR in the folder of its name: a pickle a batch, the digests that torchvision asks for adjusted."""
+
+    def cifar(name: str, batches: dict[str, list[int]], meta: dict) -> dict[str, np.ndarray]:
+        kind, images = getattr(torchvision.datasets, name), {}
+        folder = place(name) / kind.base_folder
+        folder.mkdir()
+
+        def md5(file: str, content: dict) -> list[str]:
+            (folder / file).write_bytes(pickle.dumps(content))
+            return [file, hashlib.md5((folder / file).read_bytes()).hexdigest()]
+
+        entries = []
+        for file, labels in batches.items():
+            images[file] = noise(len(labels))
+            planes = images[file].transpose(0, 3, 1, 2).reshape(len(labels), -1)  # red, green, blue, row by row
+            entries.append(md5(file, {"data": planes, kind.meta["key"].replace("label_names", "labels"): labels}))
+        monkeypatch.setattr(kind, "train_list", [entry for entry in entries if "test" not in entry[0]])
+        monkeypatch.setattr(kind, "test_list", [entry for entry in entries if "test" in entry[0]])
+        monkeypatch.setattr(kind, "meta", kind.meta | {"md5": md5(kind.meta["filename"], meta)[1]})
+        return images
+
+    return cifar
 
 
-def test_cifar_10_comes_out_pixel_for_pixel_with_its_class_names(make, place):
-    images = cifar10(place("CIFAR10"))
+@pytest.fixture
+def cifar10(cifar):
+    """CIFAR-10 with 4 images a batch, labels 0 to 3; its images by batch."""
+    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    return cifar("CIFAR10", {name: [0, 1, 2, 3] for name in names}, {"label_names": list(TEN)})
+
+
+def test_cifar_10_comes_out_pixel_for_pixel_with_its_class_names(make, cifar10):
     made = make("torchvision:CIFAR10/test", role="ood")
     assert [row.label for row in made.dataset.rows] == ["airplane", "automobile", "bird", "cat"]
     assert made.dataset.classes == ("airplane", "automobile", "bird", "cat")
     for i in range(4):
-        assert np.array_equal(pixels(made, i), images["test_batch"][i])
+        assert np.array_equal(pixels(made, i), cifar10["test_batch"][i])
+    chosen = make("torchvision:CIFAR10/test", "few", classes={"plane": "airplane", "pet": ["cat"]}, role="ood").dataset
+    assert [row.label for row in chosen.rows] == ["plane", "pet"]
 
 
-def test_cifar_to_train_on_has_its_test_split_and_a_val_split_out_of_train(make, place):
-    cifar10(place("CIFAR10"))
+def test_cifar_to_train_on_has_its_test_split_and_a_val_split_out_of_train(make, cifar10):
     dataset = make("torchvision:CIFAR10", role="id").dataset
-    held_out = {row.image_id for row in dataset.subset("test").rows}
-    assert held_out == {f"test_{i:05}" for i in range(4)}
+    assert {row.image_id for row in dataset.subset("test").rows} == {f"test_{i:05}" for i in range(4)}
     assert [len(dataset.subset(split)) for split in ("train", "val")] == [16, 4]
+    other = make("torchvision:CIFAR10", "other", role="anomaly").dataset
+    assert {row.image_id[:4] for row in other.rows} == {"test"}
 
 
-def test_a_set_that_is_not_trained_on_is_its_test_split(make, place):
-    cifar10(place("CIFAR10"))
-    assert {row.image_id[:4] for row in make("torchvision:CIFAR10", role="anomaly").dataset.rows} == {"test"}
-
-
-def test_cifar_is_fetched_as_the_archive_of_its_binary_version(make, tmp_path, monkeypatch):
-    images = cifar10(tmp_path / "made")
-    archive = tmp_path / "downloads/torchvision/CIFAR10/cifar-10-binary.tar.gz"
-    archive.parent.mkdir(parents=True)
-    with tarfile.open(archive, "w:gz") as tar:
-        tar.add(tmp_path / "made/cifar-10-batches-bin", "cifar-10-batches-bin")
-    layout = torchvision_sets.CIFAR["CIFAR10"]
-    md5 = hashlib.md5(archive.read_bytes()).hexdigest()
-    changed = type(layout)(**{**vars(layout), "md5": md5})
-    monkeypatch.setitem(torchvision_sets.CIFAR, "CIFAR10", changed)
-    assert np.array_equal(pixels(make("torchvision:CIFAR10/test", role="ood"), 2), images["test_batch"][2])
-
-
-def test_cifar_100_has_the_fine_labels(make, place):
-    inner = place("CIFAR100") / "cifar-100-binary"
-    inner.mkdir()
-    (inner / "fine_label_names.txt").write_text("\n".join(f"fine{i}" for i in range(100)) + "\n")
-    (inner / "coarse_label_names.txt").write_text("\n".join(f"coarse{i}" for i in range(20)) + "\n")
-    images = noise(3)
-    (inner / "test.bin").write_bytes(cifar([[19, 5], [0, 99], [3, 0]], images))
+def test_cifar_100_has_the_fine_labels(make, cifar):
+    batches = {"train": [1], "test": [5, 99, 0]}
+    images = cifar("CIFAR100", batches, {"fine_label_names": [f"fine{i}" for i in range(100)]})
     made = make("torchvision:CIFAR100/test", role="anomaly")
     assert [row.label for row in made.dataset.rows] == ["fine5", "fine99", "fine0"]
-    assert np.array_equal(pixels(made, 1), images[1])
+    assert np.array_equal(pixels(made, 1), images["test"][1])
 
 
-def test_broken_cifar_batches_are_refused(make, place):
-    folder = place("CIFAR10")
-    cifar10(folder)
-    batch = folder / "cifar-10-batches-bin/test_batch.bin"
-    batch.write_bytes(batch.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="CIFAR10's batches hold 12291 bytes, not a multiple of 3073"):
-        make("torchvision:CIFAR10/test")
-    batch.write_bytes(cifar([[10]], noise(1)))
-    with pytest.raises(ValueError, match="CIFAR10 has the label 10 and only 10 class names"):
-        make("torchvision:CIFAR10/test")
-
-
-def test_classes_of_a_packed_set_can_be_chosen(make, place):
-    cifar10(place("CIFAR10"))
-    dataset = make("torchvision:CIFAR10/test", classes={"plane": "airplane", "pet": ["cat"]}, role="ood").dataset
-    assert [row.label for row in dataset.rows] == ["plane", "pet"]
+def test_a_batch_of_another_digest_is_not_unpickled(make, cifar10, place, tmp_path, monkeypatch):
+    (file,) = tmp_path.rglob("data_batch_1")
+    file.write_bytes(pickle.dumps({"data": noise(1), "labels": [0]}))
+    monkeypatch.setattr(pickle, "load", None)
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:9/x")
+    with pytest.raises(DownloadFailed, match="torchvision could not fetch or open CIFAR10"):
+        make("torchvision:CIFAR10")
 
 
 # SVHN.

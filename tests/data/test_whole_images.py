@@ -7,8 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from regvit.data.decoding import Transform, UnreadableImage
-from regvit.data.whole_images import WholeTransform, original_size, read_mask, valid_patches
+from regvit.data.decoding import UnreadableImage, original_size
+from regvit.data.dense_labels import read_mask
+from regvit.data.transform import Transform
+from regvit.data.whole_images import WholeTransform, valid_patches
 
 BASE = Transform(64, (0.2, 0.4, 0.6), (0.5, 0.5, 0.5), crop_pct=0.875)
 sides = st.integers(1, 900)

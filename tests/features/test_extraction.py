@@ -22,8 +22,9 @@ from extracting import (
 )
 from PIL import Image
 
-from regvit.data.decoding import ChangedImage, Transform, UnreadableImage
+from regvit.data.decoding import ChangedImage, UnreadableImage
 from regvit.data.manifest import read_dataset, write_dataset
+from regvit.data.transform import Transform
 from regvit.features import extraction
 from regvit.features.extraction import Job, Options, extract, fill_store
 from regvit.features.forward import Forward, Readouts

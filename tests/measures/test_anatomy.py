@@ -7,7 +7,7 @@ from PIL import Image
 from run_example import write_run
 from scipy.stats import rankdata
 
-from regvit.data.decoding import Transform
+from regvit.data.transform import Transform
 from regvit.measures.anatomy import (
     Anatomy,
     Subject,

@@ -8,8 +8,8 @@ from scipy.stats import entropy as scipy_entropy
 from scipy.stats import pearsonr
 from sklearn.metrics import roc_auc_score
 
-from regvit.data.decoding import Transform
 from regvit.data.manifest import Row, read_dataset, write_dataset
+from regvit.data.transform import Transform
 from regvit.measures.anatomy import Subject
 from regvit.measures.attention_quality import (
     METRICS,

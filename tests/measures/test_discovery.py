@@ -7,8 +7,8 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter, label
 
 from regvit.data.batches import Batches
-from regvit.data.decoding import Transform
 from regvit.data.manifest import Row, read_dataset, write_dataset
+from regvit.data.transform import Transform
 from regvit.data.whole_images import WholeTransform
 from regvit.measures.discovery import (
     Setting,

@@ -11,8 +11,8 @@ from PIL import Image
 from run_example import write_run
 from scipy.ndimage import gaussian_filter
 
-from regvit.data.decoding import Transform
 from regvit.data.manifest import Row, write_dataset
+from regvit.data.transform import Transform
 from regvit.measures.discovery import lost, similarity
 from regvit.models.backbones import create, save_backbone
 from regvit.models.token_features import KINDS, last_layers, patch_features

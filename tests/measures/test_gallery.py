@@ -6,8 +6,8 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from regvit.data.decoding import Transform
 from regvit.data.manifest import Row, read_dataset, write_dataset
+from regvit.data.transform import Transform
 from regvit.measures import gallery
 from regvit.measures.feature_colours import fit_palette
 from regvit.measures.gallery import (

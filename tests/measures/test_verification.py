@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from run_example import write_run
 
-from regvit.data.decoding import Transform
 from regvit.data.manifest import Row, read_dataset, write_dataset
+from regvit.data.transform import Transform
 from regvit.measures import verification
 from regvit.measures.gallery import as_picture
 from regvit.measures.verification import (

@@ -18,8 +18,8 @@ from run_example import write_run
 from safetensors.torch import save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 
-from regvit.data.decoding import Transform
 from regvit.data.manifest import Row, write_dataset
+from regvit.data.transform import Transform
 from regvit.measures.zeroshot import (
     TEMPLATES,
     TextTowerError,

@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 from timm.data import resolve_data_config
 
 from regvit import add_test_time_registers
-from regvit.data.decoding import Transform
 from regvit.data.packages import file_sha256
+from regvit.data.transform import Transform
 from regvit.models.backbones import Backbone, create, load_backbone, load_strictly, resized, save_backbone, unplanted
 from regvit.models.checkpoints import WeightsError, read_checkpoint
 from regvit.models.sources import build

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from regvit.data.batches import Batches
-from regvit.data.decoding import Transform
 from regvit.data.manifest import Row, read_dataset, write_dataset
+from regvit.data.transform import Transform
 from regvit.data.whole_images import WholeTransform
 from regvit.features.extraction import Options, extract
 from regvit.measures.anatomy import Subject

@@ -10,7 +10,7 @@ import timm
 import torch
 from white_patches import LAYER, UNIT, picture, plant_one
 
-from regvit.data.decoding import Transform
+from regvit.data.transform import Transform
 from regvit.models.backbones import load_backbone, resized, save_backbone
 from regvit.models.tokens import TokenLayout
 from regvit.registers.export import (

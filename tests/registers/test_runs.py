@@ -7,7 +7,7 @@ import timm
 import torch
 
 from regvit import TokenLayout
-from regvit.data.decoding import Transform
+from regvit.data.transform import Transform
 from regvit.models.backbones import load_backbone, save_backbone
 from regvit.models.hooks import output_projection, watch_inputs
 from regvit.registers.controls import silence

@@ -14,10 +14,10 @@ import timm
 import torch
 from run_example import write_run
 
-from regvit.data.dataset_builder import Workbench
-from regvit.data.decoding import Transform
+from regvit.data.dataset_builder import DatasetBuilder
 from regvit.data.manifest import read_dataset, write_dataset
 from regvit.data.synthetic import rooms as relief
+from regvit.data.transform import Transform
 from regvit.features.store import FeatureStore
 from regvit.measures.dense import load_image_values
 from regvit.models.backbones import load_backbone, save_backbone
@@ -60,9 +60,10 @@ def work(tmp_path_factory):
         patch.setattr(relief, "COUNTS", {"train": 8, "val": 4, "test": 5})
         draw = relief.render
         patch.setattr(relief, "render", lambda generator: draw(generator, 48))
-        with Workbench(folder / "data/rooms", folder, folder, 0) as bench:
-            relief.relief(bench, "")
-    write_dataset(folder / "data/rooms", "rooms", bench.rows, bench.classes, bench.about)
+        with DatasetBuilder("rooms", folder / "data/rooms", folder, folder, 0) as builder:
+            relief.relief(builder, "")
+    rows = builder.rows.rows()
+    write_dataset(folder / "data/rooms", "rooms", rows, builder.classes, builder.about)
     torch.manual_seed(0)
     args = {"num_classes": 0, "img_size": 32, "dynamic_img_size": True}
     model = timm.create_model("test_vit", pretrained=False, **args).eval()
@@ -73,7 +74,7 @@ def work(tmp_path_factory):
     )  # fmt: skip
     backbone = load_backbone(folder / "data/backbones/tiny")
     images = torch.stack([Transform(SIZE, (0.5,) * 3, (0.5,) * 3).load(folder / "data/rooms" / row.path)
-                          for row in bench.rows[-5:]])  # fmt: skip
+                          for row in rows[-5:]])  # fmt: skip
     norms = patch_norms(backbone.model, [transform.normalise(images)], [LAYER])[0]
     found = {"threshold": float(np.sort(norms.ravel())[-4]), "layer": LAYER}
     for name, kind, count in (("plain", "none", 0), ("cured", "test_time", 1)):

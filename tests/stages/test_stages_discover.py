@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from run_example import write_run
 
-from regvit.data.decoding import Transform
 from regvit.data.manifest import Row, write_dataset
+from regvit.data.transform import Transform
 from regvit.models.backbones import create, save_backbone
 from regvit.registers.run_files import Variant
 

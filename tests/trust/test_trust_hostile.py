@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.constructor import ConstructorError
 
 import regvit
-from regvit.data.dataset_builder import Workbench
+from regvit.data.dataset_builder import DatasetBuilder
 from regvit.data.manifest import InvalidManifest, Row, read_dataset, write_dataset
 from regvit.data.sources.archive import UnsafeArchive, unpack
 from regvit.data.sources.npy import npy
@@ -195,10 +195,10 @@ def test_a_bare_pickle_under_any_name_of_ours_is_refused(tmp_path, trap):
 def test_an_array_of_objects_is_refused(tmp_path, trap):
     np.save(tmp_path / "a.npy", np.array([trap], dtype=object), allow_pickle=True)
     with (
-        Workbench(tmp_path / "set", tmp_path, tmp_path, 0) as bench,
+        DatasetBuilder("set", tmp_path / "set", tmp_path, tmp_path, 0) as builder,
         pytest.raises(ValueError, match=r"not a plain \.npy"),
     ):
-        npy(bench, str(tmp_path / "a.npy"))
+        npy(builder, str(tmp_path / "a.npy"))
 
 
 def test_a_parameter_file_with_a_tag_that_would_make_an_object_is_refused(tmp_path):

@@ -17,10 +17,11 @@ import torch
 from PIL import EpsImagePlugin, Image, PngImagePlugin, PpmImagePlugin
 
 from regvit.data.dataset_builder import TooManyRejects
-from regvit.data.decoding import MAX_BYTES, Transform, UnreadableImage, read_rgb
+from regvit.data.decoding import MAX_BYTES, UnreadableImage, original_size, read_rgb
+from regvit.data.dense_labels import read_mask
 from regvit.data.manifest import read_dataset
 from regvit.data.sources import make_dataset
-from regvit.data.whole_images import original_size, read_mask
+from regvit.data.transform import Transform
 from regvit.features.extraction import Options, extract
 from regvit.features.store import FeatureStore
 from regvit.models.backbones import Backbone

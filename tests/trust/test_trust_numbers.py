@@ -9,8 +9,8 @@ import timm
 import torch
 from PIL import Image
 
-from regvit.data.decoding import Transform
 from regvit.data.manifest import InvalidManifest, Row, read_dataset, write_dataset
+from regvit.data.transform import Transform
 from regvit.features.extraction import Options, fill_store
 from regvit.features.forward import Forward, Readouts
 from regvit.features.store_writer import UnstorableFeature, write_store

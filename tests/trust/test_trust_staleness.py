@@ -11,9 +11,9 @@ import timm
 import torch
 from PIL import Image
 
-from regvit.data.decoding import Transform
 from regvit.data.manifest import Row, read_dataset, write_dataset
 from regvit.data.progress import progress
+from regvit.data.transform import Transform
 from regvit.features import extraction, store, store_writer
 from regvit.features.extraction import describe, extract
 from regvit.features.store import FeatureStore, InvalidStore, fingerprint

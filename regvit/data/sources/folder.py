@@ -13,15 +13,13 @@ list, has none. Every image is decoded once; those that cannot be used are rejec
 
 import csv
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+import sys
 from pathlib import Path, PurePosixPath
 
-from regvit.data.dataset_builder import Workbench
-from regvit.data.manifest import Row, stratified_splits
+from regvit.data.dataset_builder import DatasetBuilder
+from regvit.data.decoding import image_suffixes
+from regvit.data.manifest import Row
 
-FOLDER_SHARES = (0.70, 0.15, 0.15)
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 LIST_SUFFIXES = (".csv", ".tsv", ".txt")
 BLANKS = " \t\n"  # around a field of a list; others, such as no-break spaces, belong to a name
 SPLIT_FOLDERS = {
@@ -34,96 +32,46 @@ SPLIT_FOLDERS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Listed:
-    """One image before it is looked at.
-
-    Attributes:
-        path: relative to the root of the data set.
-        label: class of the source, or "".
-        split: "train", "val", "test", or "" where the source gives none.
-        problem: why it cannot be used, if that is known already, or "".
-    """
-
-    path: str
-    label: str
-    split: str
-    problem: str = ""
-
-
-def folder(bench: Workbench, rest: str) -> None:
+def folder(builder: DatasetBuilder, rest: str) -> None:
     """A tree of images, or a list of them, read in place."""
     path = Path(rest).expanduser()
     if path.is_file() and path.suffix.lower() in LIST_SUFFIXES:
-        root, listed = read_list(path)
+        root, rows = read_list(path)
     elif path.is_dir():
-        root, listed = path, list_tree(path)
+        root, rows = path, list_tree(path, builder)
     else:
-        raise FileNotFoundError(f"{path}, the folder of source {bench.about['source']!r}, does not exist; "
+        raise FileNotFoundError(f"{path}, the folder of source {builder.entry.source!r}, does not exist; "
                                 f"give a folder or a list ({', '.join(LIST_SUFFIXES)}) by an absolute path, or by one "
                                 "relative to where the command runs")  # fmt: skip
-    bench.about["images"] = "read in place; see their owner for licence and attribution"
-    add_in_place(bench, root, listed)
-
-
-def add_in_place(bench: Workbench, root: Path, listed: list[Listed]) -> None:
-    """Rows for the images under `root` whose classes are wanted, each decoded once; also sets `classes` and splits."""
-    bench.check_classes(one.label for one in listed)
-    wanted = [one for one in listed if bench.wants(one.label)]
-    for one in wanted:
-        if one.problem:
-            bench.reject(one.path, one.path, one.problem)
-    usable, digests = {one.path: one for one in wanted if not one.problem}, bytearray()
-    for name, digest, reason in bench.examined(root, list(usable)):
-        if reason:
-            bench.reject(name, name, reason)
-            del usable[name]
-        else:
-            digests += bytes.fromhex(digest)  # in the order of what stays
-    splits = assign_splits(usable, bench.seed, bench.role)
-    for i, (name, one) in enumerate(usable.items()):
-        sha256 = digests[32 * i : 32 * (i + 1)].hex()
-        bench.rows.append(Row(name, name, one.label, splits[name], sha256=sha256))
-    bench.classes = tuple(sorted({one.label for one in usable.values()} - {""}))
-    bench.read_in_place(root)
-
-
-def assign_splits(listed: Mapping[str, Listed], seed: int, role: str | None) -> dict[str, str]:
-    """Split of each image: the source's where it gives one, else by seed and role (table at the top of the module)."""
-    given = {one.split for one in listed.values()}
-    if given <= {""}:
-        if role in ("ood", "anomaly"):  # never trained on: every image counts
-            return dict.fromkeys(listed, "test")
-        return stratified_splits({name: one.label for name, one in listed.items()}, seed, FOLDER_SHARES)
-    renamed = {"val": "test"} if "test" not in given and "train" in given else {}
-    splits = {name: renamed.get(one.split, one.split) for name, one in listed.items()}
-    if "val" not in splits.values():
-        train = {name: one.label for name, one in listed.items() if splits[name] == "train"}
-        splits |= stratified_splits(train, seed, (1 - FOLDER_SHARES[1], FOLDER_SHARES[1], 0.0))
-    return splits
+    builder.about["images"] = "read in place; see their owner for licence and attribution"
+    builder.read_in_place(root, builder.plan(rows))
 
 
 # A tree of folders.
 
 
-def list_tree(root: Path) -> list[Listed]:
+def list_tree(root: Path, builder: DatasetBuilder) -> list[Row]:
     """Every image file under `root` with class and split by its folders, sorted by path.
+
+    Those beside split folders are rejected.
+
 
     Raises:
         ValueError: there is none, or split folders and class folders stand side by side.
     """
-    found = find_images(root)
-    if not found:
-        raise ValueError(f"{root} holds no image; looked for {', '.join(IMAGE_SUFFIXES)} in it and all its folders")
-    if not _has_split_folders(root, found):
-        return [Listed(name, name.split("/")[0] if "/" in name else "", "") for name in found]
-    return [_in_split_folder(name, name.split("/")) for name in found]
-
-
-def _in_split_folder(name: str, parts: list[str]) -> Listed:
-    if len(parts) == 1:
-        return Listed(name, "", "", "it lies beside the split folders; move it into one")
-    return Listed(name, parts[1] if len(parts) > 2 else "", SPLIT_FOLDERS[parts[0]])
+    names = find_images(root)
+    if not names:
+        raise ValueError(f"{root} holds no image; looked for {', '.join(image_suffixes())} in it and all its folders")
+    if not _has_split_folders(root, names):
+        return [Row(name, name, sys.intern(name.split("/")[0]) if "/" in name else "", "") for name in names]
+    rows = []
+    for name in names:
+        split, *folders = name.split("/")
+        if folders:
+            rows.append(Row(name, name, sys.intern(folders[0]) if len(folders) > 1 else "", SPLIT_FOLDERS[split]))
+        else:
+            builder.reject(Row(name, name, "", ""), "it lies beside the split folders; move it into one")
+    return rows
 
 
 def _has_split_folders(path: Path, found: list[str]) -> bool:
@@ -149,7 +97,7 @@ def find_images(root: Path) -> list[str]:
         real = os.path.realpath(folder)
         folders[:] = [] if real in visited else [name for name in folders if not name.startswith(".")]
         if real not in visited:
-            names = [name for name in files if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)]
+            names = [name for name in files if not name.startswith(".") and name.lower().endswith(image_suffixes())]
             found += [(Path(folder) / name).relative_to(root).as_posix() for name in names]
         visited.add(real)
     return sorted(found)
@@ -158,7 +106,7 @@ def find_images(root: Path) -> list[str]:
 # A list of files.
 
 
-def read_list(file: Path) -> tuple[Path, list[Listed]]:
+def read_list(file: Path) -> tuple[Path, list[Row]]:
     """The images that a list names, in its order, and the folder that their paths start from.
 
     A first line that begins with `path` names the columns (`path`, `label`, `split`, in any order; others are
@@ -200,7 +148,7 @@ def read_list(file: Path) -> tuple[Path, list[Listed]]:
     listed, seen = [], set()
     for path, label, split in given:
         name = _relative(file.parent, path, root)
-        listed.append(Listed(name, label, split))
+        listed.append(Row(name, name, label, split))
         if name in seen:
             raise ValueError(f"{file} names {path!r} twice; take one of the two lines away")
         seen.add(name)

@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qsl, unquote
 
-from regvit.data.dataset_builder import Workbench, suffix_of
+from regvit.data.dataset_builder import DatasetBuilder
 from regvit.data.decoding import UnreadableImage, read_file
 from regvit.data.downloads import DownloadFailed
-from regvit.data.sources.folder import SPLIT_FOLDERS, Listed, assign_splits
+from regvit.data.manifest import Row
+from regvit.data.sources.folder import SPLIT_FOLDERS
 
 GRAMMAR = re.compile(
     r"(?P<repository>[./][^:@?]*|[\w.-]+/[\w.-]+)(@(?P<revision>[\w.%-]+))?(:(?P<config>[^/?]+))?(/(?P<split>[\w.-]+))?"
@@ -58,54 +59,48 @@ class HubSource:
         return cls(**parts, columns=columns)
 
 
-def hub_set(bench: Workbench, rest: str) -> None:
+def hub_set(builder: DatasetBuilder, rest: str) -> None:
     """A data set of the hub, or a local copy of one, its images written as published."""
     source = HubSource.of(rest)
-    splits = _load(source, bench)
-    images, tables = {}, {}
-    for of_source, split in _wanted(source, list(splits), bench.role).items():
-        table, image, labels = _columns(splits[of_source], source)
-        for i, label in enumerate(labels):
-            images[f"{of_source}_{i:07}"] = Listed(f"{of_source}_{i:07}", label, split)
-        tables[of_source] = (table, image)
-    bench.check_classes(one.label for one in images.values())
+    splits = _load(source, builder)
+    rows, tables = [], {}
+    for name, split in _wanted(source, list(splits), builder.entry.role).items():
+        tables[name], image, labels = _columns(splits[name], source)
+        rows += [Row(f"{name}_{i:07}", f"{name}/{i}/{image}", label, split) for i, label in enumerate(labels)]
     at = f" at {source.revision}" if source.revision else ""
-    bench.credit_to("images", f"{source.repository}{at}", "see its page on the hub", "see its page on the hub")
-    splits_of, places = assign_splits(images, bench.seed, bench.role), _places(source, bench)
-    for image_id, one in bench.watched(images.items(), len(images)):
-        of_source, _, i = image_id.rpartition("_")
-        if bench.wants(one.label):
-            table, column = tables[of_source]
-            try:
-                content = _content(table[int(i)][column], places)
-            except UnreadableImage as error:
-                bench.reject(image_id, f"images/{image_id}", error.reason)
-                continue
-            bench.put(image_id, content, suffix_of(content), one.label, splits_of[image_id])
-    bench.classes = tuple(sorted(set(bench.rows.column("label")) - {""}))
+    builder.credit_to("images", f"{source.repository}{at}", "see its page on the hub", "see its page on the hub")
+    places = _places(source, builder)
+    for row in builder.watched(builder.plan(rows)):
+        name, i, image = row.path.split("/", 2)
+        try:
+            content = _content(tables[name][int(i)][image], places)
+        except UnreadableImage as error:
+            builder.reject(row, error.reason)
+        else:
+            builder.put(row, content)
 
 
-def _cache(bench: Workbench) -> Path:
-    return Path(os.path.abspath(bench.downloads)) / "hub"
+def _cache(builder: DatasetBuilder) -> Path:
+    return Path(os.path.abspath(builder.downloads)) / "hub"
 
 
 def _is_local(source: HubSource) -> bool:
     return source.repository.startswith(("/", "."))
 
 
-def _places(source: HubSource, bench: Workbench) -> tuple[Path, ...]:
+def _places(source: HubSource, builder: DatasetBuilder) -> tuple[Path, ...]:
     """Folders that the files of a source lie in, links resolved."""
     import huggingface_hub  # see _load
 
     if not _is_local(source):
         kept = Path(huggingface_hub.constants.HF_HUB_CACHE) / f"datasets--{source.repository.replace('/', '--')}"
-        return _cache(bench).resolve(), kept.resolve()
+        return _cache(builder).resolve(), kept.resolve()
     copy = Path(source.repository)
     shared = (copy.parent.parent,) if copy.parent.name == "snapshots" else ()  # the hub's cache: links to blobs beside
     return tuple(folder.resolve() for folder in (copy, *shared))
 
 
-def _load(source: HubSource, bench: Workbench):
+def _load(source: HubSource, builder: DatasetBuilder):
     """The splits by name.
 
     Raises:
@@ -122,7 +117,7 @@ def _load(source: HubSource, bench: Workbench):
             source.repository,
             source.config or None,
             revision=source.revision or None,
-            cache_dir=str(_cache(bench)),
+            cache_dir=str(_cache(builder)),
         )
     except (OSError, ValueError, RuntimeError) as error:
         wrong = isinstance(error, ValueError)  # an unknown config, say, and the message lists those that there are

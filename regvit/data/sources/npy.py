@@ -9,18 +9,19 @@ Labels are whole numbers, and classes are called by them: `classes: {airplane: [
 Arrays of Python objects are refused, as they are pickles.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from regvit.data.dataset_builder import Workbench
-from regvit.data.sources.folder import Listed, assign_splits
+from regvit.data.dataset_builder import DatasetBuilder
+from regvit.data.manifest import Row
 
 SEVERITIES = 5
 
 
-def npy(bench: Workbench, rest: str) -> None:
+def npy(builder: DatasetBuilder, rest: str) -> None:
     """`<file>.npy[:severity]`: images written as PNG."""
     path, _, severity = rest.rpartition(":") if rest.rpartition(":")[2].isdigit() else (rest, "", "")
     file = Path(path).expanduser()
@@ -29,32 +30,28 @@ def npy(bench: Workbench, rest: str) -> None:
         raise ValueError(f"{file} is {images.dtype} {images.shape}; expected uint8 images of shape (b, h, w, 3)")
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or len(labels) != len(images):
         raise ValueError(f"the labels beside {file} are {labels.dtype} {labels.shape}; expected {len(images)} integers")
-    rows = range(len(images))
+    numbers = range(len(images))
     if severity:
         size = len(images) // SEVERITIES
         if not 1 <= int(severity) <= SEVERITIES or len(images) % SEVERITIES:
             raise ValueError(f"severity {severity} of {file}, which has {len(images)} images: severities are 1 to "
                              f"{SEVERITIES}, in as many equal parts; leave `:{severity}` out to take all")  # fmt: skip
-        rows = rows[(int(severity) - 1) * size : int(severity) * size]
-    bench.credit_to("images", file.name, "see its publisher", "see its publisher")
-    add_packed(bench, {f"{file.stem}_{i:06}": ("", str(labels[i])) for i in rows}, lambda i: images[rows[i]])
+        numbers = numbers[(int(severity) - 1) * size : int(severity) * size]
+    builder.credit_to("images", file.name, "see its publisher", "see its publisher")
+    add_arrays(
+        builder, [Row(f"{file.stem}_{i:06}", "", str(labels[i]), "") for i in numbers], [images[i] for i in numbers]
+    )
 
 
-def add_packed(bench: Workbench, images: dict[str, tuple[str, str]], pixels) -> None:
+def add_arrays(builder: DatasetBuilder, rows: Sequence[Row], images: Sequence[np.ndarray]) -> None:
     """Write images that have no files of their own as PNG.
 
     Args:
-        images: (split or "", class or "") by image_id.
-        pixels: from the place of an image in `images` to its uint8 pixels (h, w, 3).
+        images: of each row, uint8 (h, w, 3).
     """
-    bench.check_classes(label for _, label in images.values())
-    splits = assign_splits(
-        {image_id: Listed(image_id, label, split) for image_id, (split, label) in images.items()}, bench.seed, bench.role
-    )  # fmt: skip
-    bench.classes = tuple(sorted({label for _, label in images.values()} - {""}))
-    for i, (image_id, (_, label)) in enumerate(bench.watched(images.items(), len(images))):
-        if bench.wants(label):
-            bench.add(image_id, Image.fromarray(np.ascontiguousarray(pixels(i))), label, splits[image_id])
+    place = {row.image_id: i for i, row in enumerate(rows)}
+    for row in builder.watched(builder.plan(rows)):
+        builder.add(row, Image.fromarray(np.ascontiguousarray(images[place[row.image_id]])))
 
 
 def _load(file: Path) -> np.ndarray:

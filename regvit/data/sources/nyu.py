@@ -16,40 +16,32 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from regvit.data.dataset_builder import Workbench
-from regvit.data.depth_files import depth_problem
-from regvit.data.manifest import Row, stratified_splits
+from regvit.data.dataset_builder import DatasetBuilder
+from regvit.data.dense_labels import depth_problem
+from regvit.data.manifest import Row
+from regvit.data.splits import stratified_splits
 
 VAL_SHARE = 0.1
 SUFFIXES = (".jpg", ".png")
 
 
-def nyu(bench: Workbench, rest: str) -> None:
+def nyu(builder: DatasetBuilder, rest: str) -> None:
     """Builds the source `nyu:<folder>`.
 
     Raises:
-        ValueError: no folder is named.
         FileNotFoundError: the folder, one of its splits, or every image of a split is missing.
     """
-    if not rest:
-        raise ValueError("source 'nyu' names no folder; write nyu:<folder>, the folder that holds train/ and test/")
     root = Path(rest).expanduser()
     names = {split: _images(root, split) for split in ("train", "test")}
     scenes = {name: str(Path(name).parent) for name in names["train"]}
-    splits = stratified_splits(scenes, bench.seed, (1 - VAL_SHARE, VAL_SHARE, 0.0)) | dict.fromkeys(
+    splits = stratified_splits(scenes, builder.seed, (1 - VAL_SHARE, VAL_SHARE, 0.0)) | dict.fromkeys(
         names["test"], "test"
     )
-    bench.read_in_place(root)
-    bench.credit_to(
+    builder.credit_to(
         "images and depth", "NYU Depth Dataset V2", "see its owner", "Silberman et al. 2012, Indoor Segmentation, ECCV"
     )
-    for name, digest, reason in bench.examined(root, list(splits)):
-        depth = depth_name(name)
-        reason = reason or depth_problem(root / depth, root / name)
-        if reason:
-            bench.reject(name, name, reason)
-        else:
-            bench.rows.append(Row(name, name, "", splits[name], sha256=digest, depth=depth))
+    rows = [Row(name, name, "", split, depth=depth_name(name)) for name, split in splits.items()]
+    builder.read_in_place(root, builder.limit(rows), lambda row: depth_problem(root / row.depth, root / row.path))
 
 
 def depth_name(name: str) -> str:

@@ -16,21 +16,16 @@ Masks hold 0 for background, class index + 1, and 255 for what counts as neither
 already. In ADE20k 0 means "none of the 150 classes" and is not measured: `about.mask.zero` in `dataset.json` says `ignore`.
 """
 
-from __future__ import annotations
-
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from xml.etree import ElementTree
 
-import numpy as np
-
-from regvit.data.dataset_builder import Workbench
-from regvit.data.decoding import UnreadableImage
-from regvit.data.manifest import Row, stratified_splits
-from regvit.data.whole_images import IGNORE, original_size, read_mask
+from regvit.data.dataset_builder import DatasetBuilder
+from regvit.data.dense_labels import mask_problem
+from regvit.data.manifest import Row
+from regvit.data.splits import stratified_splits
 
 VAL_SHARE = 0.1  # of the images that a published protocol trains or chooses on
 COCO_LIST = "coco_20k_filenames.txt"
@@ -40,97 +35,96 @@ VOC_CLASSES = (
 )  # fmt: skip
 ADE_CLASSES = 150
 
-
-@dataclass(frozen=True)
-class Listed:
-    """One image of a published set, before it is looked at; paths are relative to the set's root."""
-
-    image_id: str
-    path: str
-    split: str
-    boxes: tuple[tuple[int, int, int, int], ...] = ()
-    mask: str = ""
+Boxes = list[tuple[int, int, int, int]]
 
 
-def voc07(bench: Workbench, rest: str) -> None:
+def voc07(builder: DatasetBuilder, rest: str) -> None:
     """PASCAL VOC 2007 trainval (5,011 images) with the boxes of all objects."""
-    _voc_detection(bench, rest, "2007")
+    _voc_detection(builder, rest, "2007")
 
 
-def voc12(bench: Workbench, rest: str) -> None:
+def voc12(builder: DatasetBuilder, rest: str) -> None:
     """PASCAL VOC 2012 trainval (11,540 images) with the boxes of all objects."""
-    _voc_detection(bench, rest, "2012")
+    _voc_detection(builder, rest, "2012")
 
 
-def voc_segmentation(bench: Workbench, rest: str) -> None:
+def _voc_detection(builder: DatasetBuilder, rest: str, year: str) -> None:
+    root = _voc_root(rest, year)
+    splits = _held_out(_lines(root / "ImageSets/Main/trainval.txt"), builder.seed)
+    _credit_voc(builder, year)
+    _take(builder, root, [
+        Row(name, f"JPEGImages/{name}.jpg", "", split, _boxes(voc_boxes(root / f"Annotations/{name}.xml")))
+        for name, split in splits.items()
+    ])  # fmt: skip
+
+
+def voc_segmentation(builder: DatasetBuilder, rest: str) -> None:
     """PASCAL VOC 2012 segmentation (1,464 + 1,449 images): class masks, and boxes where the image has a file of them."""
     root = _voc_root(rest, "2012")
     lists = {name: _lines(root / f"ImageSets/Segmentation/{name}.txt") for name in ("train", "val")}
-    splits = _with_val(lists["train"], bench.seed) | dict.fromkeys(lists["val"], "test")
-    listed = []
-    for name, split in splits.items():
+    rows = []
+    for name, split in (_with_val(lists["train"], builder.seed) | dict.fromkeys(lists["val"], "test")).items():
         annotation = root / f"Annotations/{name}.xml"
-        boxes = voc_boxes(annotation) if annotation.is_file() else ()
-        listed.append(Listed(name, f"JPEGImages/{name}.jpg", split, boxes, f"SegmentationClass/{name}.png"))
-    bench.classes = VOC_CLASSES
-    _credit_voc(bench, "2012")
-    _take(bench, root, listed)
+        boxes = _boxes(voc_boxes(annotation)) if annotation.is_file() else ""
+        rows.append(Row(name, f"JPEGImages/{name}.jpg", "", split, boxes, f"SegmentationClass/{name}.png"))
+    builder.classes = VOC_CLASSES
+    _credit_voc(builder, "2012")
+    _take(builder, root, rows)
 
 
-def coco20k(bench: Workbench, rest: str) -> None:
+def coco20k(builder: DatasetBuilder, rest: str) -> None:
     """The images of COCO 2014 that a list names (the COCO20k of LOST: 19,817 of train2014), with the boxes of all objects.
 
     `<folder>` holds the list, `annotations/instances_train2014.json` (and `…_val2014.json` if the list names some of
     val2014), and the images in `train2014/` or `images/train2014/`.
     """
     root = _folder(rest, "coco20k:<folder>")
-    names = [Path(line).name for line in _lines(root / COCO_LIST)]
-    wanted = dict.fromkeys(_coco_number(name) for name in names)
-    found: dict[int, tuple[str, list]] = {}
+    wanted = list(dict.fromkeys(_coco_number(Path(line).name) for line in _lines(root / COCO_LIST)))
+    images: dict[int, tuple[str, str]] = {}
     for part in ("train2014", "val2014"):
-        if missing := wanted.keys() - found.keys():
-            found |= _coco_boxes(root / f"annotations/instances_{part}.json", missing, _coco_images(root, part))
-    if missing := [number for number in wanted if number not in found]:
+        if missing := set(wanted) - images.keys():
+            images |= _coco_boxes(root / f"annotations/instances_{part}.json", missing, _coco_images(root, part))
+    if missing := [number for number in wanted if number not in images]:
         raise ValueError(
             f"{len(missing)} of {len(wanted)} images of {root / COCO_LIST} are not in the annotations of COCO 2014 "
             f"(the first is {missing[0]}); the list must name images of train2014 or val2014"
         )
-    splits = _held_out({Path(found[number][0]).stem: number for number in wanted}, bench.seed)
-    listed = [
-        Listed(Path(path).stem, path, splits[Path(path).stem], tuple(boxes))
-        for path, boxes in (found[number] for number in wanted)
-    ]
-    bench.credit_to("images", "COCO 2014, cocodataset.org", "Flickr terms of use", "Lin et al. 2014, arXiv:1405.0312")
-    bench.credit_to("boxes", "COCO 2014, cocodataset.org", "CC-BY-4.0", "Lin et al. 2014, arXiv:1405.0312")
-    _take(bench, root, listed)
+    paths = {Path(images[number][0]).stem: images[number] for number in wanted}
+    splits = _held_out(paths, builder.seed)
+    builder.credit_to("images", "COCO 2014, cocodataset.org", "Flickr terms of use", "Lin et al. 2014, arXiv:1405.0312")
+    builder.credit_to("boxes", "COCO 2014, cocodataset.org", "CC-BY-4.0", "Lin et al. 2014, arXiv:1405.0312")
+    _take(builder, root, [Row(name, path, "", splits[name], boxes) for name, (path, boxes) in paths.items()])
 
 
-def ade20k(bench: Workbench, rest: str) -> None:
+def ade20k(builder: DatasetBuilder, rest: str) -> None:
     """ADE20K as the scene parsing challenge of 2016 has it (20,210 + 2,000 images, 150 classes), with class masks."""
     root = _folder(rest, "ade20k:<ADEChallengeData2016>")
-    bench.classes = ade_classes(root / "objectInfo150.txt")
-    bench.about["mask"] = {"zero": "ignore"}
+    builder.classes = ade_classes(root / "objectInfo150.txt")
+    builder.about["mask"] = {"zero": "ignore"}
     names = {part: _stems(root / "images" / part, ".jpg") for part in ("training", "validation")}
-    splits = _with_val(names["training"], bench.seed) | dict.fromkeys(names["validation"], "test")
-    listed = [
-        Listed(name, f"images/{part}/{name}.jpg", splits[name], mask=f"annotations/{part}/{name}.png")
-        for part in names
-        for name in names[part]
-    ]
-    bench.credit_to(
+    splits = _with_val(names["training"], builder.seed) | dict.fromkeys(names["validation"], "test")
+    builder.credit_to(
         "images", "ADE20K, MIT Scene Parsing Benchmark", "for research and education only", "Zhou et al. 2017, CVPR"
     )
-    bench.credit_to("masks", "ADE20K, MIT Scene Parsing Benchmark", "BSD-3-Clause", "Zhou et al. 2017, CVPR")
-    _take(bench, root, listed)
+    builder.credit_to("masks", "ADE20K, MIT Scene Parsing Benchmark", "BSD-3-Clause", "Zhou et al. 2017, CVPR")
+    _take(builder, root, [
+        Row(name, f"images/{part}/{name}.jpg", "", splits[name], mask=f"annotations/{part}/{name}.png")
+        for part in names
+        for name in names[part]
+    ])  # fmt: skip
 
 
-def zero_is_ignored(folder: Path | str) -> bool:
-    """Whether 0 in the masks of a data set's folder means "not annotated" rather than background."""
-    about = json.loads((Path(folder) / "dataset.json").read_text(encoding="utf-8"))["about"]
-    return about.get("mask", {}).get("zero") == "ignore"
+def _take(builder: DatasetBuilder, root: Path, rows: list[Row]) -> None:
+    """Keep every image that can be decoded, and whose mask fits it; the others are rejected."""
+    builder.refuse_classes()
+
+    def problem(row: Row) -> str:
+        return mask_problem(root / row.mask, root / row.path, len(builder.classes)) if row.mask else ""
+
+    builder.read_in_place(root, builder.limit(rows), problem)
 
 
-def voc_boxes(annotation: Path) -> tuple[tuple[int, int, int, int], ...]:
+def voc_boxes(annotation: Path) -> Boxes:
     """[x0, y0, x1, y1] of every object of a VOC annotation, difficult and truncated ones included.
 
     The file counts pixels from 1 and includes the last one. Parts of persons (hands, feet) are no objects of their own.
@@ -149,7 +143,7 @@ def voc_boxes(annotation: Path) -> tuple[tuple[int, int, int, int], ...]:
             f"{annotation} is no VOC annotation ({error}); expected <object><bndbox> with xmin, ymin, xmax, ymax: "
             "unpack the archive again"
         ) from error
-    return _sound((x0 - 1, y0 - 1, x1, y1) for x0, y0, x1, y1 in corners)
+    return [(x0 - 1, y0 - 1, x1, y1) for x0, y0, x1, y1 in corners]
 
 
 def ade_classes(table: Path) -> tuple[str, ...]:
@@ -165,59 +159,18 @@ def ade_classes(table: Path) -> tuple[str, ...]:
     return tuple(row[-1] for row in fields)
 
 
-# --- what the sets share ---------------------------------------------------------------------------------------------
-
-
-def _voc_detection(bench: Workbench, rest: str, year: str) -> None:
-    root = _voc_root(rest, year)
-    names = _lines(root / "ImageSets/Main/trainval.txt")
-    splits = _held_out(names, bench.seed)
-    listed = [
-        Listed(name, f"JPEGImages/{name}.jpg", splits[name], voc_boxes(root / f"Annotations/{name}.xml"))
-        for name in names
-    ]
-    _credit_voc(bench, year)
-    _take(bench, root, listed)
-
-
-def _take(bench: Workbench, root: Path, listed: list[Listed]) -> None:
-    """A row for every image that can be decoded, and whose mask fits it; the others are rejected."""
-    bench.read_in_place(root)
-    by_path = {one.path: one for one in listed}
-    for path, digest, reason in bench.examined(root, list(by_path)):
-        one = by_path[path]
-        reason = reason or (one.mask and mask_problem(root / one.mask, root / path, len(bench.classes)))
-        if reason:
-            bench.reject(one.image_id, path, reason)
-        else:
-            boxes = json.dumps([list(box) for box in one.boxes]) if one.boxes else ""
-            bench.rows.append(Row(one.image_id, path, "", one.split, boxes, one.mask, digest))
-
-
-def mask_problem(mask: Path, image: Path, n_classes: int) -> str:
-    """Why a mask cannot be used with its image, or ""."""
-    try:
-        values, size = read_mask(mask), original_size(image)
-    except UnreadableImage as error:
-        return str(error)
-    if values.shape != size[::-1]:
-        return f"its mask {mask.name} has {values.shape[1]} x {values.shape[0]} pixels, the image {size[0]} x {size[1]}"
-    strange = sorted(set(np.unique(values).tolist()) - {*range(n_classes + 1), IGNORE})
-    return f"its mask {mask.name} holds {strange[0]}, beyond {n_classes} classes; {IGNORE} is void" if strange else ""
-
-
-def _coco_boxes(file: Path, wanted: Iterable[int], images: Path) -> dict[int, tuple[str, list]]:
+def _coco_boxes(file: Path, wanted: Collection[int], images: Path) -> dict[int, tuple[str, str]]:
     """Path and boxes of the wanted images of one annotation file (half a gigabyte, read as a whole)."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing; unpack annotations_trainval2014.zip there")
-    content, wanted = json.loads(file.read_text(encoding="utf-8")), set(wanted)
+    content = json.loads(file.read_text(encoding="utf-8"))
     files = {one["id"]: (images / one["file_name"]).as_posix() for one in content["images"] if one["id"] in wanted}
-    boxes: dict[int, list] = {number: [] for number in files}
+    boxes: dict[int, Boxes] = {number: [] for number in files}
     for one in content["annotations"]:
         if one["image_id"] in boxes and not one.get("iscrowd"):
             x, y, width, height = one["bbox"]
             boxes[one["image_id"]].append(tuple(round(value) for value in (x, y, x + width, y + height)))
-    return {number: (path, list(_sound(boxes[number]))) for number, path in files.items()}
+    return {number: (path, _boxes(boxes[number])) for number, path in files.items()}
 
 
 def _coco_images(root: Path, part: str) -> Path:
@@ -233,9 +186,10 @@ def _coco_number(name: str) -> int:
     return int(match[1])
 
 
-def _sound(boxes: Iterable[tuple]) -> tuple[tuple[int, int, int, int], ...]:
-    """Boxes without those that rounding left empty: no prediction could overlap them."""
-    return tuple(box for box in boxes if box[0] < box[2] and box[1] < box[3])
+def _boxes(boxes: Boxes) -> str:
+    """Boxes as the manifest has them, without those that rounding left empty: no prediction could overlap them."""
+    kept = [list(box) for box in boxes if box[0] < box[2] and box[1] < box[3]]
+    return json.dumps(kept) if kept else ""
 
 
 def _held_out(names: Iterable[str], seed: int) -> dict[str, str]:
@@ -261,7 +215,7 @@ def _voc_root(rest: str, year: str) -> Path:
 
 def _folder(rest: str, usage: str) -> Path:
     path = Path(rest).expanduser()
-    if not rest or not path.is_dir():
+    if not path.is_dir():
         raise FileNotFoundError(f"{rest!r} is no folder; write the source as {usage}, with the path of its folder")
     return path
 
@@ -281,7 +235,7 @@ def _stems(folder: Path, suffix: str) -> list[str]:
     return names
 
 
-def _credit_voc(bench: Workbench, year: str) -> None:
-    bench.credit_to(
+def _credit_voc(builder: DatasetBuilder, year: str) -> None:
+    builder.credit_to(
         "images", f"PASCAL VOC {year}", "Flickr terms of use", "Everingham et al. 2010, doi:10.1007/s11263-009-0275-4"
     )

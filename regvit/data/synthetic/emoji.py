@@ -46,10 +46,6 @@ class Identity:
     group: str
     subgroup: str
 
-    @property
-    def codepoints(self) -> tuple[int, ...]:
-        return tuple(int(part, 16) for part in self.key.split("-"))
-
 
 def canonical(name: str) -> str:
     """The key of an emoji from any project's spelling of its code points.
@@ -58,6 +54,11 @@ def canonical(name: str) -> str:
     says only "as a picture" and is dropped.
     """
     return "-".join(part.lstrip("0") for part in name.lower().split("-") if part != "fe0f")
+
+
+def codepoints(key: str) -> tuple[int, ...]:
+    """The Unicode sequence of a key."""
+    return tuple(int(part, 16) for part in key.split("-"))
 
 
 def by_key(members: Iterable[str], folder: str, suffix: str) -> dict[str, str]:

@@ -21,8 +21,9 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8, UInt16
 from PIL import Image
 
-from regvit.data.dataset_builder import Workbench
-from regvit.data.decoding import in_order
+from regvit.data.dataset_builder import DatasetBuilder
+from regvit.data.manifest import Row
+from regvit.data.prefetch import in_order
 
 SIZE = 224  # pixels
 SAMPLES = 2  # rays by pixel and axis, averaged for colour
@@ -153,31 +154,28 @@ class Box:
         return Seen(np.full(len(points), BOX, np.uint8), self.colours[np.where(stripes, 0, 1)], normal @ self.turn)
 
 
-def relief(bench: Workbench, rest: str) -> None:
-    """Builds the source `relief`: `COUNTS` rooms, each from a generator of its own.
-
-    Raises:
-        ValueError: something stands behind the name.
-    """
-    if rest:
-        raise ValueError(f"source 'relief:{rest}' is unknown; it has no variants: write 'relief'")
-    bench.credit_to("images", "rendered by regvit.data.synthetic.rooms", "MIT", "this project")
-    bench.classes = CLASSES
+def relief(builder: DatasetBuilder, rest: str) -> None:
+    """Builds the source `relief`: `COUNTS` rooms, each from a generator of its own."""
+    builder.refuse_classes()
+    builder.credit_to("images", "rendered by regvit.data.synthetic.rooms", "MIT", "this project")
+    builder.classes = CLASSES
     for name in ("depth", "masks"):
-        (bench.folder / name).mkdir()
-    numbered = [(split, i) for split, count in COUNTS.items() for i in range(count)]
+        (builder.folder / name).mkdir()
+    rows = builder.limit([
+        Row(name := f"relief_{split}_{i:03}", "", "", split, mask=f"masks/{name}.png", depth=f"depth/{name}.png")
+        for split, count in COUNTS.items()
+        for i in range(count)
+    ])  # fmt: skip
 
-    def rendered(number: tuple[str, int]) -> tuple[str, int, View]:
-        split, i = number
-        return split, i, render(bench.generator(f"relief:{split}:{i}"))
+    def rendered(row: Row) -> tuple[Row, View]:
+        number = int(row.image_id.rpartition("_")[2])
+        return row, render(builder.generator(f"relief:{row.split}:{number}"))
 
     workers = os.cpu_count() or 1
-    for split, i, view in bench.watched(in_order(rendered, numbered, workers, 4 * workers), len(numbered)):
-        image_id = f"relief_{split}_{i:03}"
-        mask, depth = f"masks/{image_id}.png", f"depth/{image_id}.png"
-        Image.fromarray(view.mask).save(bench.folder / mask)
-        Image.fromarray(view.depth).save(bench.folder / depth)
-        bench.add(image_id, Image.fromarray(view.image), "", split, mask=mask, depth=depth)
+    for row, view in builder.watched(in_order(rendered, rows, workers, 4 * workers), len(rows)):
+        Image.fromarray(view.mask).save(builder.folder / row.mask)
+        Image.fromarray(view.depth).save(builder.folder / row.depth)
+        builder.add(row, Image.fromarray(view.image))
 
 
 def render(generator: np.random.Generator, size: int = SIZE) -> View:

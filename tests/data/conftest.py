@@ -1,0 +1,63 @@
+"""A web server that breaks off, refuses and sends parts."""
+
+import http.server
+import threading
+
+import pytest
+
+
+class Site:
+    """A local web server with one file, /a.bin.
+
+    Attributes:
+        content: of the file.
+        breaks: after how many bytes each answer breaks off, first answer first; none left: answers are whole.
+        ranges: whether it can send a part.
+        status: None, or what it answers instead.
+        asked: the Range header of each request, or None.
+    """
+
+    def __init__(self):
+        self.content, self.breaks, self.ranges, self.status, self.asked = b"", [], True, None, []
+
+    def answer(self, handler: http.server.BaseHTTPRequestHandler) -> None:
+        asked = handler.headers.get("Range")
+        self.asked.append(asked)
+        if self.status:
+            handler.send_error(self.status)
+            return
+        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and self.ranges else 0
+        if start >= len(self.content) > 0:
+            handler.send_response(416)
+            handler.send_header("Content-Range", f"bytes */{len(self.content)}")
+            handler.end_headers()
+            return
+        handler.send_response(206 if start else 200)
+        if start:
+            handler.send_header("Content-Range", f"bytes {start}-{len(self.content) - 1}/{len(self.content)}")
+        handler.send_header("Content-Length", str(len(self.content) - start))
+        handler.end_headers()
+        end = start + self.breaks.pop(0) if self.breaks else len(self.content)
+        handler.wfile.write(self.content[start:end])
+        handler.close_connection = True
+
+
+@pytest.fixture
+def site():
+    """A running Site, with its address as `site.url`."""
+    made = Site()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            made.answer(self)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        made.url = f"http://127.0.0.1:{server.server_port}/a.bin"
+        yield made
+        server.shutdown()
+        thread.join()
