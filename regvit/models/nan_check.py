@@ -7,13 +7,16 @@ image go through the model again, alone, with every block watched.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from regvit.data.manifest import Row
 from regvit.models.hooks import watch_outputs
+
+if TYPE_CHECKING:  # manifests need pandas, and a model without a data set does not
+    from regvit.data.manifest import Row
 
 
 class BadFeatures(ValueError):
@@ -78,6 +81,6 @@ def where_it_begins(model: nn.Module, image: Float[Tensor, "1 3 h w"]) -> str:
 def _named(rows: Sequence[Row | str | None] | None, number: int) -> str:
     """`image 'id' (path)`, `image path`, or `image 3` of one that is known by its place alone."""
     row = None if rows is None else rows[number]
-    if isinstance(row, Row):
+    if row is not None and not isinstance(row, str):
         return f"image {row.image_id!r} ({row.path})"
     return f"image {number if row is None else row}"
