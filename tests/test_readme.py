@@ -1,26 +1,64 @@
-"""The README's Python is run as it stands."""
+"""README.md and docs/: their Python is run as it stands, and they stay what a person reads."""
 
 import re
 from pathlib import Path
 
+import pytest
 import timm
 import torch
+from ruamel.yaml import YAML
 
-README = Path(__file__).parents[1] / "README.md"
-EXAMPLES = re.findall(
-    r"<!-- example: tests/test_readme.py runs this -->\n```python\n(.*?)```", README.read_text(), re.S
-)
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def example(page: str) -> str:
+    """The Python under the marker on a page."""
+    marked = r"<!-- example: tests/test_readme.py runs this -->\n```python\n(.*?)```"
+    (text,) = re.findall(marked, (ROOT / page).read_text(encoding="utf-8"), re.S)
+    return text
 
 
 def test_the_two_lines_add_registers_to_a_model():
     model = timm.create_model("test_vit", pretrained=False).eval()
-    exec(EXAMPLES[0], {"model": model, "images": torch.randn(8, 3, 160, 160)})
+    exec(example("README.md"), {"model": model, "images": torch.randn(8, 3, 160, 160)})
     assert model.num_prefix_tokens == 2
 
 
 def test_the_whole_example_runs_and_its_shapes_are_as_the_comments_say(capsys):
     names: dict = {}
-    exec(EXAMPLES[1], names)
+    exec(example("docs/python.md"), names)
     assert names["tokens"].shape == (16, 66, 384)
     assert names["patches"].shape == (16, 64, 384)
     assert "None {}" in capsys.readouterr().out
+
+
+def test_the_readme_is_one_to_two_screens():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 200
+    assert len(text.encode()) <= 9_216
+    results = text[text.index("<!-- results") : text.index("<!-- end of results -->")]
+    assert len(re.findall(r"^\|", results, re.M)) <= 12, "a head, a rule and ten rows at most"
+    order = [
+        text.index(mark) for mark in ("**Find", "![", "make repro", "<!-- results", "```python", "## What was not run")
+    ]
+    assert order == sorted(order)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_page_begins_with_its_contents_and_the_readme_leads_to_it(page):
+    lines = page.read_text(encoding="utf-8").splitlines()
+    sections = [line[3:] for line in lines if line.startswith("## ")]
+    contents = next(line for line in lines if line.startswith("["))
+    linked = re.findall(r"\]\(#([^)]+)\)", contents)
+    anchors = [re.sub(r"[^\w\- ]", "", section.lower()).replace(" ", "-") for section in sections]
+    assert lines.index(contents) <= 4
+    assert set(linked) <= set(anchors) and len(linked) >= len(sections) // 2
+    assert f"docs/{page.name}" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_citation_says_the_version_of_the_package():
+    cited = YAML(typ="safe").load(ROOT / "CITATION.cff")
+    (version,) = re.findall(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert cited["version"] == version
+    assert f"## {version}\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ ROWS = [line for line in PAGE.splitlines() if line.startswith("|") and not re.ma
 
 def defined():
     """Names of all test functions of the suite."""
-    trees = (ast.parse(file.read_text(encoding="utf-8")) for file in (ROOT / "tests").glob("test_*.py"))
+    trees = (ast.parse(file.read_text(encoding="utf-8")) for file in (ROOT / "tests").rglob("test_*.py"))
     return {node.name for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
