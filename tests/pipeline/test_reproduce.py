@@ -11,6 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
+
+from regvit.pipeline import classes
+from regvit.pipeline.params import load_params, read_values
 
 ROOT = Path(__file__).parents[2]
 # One program, as the stages are, and not two in a row: a shell may lose a Ctrl-C that comes while it starts the second.
@@ -26,6 +30,7 @@ def main(name):
 
 command(main, "name", interrupted="nothing of {{0}} is kept")
 """
+SETS = {"twemoji": ["a", "b"], "openmoji": ["a", "b"], "noto": ["b", "a"], "digits": ["0"], "textiles": ["1"]}
 PIPELINE = f"""
 stages:
   download:
@@ -50,7 +55,7 @@ def project(tmp_path) -> Path:
 
 def started(project: Path) -> subprocess.Popen:
     """`make repro` as the leader of a group, as a terminal starts it."""
-    command = [sys.executable, str(ROOT / "regvit/pipeline/reproduce.py")]
+    command = [sys.executable, "-m", "regvit.pipeline.reproduce"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=project, start_new_session=True, **pipes)
 
@@ -95,3 +100,53 @@ def refused(project, old, new):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and not (project / "made").exists()
     return err
+
+
+# Classes that do not meet.
+
+
+def downloaded(project, monkeypatch, **classes):
+    """The data sets of params.yaml, as if downloaded, with some classes changed."""
+    monkeypatch.chdir(project)
+    params = load_params()
+    for name, names in (SETS | classes).items():
+        (project / f"data/{name}").mkdir(parents=True, exist_ok=True)
+        (project / f"data/{name}/dataset.json").write_text(json.dumps({"classes": names}))
+    values = read_values("params.yaml")["datasets"]
+    stages = {
+        f"download@{name}": {"params": {"params.yaml": {f"datasets.{name}": values[name], "seed": 0}}}
+        for name in values
+    }
+    YAML().dump({"schema": "2.0", "stages": stages}, project / "dvc.lock")
+    return params
+
+
+def test_data_sets_are_known_to_be_downloaded_until_their_parameters_change(project, monkeypatch):
+    params = downloaded(project, monkeypatch)
+    assert classes.downloaded(params) and list(classes.unmet_classes(params)) == []
+    text = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(text.replace("{test: 200}", "{test: 100}", 1))
+    assert not classes.downloaded(load_params())
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (
+            {"noto": ["a", "c", "d"]},
+            "datasets.noto has the role ood, but 2 of its 3 classes are none of twemoji ('c', 'd')",
+        ),
+        ({"noto": ["a"]}, "datasets.noto has a single class"),
+        (
+            {"digits": ["b"]},
+            "datasets.digits has the role anomaly, but all its classes are of twemoji: make it role: ood",
+        ),
+        ({"twemoji": ["a"], "openmoji": ["a", "b"]}, "datasets.twemoji has 1 class"),
+    ],
+)
+def test_classes_that_do_not_meet_stop_it_before_the_first_stage(project, monkeypatch, changed, said):
+    downloaded(project, monkeypatch, **changed)
+    process = started(project)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and not (project / "made").exists()
+    assert err.startswith("make repro: the data sets' classes do not meet\n") and said in err

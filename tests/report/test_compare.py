@@ -28,7 +28,6 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "stages"))
 
 from regvit.pipeline.compare_runs import BEGIN, END, write_readme  # noqa: E402
-from regvit.pipeline.reproduce import follow, times  # noqa: E402
 
 
 def top1(value: float) -> dict:
@@ -268,27 +267,6 @@ def test_a_note_is_wrapped_below_the_table_and_a_paragraph_in_markdown():
 def test_a_table_in_markdown_escapes_bars():
     table = Table("Sizes", ("name", "n"), (("a|b", "5"),))
     assert table.markdown().splitlines() == ["| name | n |", "| --- | --: |", "| a\\|b | 5 |"]
-
-
-def test_the_time_of_each_stage_is_taken_from_what_dvc_says(capsys):
-    lines = [
-        "Stage 'download@a' didn't change, skipping\n",
-        "Running stage 'extract@r-a':\n", "> python stages/extract.py r a\n", "Updating lock file 'dvc.lock'\n", "\n",
-        "Stage 'probe@r' is cached - skipping run, checking out outputs\n",
-        "Running stage 'report':\n", "> python stages/report.py\n",
-    ]  # fmt: skip
-    seconds = iter([10.0, 14.5, 20.0, 21.0])
-    ran, restored = follow(lines, clock=lambda: next(seconds))
-    assert ran == [("extract@r-a", 4.5), ("report", 1.0)]
-    assert restored == ["probe@r"]
-    assert "download@a" not in capsys.readouterr().out
-    assert times(ran, restored, 12.0).splitlines() == [
-        "extract@r-a     4.5 s", "report          1.0 s", "2 stages ran, 1 restored from the cache: 12.0 s",
-    ]  # fmt: skip
-
-
-def test_it_says_so_when_nothing_reran():
-    assert times([], [], 2.04) == "nothing reran: everything is up to date (2.0 s)"
 
 
 def test_the_readme_gets_the_tables_between_its_markers_and_keeps_the_rest(tmp_path):
