@@ -50,7 +50,7 @@ lock: env
 
 env: .venv/.complete
 
-.venv/.complete: requirements.txt pyproject.toml regvit/pipeline/plots_template.py regvit/pipeline/plot_charts.py
+.venv/.complete: requirements.txt pyproject.toml regvit/pipeline/plots_template.py
 	@if [ -z "$(PYTHON)" ]; then \
 		echo "make: no Python 3.11 or later was found; install one, or say make PYTHON=/path/to/python" >&2; exit 1; fi
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"make: $(PYTHON) is Python {sys.version.split()[0]}, 3.11 or later is needed")'

@@ -1,169 +1,178 @@
-"""A small report made of figures written by hand, for the tests of its parts and in a browser."""
+"""A small study made of figures written by hand: the tree of tables and pictures that the stages leave, for the tests of
+the comparison, the report and its page in a browser."""
 
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 
-from regvit.report.compare import Check, Measured, Table
-from regvit.report.comparisons import Measurements
-from regvit.report.sections import Material, Search
-from regvit.report.sweeps import Kept
-from regvit.report.sweeps import Value as Swept
+from regvit.report.study import ANOMALY_MEAN, OOD_MEAN, Study
+from regvit.stats.figures import Figure, figures_table, write_figures
 
-NAME = '<script>alert("a")</script> & $x_1$'  # of a run: shown, never obeyed
-ATTENTION = ("entropy", "largest", "on_outliers", "on_registers", "on_cls", "morans_i", "object_mass", "object_auroc")
-
-
-def estimate(name: str, value: float | None, half: float = 0.05) -> dict:
-    """A figure as it stands in a metrics file."""
-    low, high = (None, None) if value is None else (round(value - half, 6), round(value + half, 6))
-    return {name: value, f"{name}_lo": low, f"{name}_hi": high}
+NAME = '<script>alert("a")</script> & $x_1$'  # of a source: shown, never obeyed
+IMAGES = [f"{i:05d}" for i in range(40)]  # names that look like numbers
+SPOILT = {"outlier_fraction": 0.02, "cls_cosine": 0.9, "patch_cosine": 0.95, "outlier_patch_cosine": 0.1}
+CURED = {"outlier_fraction": 0.0, "cls_cosine": 0.96, "patch_cosine": 0.99, "outlier_patch_cosine": 0.98}
+SHIFT = {"intact": 0.02, "original": 0.0, "cured": 0.03}  # of every figure of a run
 
 
-def measured(
-    name: str, registers: str = "none", reference: str | None = None, outliers: bool = True, shift: float = 0.0
-) -> Measurements:
-    """A run with every measurement on the set `scenes`; `shift` is added to each figure.
-
-    Args:
-        outliers: whether its backbone has some; what needs them is null where it has none.
-    """
-
-    def at(value: float) -> float | None:
-        return value + shift if outliers else None
-
-    top1 = estimate("top1", 0.6 + shift) | {"n": 100}
-    evaluate = {
-        readout: {"id": top1, "ood": {"lines": top1}, "anomaly": {"flags": {"msp": {"n": 50}}}}
-        for readout in ("cls", "patch_mean")
-    }
-    found = {"outliers_found": outliers, "images": 64, "num_neurons": 6 if outliers else 0}
-    found |= estimate("outlier_fraction", 0.02, 0.001) | {"outlier_fraction_after": 0.0}
-    verify = {"planted": outliers, "images": 80, "images_with_outliers": 40}
-    verify |= estimate("outlier_fraction", 0.02 if registers == "none" else 0.0, 0.0) if outliers else {}
-    verify |= estimate("cls_cosine", at(0.9))
-    heads = {key: value for metric in ATTENTION for key, value in estimate(metric, 0.4 + shift).items()}
-    heads |= estimate("on_outliers", at(0.3))
-    attention = {"heads": heads, "n": 4, "n_with_outliers": 2 if outliers else 0}
-    place = {"normal": estimate("top1", 0.3) | {"n": 20}, "outlier": estimate("top1", at(0.1)) | {"n": 12}}
-    pixels = {"normal": estimate("l2", 13.5) | {"n": 20}, "outlier": estimate("l2", at(23.0)) | {"n": 12}}
-    classes = {kind: estimate("top1", 0.5) | {"n": 30} for kind in ("cls", "normal")}
-    anatomy = {"threshold": 20.0 if outliers else None, "n": 20}
-    for key in ("over_threshold", "outlier_fraction", "outlier_on_border", "neighbour_cosine_outlier"):
-        anatomy |= estimate(key, 0.1)
-    corloc = estimate("corloc", 0.7 + shift)
-    setting = {"kind": "k", "layer": 3, "normalised": True, "bias": -0.2}
-    discover = corloc | {"n": 4, "chosen": setting, "features": {"k": setting | corloc}, "mean_over_features": corloc}
-    dense = {"n": 4, "n_with_outliers": 2 if outliers else 0}
-    segment = (
-        dense | estimate("miou", 0.5 + shift) | estimate("accuracy", 0.8) | estimate("accuracy_at_outliers", at(0.7))
-    )
-    depth = dense | estimate("rmse", 0.6 + shift) | estimate("rmse_at_outliers", at(0.9))
-    blocks = [str(i) for i in range(3)]
-    layers = {"layer": blocks}
-    for metric in ATTENTION:
-        layers |= {f"{metric}{end}": ["0.1", "0.2", "0.3"] for end in ("", "_lo", "_hi")}
-    ids = ["a", "b", "c", "d"]
-    empty = [""] * 4
-    cosines = ["0.95", "0.93", "", ""] if registers == "test_time" else ["0.9", "0.9", "", ""]
-    shares = ["0"] * 4 if registers == "test_time" else ["0.04", "0.02", "0", "0"]
-    verified = {"image_id": ids, "outlier_fraction": shares, "cls_cosine": cosines} if outliers else {}
-    right = ["0.5", "0.7"] if registers == "test_time" else ["0.1", "0.1"]
-    read = {"image_id": ids} | {f"{key}_normal": ["0.3"] * 4 for key in ("top1", "l2")}
-    read |= {f"{key}_outlier": [*right, "", ""] if outliers else empty for key in ("top1", "l2")}
-    attended = ["0.1", "0.3", "0.1", "0.3"] if registers == "test_time" else ["0.4"] * 4
-    attentions = {"image_id": ids} | dict.fromkeys(ATTENTION, attended)
-    attentions["on_outliers"] = [*attended[:2], "", ""] if outliers else empty
-    tables = {
-        ("verify", "home", "images"): verified,
-        ("tokens", "scenes", "norms"): {"layer": blocks, "q99": ["1", "2", "40"]},
-        ("tokens", "scenes", "images"): read,
-        ("tokens", "scenes", "positions"): {"share": ["0.5", "0", "0", "0.1"] if outliers else ["0"] * 4},
-        ("attention", "scenes", "layers"): layers,
-        ("attention", "scenes", "images"): attentions,
-        ("discover", "scenes", "images"): {"image_id": ids, "hit": ["1", "0", "1", "1"], "mean_over_features": ["0.5"] * 4},
-        ("segment", "scenes", "images"): {
-            "image_id": ids, "miou": ["0.5", "0.6", "0.4", ""], "right": ["8", "9", "7", "8"], "pixels": ["10"] * 4,
-            "right_at_outliers": ["1", "2", "0", "0"], "at_outliers": ["2", "2", "0", "0"] if outliers else ["0"] * 4,
+def params(extra: int = 0) -> dict:
+    """The parameters, as params.yaml holds them; `extra` further runs."""
+    plain = {"source": NAME, "architecture": "vit", "img_size": 112}
+    treated = {"backbone": "planted", "registers": "test_time", "num_registers": 1}
+    sets = {stage: {"datasets": ["scenes"]} for stage in ("tokens", "attention", "discover", "segment", "depth")}
+    return {
+        "seed": 0,
+        "in_distribution": "home",
+        "datasets": {
+            "home": {"source": "digits", "role": "id"},
+            "lines": {"source": NAME, "role": "ood"},
+            "flags": {"source": "x", "role": "anomaly"},
         },
-        ("segment", "scenes", "pixels"): {
-            "image_id": ids, "mask_value": ["0", "1", "0", "1"], "right": ["8", "9", "7", "8"] if shift else ["9"] * 4,
-            "predicted": ["10"] * 4, "actual": ["10"] * 4,
+        "scenes": {"scenes": {"source": "scenes"}},
+        "backbones": {"plain": plain, "planted": {**plain, "plant": {"seed_layer": 4}}},
+        "runs": {
+            "intact": {"backbone": "plain", "registers": "none", "num_registers": 0},
+            "original": {"backbone": "planted", "registers": "none", "num_registers": 0},
+            "cured": treated,
+            **{f"run_{i}": treated for i in range(extra)},
         },
-        ("depth", "scenes", "images"): {
-            "image_id": ids, "rmse": ["0.5", "0.6", "0.7", "0.6"],
-            "rmse_at_outliers": ["0.9", "1.1", "", ""] if outliers else empty,
-        },
+        "evaluate": {"detectors": ["msp", "knn"], "bootstrap": 100},
+        "compare": {"references": {}, "bases": ["cls", "patch_mean"]},
+        "zeroshot": {"runs": [], "datasets": []},
+        **sets,
     }  # fmt: skip
-    stages = {
-        "tokens": {"scenes": {"anatomy": anatomy, "position": place, "pixels": pixels, "class": classes}},
-        "attention": {"scenes": attention},
-        "discover": {"scenes": discover},
-        "segment": {"scenes": segment},
-        "depth": {"scenes": depth},
+
+
+def write_study(folder: Path, extra: int = 0) -> Study:
+    """Writes the tables of every stage of the study into `folder` (its metrics/), and says what they are of."""
+    study = Study.of(params(extra), folder)
+    for backbone in study.backbones:
+        _write_search(study, backbone)
+    for i, run in enumerate(study.runs):
+        _write_evaluation(study, run)
+        _write_verification(study, run, np.random.default_rng(i))
+        for stage, columns in MEASURED.items():
+            _write_measurement(study, run, stage, columns, np.random.default_rng(i))
+    return study
+
+
+MEASURED = {  # columns of images.csv and what they are about
+    "attention": {"entropy": 4.0, "on_outliers": 0.3, "on_registers": 0.0, "morans_i": 0.4, "object_auroc": 0.7},
+    "tokens": {"position_top1_normal": 0.3, "position_top1_outlier": 0.1, "pixels_l2_normal": 13.5, "pixels_l2_outlier": 23.0},
+    "discover": {"corloc": 0.7, "corloc_mean": 0.5, "corloc_k": 0.7},
+    "segment": {"miou_by_image": 0.5, "pixel_accuracy": 0.8, "pixel_accuracy_at_outliers": 0.7},
+    "depth": {"rmse": 0.6, "rmse_at_outliers": 0.9},
+}  # fmt: skip
+
+
+def estimate(metric: str, value: float | None, half: float = 0.05, **of: object) -> Figure:
+    """A figure with an interval of a given half width."""
+    return Figure(metric, value, value - half, value + half, 40, **of) if value is not None else Figure(metric, None)
+
+
+def outliers(study: Study, run: str) -> bool:
+    return study.planted(study.runs[run]["backbone"])
+
+
+def _leave(path: Path, table: pd.DataFrame) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(path, index=False)
+
+
+def _write_search(study: Study, backbone: str) -> None:
+    folder, planted = study.folder / "backbones" / backbone, study.planted(backbone)
+    shares = {"": 0.02, "_after": 0.0, "_ablated": 0.0, "_empty": 0.02, "_random": 0.02}
+    found = [Figure("outliers_found", float(planted)), Figure("register_neurons", 6 if planted else 0)]
+    if planted:
+        found += [Figure("threshold", 20.0), Figure("layer", 1), Figure("precision", 1), Figure("recall", 1)]
+        found += [estimate(f"outlier_fraction{kind}", share, 0.001) for kind, share in shares.items()]
+    write_figures(folder / "figures.csv", figures_table(found, backbone, study.in_distribution))
+    _leave(folder / "norms.csv", pd.DataFrame({"layer": [0, 1, 2], "median": [1.0, 2, 3], "max": [2.0, 30, 60]}))
+    log_norms = pd.DataFrame({"log10_norm": [0.0, 1, 2], "before": [5, 0, 2], "after": [7, 0, 0]})
+    _leave(folder / "histogram.csv", log_norms)
+    scores = pd.DataFrame({"rank": [1, 2, 3], "attribution": [0.6, 0.3, 0.01], "selected": [1, 1, 0]})
+    _leave(folder / "scores.csv", scores if planted else scores.head(0))
+
+
+def _write_evaluation(study: Study, run: str) -> None:
+    shift, tables = SHIFT.get(run, 0.0), []
+    readouts = ("cls", "patch_mean", *(["cls_reg"] if study.runs[run]["num_registers"] else []))
+    for dataset in ("home", "lines", OOD_MEAN):
+        found = [estimate("top1", 0.6 + shift, readout=readout, classifier="linear") for readout in readouts]
+        tables.append(figures_table([*found, estimate("top1", 0.5, readout="cls", classifier="knn")], run, dataset))
+    for dataset in ("flags", ANOMALY_MEAN):
+        found = [
+            estimate(metric, value, readout=readout, detector=detector)
+            for metric, value in (("auroc", 0.7 + shift), ("fpr95", 0.8 - shift))
+            for readout in readouts
+            for detector in study.detectors
+        ]
+        tables.append(figures_table(found, run, dataset))
+    write_figures(study.path(run, "evaluate", "", "figures.csv"), *tables)
+    roc = {"readout": "cls", "detector": "msp", "dataset": "flags", "fpr": [0.0, 0.5, 1.0], "tpr": [0.0, 0.8, 1.0]}
+    _leave(study.path(run, "evaluate", "", "roc.csv"), pd.DataFrame(roc))
+    probe = figures_table([estimate("val_top1", 0.6, readout="cls", classifier="linear")], run, "home")
+    write_figures(study.path(run, "probe", "", "figures.csv"), probe)
+
+
+def _write_verification(study: Study, run: str, rng: np.random.Generator) -> None:
+    treated = study.runs[run]["registers"] == "test_time"
+    values = (CURED if treated else SPOILT) | {"cls_attention_on_outliers": 0.01 if treated else 0.4}
+    values = values if outliers(study, run) else {}
+    figures = figures_table([estimate(name, value, 0.001) for name, value in values.items()], run, "home")
+    write_figures(study.path(run, "verify", "", "figures.csv"), figures)
+    if values:
+        _leave(study.path(run, "verify", "", "images.csv"), _images(values, rng))
+    models = {"intact": ["intact"], "original": ["intact", "original"]}.get(run, ["intact", "original", run])
+    write_strips(study.path(run, "verify", "", "images.jpg").parent, models, rng)
+
+
+def _write_measurement(study: Study, run: str, stage: str, columns: dict, rng: np.random.Generator) -> None:
+    known = {name: value for name, value in columns.items() if outliers(study, run) or "outlier" not in name}
+    table = _images({name: value + SHIFT.get(run, 0.0) for name, value in known.items()}, rng)
+    for name in set(columns) - set(known):
+        table[name] = None
+    found = [estimate(name, table[name].mean() if name in known else None) for name in columns]
+    if stage == "segment":
+        found.append(estimate("miou", 0.5 + SHIFT.get(run, 0.0)))
+        _leave(study.path(run, stage, "scenes", "pixels.csv"), _pixels(0.8 + SHIFT.get(run, 0.0)))
+        table["pixel_accuracy_at_outliers_weight"] = 10
+    write_figures(study.path(run, stage, "scenes", "figures.csv"), figures_table(found, run, "scenes"))
+    _leave(study.path(run, stage, "scenes", "images.csv"), table)
+    layers = pd.DataFrame({"layer": [0, 1, 2], "q99": [1, 2, 40]})
+    for name in columns:
+        layers[[name, f"{name}_lo", f"{name}_hi"]] = [[0.1, 0.0, 0.2]] * 3
+    others = {
+        "attention": {"layers": layers},
+        "tokens": {"norms": layers, "positions": pd.DataFrame({"share": [0.5, 0, 0, 0.1]})},
+        "discover": {"sweep": pd.DataFrame({"kind": ["k", "k"], "bias": [0.0, -0.1], "corloc": [0.1, 0.7]})},
     }
-    against = {"cls-cls": {"id": estimate("top1", 0.02, 0.03)}} if reference else {}
-    run = Measured(
-        name, registers, int(registers != "none"), evaluate, found, verify, reference=reference, against=against
-    )
-    return Measurements(run, "planted" if outliers else "plain", stages, tables)
+    for name, other in others.get(stage, {}).items():
+        _leave(study.path(run, stage, "scenes", f"{name}.csv"), other)
+    spots = Image.fromarray(rng.integers(0, 255, (4, 6, 3), dtype=np.uint8)).resize((720, 480))
+    for file in {"attention": ("maps.png",), "discover": ("boxes.png",)}.get(stage, ()):
+        spots.save(study.path(run, stage, "scenes", file))
 
 
-def draw_strips(folder: Path, models: list[str], rng: np.random.Generator) -> None:
+def _images(values: dict[str, float], rng: np.random.Generator) -> pd.DataFrame:
+    """A table with a value an image for each figure, around its mean."""
+    noise = rng.normal(0, 0.01, len(IMAGES))
+    return pd.DataFrame({"image_id": IMAGES, **{name: value + noise - noise.mean() for name, value in values.items()}})
+
+
+def _pixels(right: float) -> pd.DataFrame:
+    """Half of each image is of class 1, and a share of each class is predicted right."""
+    rows = [(image, value, round(50 * right), 50, 50) for image in IMAGES for value in (0, 1)]
+    return pd.DataFrame(rows, columns=["image_id", "mask_value", "right", "predicted", "actual"])
+
+
+def write_strips(folder: Path, models: list[str], rng: np.random.Generator) -> None:
     """What `verify` leaves of two images: 4 x 4 patches, each 6 pixels wide."""
-    folder.mkdir(parents=True)
-    photos = rng.integers(0, 255, (24, 48, 3), dtype=np.uint8)
-    Image.fromarray(photos).save(folder / "images.jpg")
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(rng.integers(0, 255, (24, 48, 3), dtype=np.uint8)).save(folder / "images.jpg")
     for model in models:
         for what in ("norms", "attention", "features"):
             patches = rng.integers(0, 255, (4, 8, 3), dtype=np.uint8)
-            file = folder / f"{what}-{model}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)  # a name may hold a slash here
-            Image.fromarray(patches.repeat(6, 0).repeat(6, 1)).save(file)
-
-
-def search(outliers: bool = True) -> Search:
-    norms = {"layer": [0, 1, 2], "median": [1.0, 2.0, 3.0], "max": [2.0, 30.0, 60.0 if outliers else 5.0]}
-    histogram = {"log10_norm": [0.0, 1.0, 2.0], "before": [5, 0, 2], "after": [7, 0, 0]}
-    scores = {"rank": [1, 2, 3], "attribution": [0.6, 0.3, 0.01], "selected": [1, 1, 0]}
-    return Search(20.0, norms, histogram, scores if outliers else {key: [] for key in scores})
-
-
-def material(folder: Path, extra: int = 0) -> Material:
-    """Three runs, the second and third on a planted backbone, with pictures in `folder`.
-
-    Args:
-        extra: further runs.
-    """
-    runs = [
-        measured("intact", outliers=False),
-        measured("original", reference="intact", shift=-0.1),
-        measured(NAME, "test_time", reference="original", shift=0.02),
-        *(measured(f"run_{i}", "test_time", reference="original") for i in range(extra)),
-    ]
-    rng = np.random.default_rng(0)
-    for run in runs:
-        for path in ("attention/{}/scenes/maps.png", "discover/{}/scenes/boxes.png"):
-            file = folder / path.format(run.name)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            spots = rng.integers(0, 255, (4, 6, 3), dtype=np.uint8)
-            Image.fromarray(spots).resize((720, 480)).save(file)
-        models = {"intact": ["intact"], "original": ["intact", "original"]}.get(
-            run.name, ["intact", "original", run.name]
-        )
-        draw_strips(folder / "verify" / run.name, models, rng)
-    table = Table("Accuracy", ("run", "top-1", NAME), (("intact", "62.2 [57.5–66.6] ▲", "1"),), "▲ better; `dvc repro`")
-    return Material(
-        runs,
-        {"plain": {"source": "timm:a"}, "planted": {"source": "timm:a", "img_size": 112, "plant": {}}},
-        {"home": {"source": "digits", "role": "id"}, "lines": {"source": NAME, "role": "ood"}, "flags": {"source": "x", "role": "anomaly"}},
-        {"scenes": {"source": "scenes"}},
-        "home",
-        0,
-        [table],
-        [Check("original", NAME, 0.5, 0.9, 1)],
-        {"plain": search(False), "planted": search()},
-        folder,
-        [Kept("sizes", f"Sizes of {NAME}.", ("1", "2"), {"cls_cosine (verify)": (Swept(0.9, 0.8, 1.0), Swept(0.7))})],
-    )  # fmt: skip
+            Image.fromarray(patches.repeat(6, 0).repeat(6, 1)).save(folder / f"{what}-{model}.png")

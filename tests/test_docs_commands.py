@@ -49,9 +49,10 @@ class Run:
 
 HUB = {"timm:vit_large_patch14_dinov2.lvd142m": "file:weights.safetensors --architecture test_vit"}
 SWEEP = """\
-python -m regvit.pipeline.sweep_commands list
-python -m regvit.pipeline.sweep_commands run patches
-python -m regvit.pipeline.sweep_commands table patches"""
+python -m regvit.pipeline.sweeps list
+python -m regvit.pipeline.sweeps queue patches
+python -m regvit.pipeline.sweeps start
+python -m regvit.pipeline.sweeps table patches"""
 SHARE = """\
 dvc remote add --default shared s3://bucket/regvit
 dvc push
@@ -85,15 +86,16 @@ RUN = {
     "dvc plots show": Run(leaves=("dvc_plots/index.html",)),
     "make check": Run(says="no fault found"),
     "make experiments": Run(),
-    'make compare EXPS="main my-experiment"': Run(leaves=("work/compare",), instead={"my-experiment": "workspace"}),
-    "python -m regvit.pipeline.gate_commands --against main": Run(says="No guarded metric fell"),
+    'make compare EXPS="main my-experiment"': Run(instead={"my-experiment": "workspace"}),
+    "python -m regvit.pipeline.gate --against main": Run(says="No guarded figure fell"),
     "make choose": Run(says="(?s)cifar10 .*imagenet "),
     "make choose NAME=cifar10 IMAGES=/data/images": Run(says="in_distribution: plain -> cifar10", copy="chosen"),
     "make choose NAME=emoji": Run(says="in_distribution: cifar10 -> twemoji", copy="chosen"),
     SWEEP: Run(
-        says=r"(?s)patches +1 points.*patches\.md, \.csv, \.png", leaves=("metrics/sweeps/patches.png",), copy="swept"
+        says=r"(?s)patches +Treatment.*register\.patches",
+        copy="swept",
+        instead={"regvit.pipeline.sweeps start": "dvc exp run --run-all"},  # which waits for the last one
     ),
-    "python -m regvit.pipeline.sweep_commands queue patches": Run(says="works the queue off", copy="queued"),
     "dvc repro -f download@mine": Run(says="Running stage 'download@mine'", copy="changed"),
     "dvc exp run -S probe.steps=2000": Run(says="Ran experiment", instead={"2000": "5"}, copy="changed"),
     "dvc metrics diff": Run(says=r"metrics/probe/original\.json", copy="changed"),
@@ -118,7 +120,6 @@ CANNOT = {
     "make audit": "asks a database of vulnerabilities (tests/audit.py)",
     "make mutation MODULE=metrics": "takes an hour; tests/test_mutation.py runs the tool on a small module",
     "make coverage": "runs the whole suite under a tracer",
-    "python -m regvit.pipeline.sweep_commands start --jobs 2": "leaves workers of DVC's queue behind; tests/test_sweeps.py holds what it starts",
     "python -m benchmarks": "takes many minutes; tests/test_benchmarks.py runs it at tiny sizes",
     "python -m benchmarks.discovery": "takes minutes; tests/test_discovery_published.py runs it small",
     "python -m benchmarks.extraction": "takes minutes; tests/test_benchmarks.py runs it at tiny sizes",

@@ -1,80 +1,155 @@
 """One HTML page about the runs: tables, self-checks, plots and pictures, with nothing to load, in light and dark.
 
-The bytes depend on the metrics alone: no date, no random identifier, no version. Every text that comes in is escaped. The
-page reads without its script, which only opens the table of contents where there is room, opens a section that a link
-leads to, and lets one picture be drawn over another. How it looks is in `report_style`.
+The bytes depend on the tables and pictures alone: no date, no random identifier, no version. What is said and how it looks
+stands in `templates/`; every text that comes in is escaped there. A measurement that was not made has no part.
 """
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 
-from regvit.report.compare import Check, Table
-from regvit.report.style import CSS, MOST_PANES, PAGE, SCRIPT
+from regvit.report.catalogue import METRICS
+from regvit.report.checks import Check, self_checks, summary_line
+from regvit.report.comparison import comparison, measurement_table, runs_table, sets_table
+from regvit.report.pictures import Drawn, comparisons, photo_bytes, picture, tiles
+from regvit.report.plots import plot_histogram, plot_layers, plot_norms, plot_places, plot_points, plot_scores
+from regvit.report.results import Place, Results
+from regvit.report.tables import Table
 
-LONG = 24  # rows
-LARGE = 700  # pixels of width
-SMALLEST_PICTURE = 6_000  # bytes: below, nothing is to be seen
-QUALITIES = (25, 40, 55, 70, 82)
-CELL = re.compile(r"(\S+)\s+(\[[^\]]*\])(?:\s+([▲▼]))?")
-NUMBER = re.compile(r"[+−±]?\d[\d.–]*")
+TITLE = "Register neurons and what they change"
+MOST_PANES = 12  # of pictures to choose from
+LONG = 24  # rows: a longer table is folded
+LARGE = 700  # pixels of width: not shrunk on a phone, but scrolled
+ALL_PICTURES = 180_000  # bytes of attention maps and boxes together: the page of a few runs stays below 1 MB
+LARGEST_PICTURE = 30_000
+STAGE_TITLES = {
+    "attention": "Attention",
+    "tokens": "What single tokens know",
+    "discover": "Object discovery",
+    "segment": "Segmentation",
+    "depth": "Depth",
+    "zeroshot": "Zero-shot classification",
+}
+CURVES = {  # of stage, table: (column, label, caption), of which those are drawn that say something
+    ("attention", "layers"): (
+        ("entropy", "entropy, nats", "How widely CLS looks."),
+        ("on_outliers", "share on outliers", "Attention of CLS that outliers get."),
+        ("on_registers", "share on registers", "Attention of CLS that registers get."),
+        ("morans_i", "Moran's I", "Coherence: whether neighbouring patches get alike attention."),
+        ("object_auroc", "AUROC", "Whether patches on objects get more attention than others."),
+    ),
+    ("tokens", "norms"): (("q99", "L2 norm", "Norm that 99 % of the patches stay below, by block."),),
+}
+POINTS = {  # of a stage: (metrics by pattern, label of the axis, caption)
+    "tokens": (
+        ("position_top1", "top-1, %", "Position of the patch, read from the token."),
+        ("pixels_l2", "L2 error", "Pixels of the patch, read from the token; less is better."),
+        ("class_top1", "top-1, %", "Class of the image, read from one token."),
+    ),
+    "discover": (("corloc_(?!published|dino)", "CorLoc, %", "Each feature with its own best setting."),),
+    "segment": (("miou$|pixel_accuracy_", "%", "Segmentation. Elsewhere: other patches of the images with outliers."),),
+    "depth": (("rmse", "m", "Depth. Elsewhere: other patches of the images with outliers."),),
+}
+DRAWN = {  # of a stage: file, heading, what is to be seen
+    "attention": ("maps.png", "Attention maps", "Mean over heads of the later blocks; each map on a scale of its own."),
+    "discover": ("boxes.png", "Boxes", "Green: true boxes. Red: what is found."),
+}
 
 
 @dataclass(frozen=True)
-class Section:
-    """A part of the page: its heading as plain text, and its content as HTML (of the functions below)."""
-
-    title: str
-    content: str
+class Plot:
+    source: str
+    caption: str
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture of the same images in one run.
+    """The picture of a run, and the run whose picture of the same size lies under it, if any."""
 
-    Args:
-        name: of the run.
-        path: of the PNG.
-        alternative: what there is to be seen, in words.
-        reference: name of the run whose picture lies under this one, if any.
-    """
+    run: str
+    drawn: Drawn
+    under: str | None = None
 
-    name: str
-    path: Path
-    alternative: str
-    reference: str | None = None
+    @property
+    def large(self) -> bool:
+        return self.drawn.width > LARGE
 
 
-def page(title: str, lead: str, sections: Sequence[Section]) -> str:
-    """The page.
+@dataclass(frozen=True)
+class Block:
+    """A piece of a part: what there is of it is shown in this order."""
 
-    Args:
-        title: plain text.
-        lead: HTML below the title.
-        sections: those without content are left out.
-    """
-    sections = [section for section in sections if section.content]
-    places = [f"part-{i}-{slug(section.title)}" for i, section in enumerate(sections)]
-    contents = "\n".join(
-        f'<li><a href="#{place}">{html.escape(section.title)}</a></li>'
-        for place, section in zip(places, sections, strict=True)
+    heading: str = ""
+    text: str = ""
+    table: Table | None = None
+    plots: Sequence[Plot] = ()
+    pictures: Sequence[Shown] = ()
+    key: str = ""  # of the pictures, once a page
+    chosen: int = 0  # picture that is shown first
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the page: its title, its blocks, and the macro of the template that draws it."""
+
+    title: str
+    blocks: Sequence[Block] = field(default_factory=tuple)
+    macro: str = "blocks"
+
+
+def report(results: Results) -> str:
+    """The whole page."""
+    study = results.study
+    checks, (glance, *tables) = self_checks(results), comparison(results) or [Table.of("", (), ())]
+    compared = comparisons(study)
+    first = _first_run(results)
+    chosen = [i for i, each in enumerate(compared) if each.run == first and each.before]
+    photos = photo_bytes(len(compared), max((len(tiles(each.images)) for each in compared), default=1))
+    parts = [
+        Part("Before and after", compared, "sliders"),
+        Part("What registers change", [Block(table=glance)] if glance else [], "glance"),
+        Part("Self-checks", [Block()], "checks"),
+        Part("What was run", [Block(table=runs_table(results)), Block(table=sets_table(results))]),
+        Part("Outliers and their neurons", list(_search_blocks(results))),
+        *(Part(title, list(_stage_blocks(results, stage))) for stage, title in STAGE_TITLES.items()),
+        Part("Classification and anomalies", list(_classification(results, tables))),
+        Part("Make it again", [Block()], "again"),
+        Part("Words", [Block()], "words"),
+    ]
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
     )
-    body = "\n".join(
-        f'<section id="{place}"><details open><summary><h2>{html.escape(section.title)}</h2></summary>\n'
-        f"{section.content}\n</details></section>"
-        for place, section in zip(places, sections, strict=True)
+    environment.filters |= {"prose": prose, "slug": slug}
+    return environment.get_template("page.html").render(
+        title=TITLE,
+        study=study,
+        planted=any(study.planted(run["backbone"]) for run in study.runs.values()),
+        parts=[part for part in parts if part.blocks],
+        checks=checks,
+        verdict=summary_line(checks),
+        failed=_failed(checks),
+        most_panes=MOST_PANES,
+        long=LONG,
+        chosen=min(chosen, default=0),
+        photo_bytes=photos,
     )
-    return PAGE.format(
-        title=html.escape(title), css=CSS, contents=contents, lead=lead, body=body, script=SCRIPT
-    )  # what is put in is not formatted again
+
+
+def prose(text: str) -> Markup:
+    """Plain text, in which `…` is code."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def slug(text: str) -> str:
@@ -82,185 +157,110 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def paragraph(text: str, kind: str = "lead") -> str:
-    """A paragraph of plain text, in which `…` is code; nothing for no text."""
-    return f'<p class="{kind}">{_prose(text)}</p>' if text else ""
+def _failed(checks: Sequence[Check]) -> bool:
+    return any(not check.passed for check in checks)
 
 
-def heading(text: str) -> str:
-    """A heading inside a section."""
-    return f"<h3>{html.escape(text)}</h3>"
+def _first_run(results: Results) -> str:
+    """The run whose pictures come first: the first that is held against another and has registers."""
+    study = results.study
+    held = (run for run, entry in study.runs.items() if run in study.references and entry["registers"] != "none")
+    return next(held, next(iter(study.runs), ""))
 
 
-def code(text: str) -> str:
-    """Lines to be copied into a terminal."""
-    return f"<pre><code>{html.escape(text)}</code></pre>"
+def _search_blocks(results: Results) -> Iterator[Block]:
+    """What the search saw in each backbone, and where outliers sit."""
+    study = results.study
+    for backbone in study.backbones:
+        threshold = results.value(backbone, Place("identify", "threshold", study.in_distribution))
+        scores, norms = study.search(backbone, "scores"), plot_norms(study.search(backbone, "norms"))
+        if scores.empty:
+            plots = [Plot(norms, "Norms of the patches by block: no outliers, so no neurons to show.")]
+        else:
+            histogram = plot_histogram(study.search(backbone, "histogram"), threshold and threshold.value)
+            plots = [
+                Plot(norms, "Norms of the patches by block."),
+                Plot(histogram, "With and without a test-time register."),
+                Plot(plot_scores(scores), "Share of the outliers' excess that each neuron writes, best first."),
+            ]
+        for dataset in study.measured["tokens"]:
+            if (share := _places(results, backbone, dataset)) is not None:
+                plots.append(Plot(plot_places(share), f"Where the outliers of {dataset} sit in the image."))
+        yield Block(f"Backbone {backbone}", plots=plots)
 
 
-def definitions(words: Sequence[tuple[str, str]]) -> str:
-    """Words and what they mean, as plain text."""
-    rows = (f"<dt>{html.escape(word)}</dt><dd>{_prose(meaning)}</dd>" for word, meaning in words)
-    return "<dl>\n" + "\n".join(rows) + "\n</dl>"
+def _places(results: Results, backbone: str, dataset: str) -> pd.Series | None:
+    """Share of the images with an outlier, by place: the same for all runs of a backbone."""
+    for run, entry in results.study.runs.items():
+        table = results.study.table(run, "tokens", dataset, "positions")
+        if entry["backbone"] == backbone and not table.empty and table["share"].any():
+            return table["share"]
+    return None
 
 
-def table(content: Table, titled: bool = True, stacked: bool = False) -> str:
-    """A table with its title above and its note below; nothing where it has no rows.
-
-    One with a title and many rows is folded. Figures stand right, each interval in a column of its own beside them; the
-    mark of a difference has its colour.
-
-    Args:
-        stacked: on a phone, each row becomes a block with a line a column, instead of scrolling sideways.
-    """
-    if not content.rows:
-        return ""
-    split = [any(CELL.fullmatch(row[i].strip()) for row in content.rows) for i in range(len(content.header))]
-    number = [any(NUMBER.fullmatch(row[i].strip()) for row in content.rows) for i in range(len(content.header))]
-    head = "".join(
-        f'<th scope="col" class="{"n" if number[i] and not split[i] else "t"}"{" colspan=2" if split[i] else ""}>'
-        f"{html.escape(cell)}</th>"
-        for i, cell in enumerate(content.header)
-    )
-    lines, before = [], None
-    repeats = len({row[0] for row in content.rows}) < len(content.rows)
-    for row in content.rows:
-        again = row[0] == before
-        kind = f' class="{"again" if again else "first"}"' if repeats else ""
-        of = content.header[1:] if stacked else [""] * len(row)
-        cells = "".join(_cells(cell, split[i + 1], number[i + 1], of[i]) for i, cell in enumerate(row[1:]))
-        lines.append(f'<tr{kind}><th scope="row">{html.escape(row[0])}</th>{cells}</tr>')
-        before = row[0]
-    label = html.escape(content.title, quote=True)
-    body = "\n".join(lines)
-    inside = (
-        f'<div class="wide{" stack" if stacked else ""}" tabindex="0" role="region" aria-label="{label}"><table>\n<thead><tr>{head}</tr></thead>\n'
-        f"<tbody>\n{body}\n</tbody>\n</table></div>{paragraph(content.note, 'note')}"
-    )
-    if not titled:
-        return inside
-    if len(lines) > LONG:
-        inside = f'<details class="long"><summary>{len(lines)} rows</summary>{inside}</details>'
-    return heading(content.title) + inside
+def _stage_blocks(results: Results, stage: str) -> Iterator[Block]:
+    """Table, plots and pictures of a measurement, for each of its sets."""
+    study = results.study
+    for dataset in study.measured[stage]:
+        table = measurement_table(results, stage, dataset)
+        if not table:
+            continue
+        yield Block(
+            table.title, table=table, plots=[*_curves(results, stage, dataset), *_points(results, stage, dataset)]
+        )
+        shown = list(_pictures(results, stage, dataset))
+        if shown:
+            _, heading, text = DRAWN[stage]
+            names = [each.run for each in shown]
+            first = _first_run(results)
+            chosen = names.index(first) if first in names else 0
+            yield Block(f"{heading}, {dataset}", text, pictures=shown, key=f"{stage}-{slug(dataset)}", chosen=chosen)
 
 
-def check_list(checks: Sequence[Check]) -> str:
-    """The self-checks as HTML, or a sentence that there are none."""
-    if not checks:
-        return paragraph("No run is on a planted backbone, so there is no ground truth to check against.")
-    items = (f'<li class="{"pass" if c.passed else "fail"}">{html.escape(c.text())}</li>' for c in checks)
-    return '<ul class="checks">\n' + "\n".join(items) + "\n</ul>"
+def _curves(results: Results, stage: str, dataset: str) -> Iterator[Plot]:
+    """Figures by block, all runs together."""
+    for (of, name), columns in CURVES.items():
+        tables = {run: results.study.table(run, stage, dataset, name) for run in results.study.runs if of == stage}
+        for column, label, caption in columns:
+            if any(column in table and table[column].fillna(0).any() for table in tables.values()):
+                yield Plot(plot_layers(tables, column, label, log=name == "norms"), caption)
 
 
-def figures(content: Sequence[tuple[str, str]]) -> str:
-    """Figures side by side: (caption as plain text, SVG or img element); nothing for none."""
-    if not content:
-        return ""
-    each = (f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>" for caption, image in content)
-    return '<div class="plots">\n' + "\n".join(each) + "\n</div>"
+def _points(results: Results, stage: str, dataset: str) -> Iterator[Plot]:
+    """Dots with intervals, a row a figure; figures that no run has are left out."""
+    for pattern, label, caption in POINTS.get(stage, ()):
+        places = [place for place in results.places(stage) if place.dataset == dataset]
+        places = [place for place in places if re.match(pattern, place.metric)]
+        if places:
+            metrics = [METRICS[stage][place.metric] for place in places]
+            series = {run: [results.value(run, place) for place in places] for run in results.study.runs}
+            yield Plot(plot_points([each.label for each in metrics], series, label, metrics[0].scale), caption)
 
 
-def toggle(key: str, label: str, panes: Sequence[tuple[str, str]], chosen: int = 0) -> str:
-    """One of several contents at a time, chosen by the mouse, or by Tab and the arrow keys.
-
-    Args:
-        key: identifier, once a page.
-        label: what is chosen, for those who do not see it.
-        panes: (name as plain text, HTML), at most 12: further ones are left out, and the page says so.
-        chosen: index of the one that is shown first.
-    """
-    left_out = [name for name, _ in panes[MOST_PANES:]]
-    panes = panes[:MOST_PANES]
-    if not panes:
-        return ""
-    inputs = "".join(
-        f'<input type="radio" name="{key}" id="{key}-{i}"{" checked" if i == min(chosen, len(panes) - 1) else ""}>'
-        f'<label for="{key}-{i}">{html.escape(name)}</label>'
-        for i, (name, _) in enumerate(panes)
-    )
-    body = "\n".join(f'<div class="pane">{content}</div>' for _, content in panes)
-    note = paragraph(f"Not shown for want of room: {', '.join(left_out)}.", "note") if left_out else ""
-    inputs = inputs if len(panes) > 1 else ""
-    group = f'role="radiogroup" aria-label="{html.escape(label, quote=True)}"'
-    return f'<div class="toggle" {group}>\n{inputs}\n<div class="panes">\n{body}\n</div></div>{note}'
+def _pictures(results: Results, stage: str, dataset: str) -> Iterator[Shown]:
+    """Pictures that a stage left for the runs that it measured."""
+    study = results.study
+    if stage not in DRAWN:
+        return
+    file, heading, _ = DRAWN[stage]
+    paths = {run: study.path(run, stage, dataset, file) for run in study.runs}
+    paths = {run: path for run, path in paths.items() if path.is_file()}
+    count = sum(len(study.measured[stage]) for stage in DRAWN) * len(study.runs)
+    limit = min(LARGEST_PICTURE, ALL_PICTURES // max(1, count))
+    drawn = {run: picture(path, f"{heading} of {dataset} in run {run}", limit) for run, path in paths.items()}
+    for run, each in drawn.items():
+        under = study.references.get(run)
+        alike = under in drawn and (drawn[under].width, drawn[under].height) == (each.width, each.height)
+        yield Shown(run, each, under if alike else None)
 
 
-def pictures(key: str, label: str, shown: Sequence[Shown], limit: int, chosen: int = 0) -> str:
-    """Pictures of the same images by run, one at a time; over that of the run's reference, with a slider, where both are
-    of one size.
-
-    Args:
-        key: identifier, once a page.
-        label: what is chosen, for those who do not see it.
-        limit: bytes a picture.
-        chosen: index of the one that is shown first.
-    """
-    sizes = {}
-    for each in shown:
-        with Image.open(each.path) as image:
-            sizes[each.name] = image.size
-    place = {each.name: i for i, each in enumerate(shown[:MOST_PANES])}
-    panes = []
-    for each in shown:
-        name = f'id="{key}-{place.get(each.name)}-picture" data-name="{html.escape(each.name, quote=True)}"'
-        if each.reference in place and sizes[each.reference] == sizes[each.name]:
-            name += f' data-under="{key}-{place[each.reference]}-picture"'
-        panes.append((each.name, picture(each.path, each.alternative, limit, name)))
-    return toggle(key, label, panes, chosen)
-
-
-def picture(path: Path, alternative: str, limit: int, attributes: str = "") -> str:
-    """A picture inside the page: WebP of the best quality that fits, smaller if none does.
-
-    Args:
-        alternative: what is to be seen, in words.
-        limit: bytes, at least 6,000.
-        attributes: further ones of the element.
-    """
-    with Image.open(path) as file:
-        image = file.convert("RGB")
-    width, height = image.size
-    data = encode(image, max(limit, SMALLEST_PICTURE))
-    alternative = html.escape(alternative, quote=True)
-    source = f"data:image/webp;base64,{base64.b64encode(data).decode()}"
-    kind = ' class="large"' if width > LARGE else ""  # not shrunk on a phone, but scrolled
-    return f'<img{kind} {attributes} src="{source}" width="{width}" height="{height}" alt="{alternative}">'
-
-
-def encode(image: Image.Image, limit: int) -> bytes:
-    """The best quality that fits; a smaller picture where the worst does not."""
-
-    def webp(quality: int) -> bytes:
-        file = io.BytesIO()
-        image.save(file, "WEBP", quality=quality, method=4)
-        return file.getvalue()
-
-    while len(found := webp(QUALITIES[0])) > limit:
-        image = image.resize([max(1, round(0.8 * side)) for side in image.size], Image.Resampling.LANCZOS)
-    for quality in QUALITIES[1:]:
-        better = webp(quality)
-        if len(better) > limit:
-            break
-        found = better
-    return found
-
-
-def _cells(cell: str, split: bool, number: bool, of: str = "") -> str:
-    """One table cell, or two where its column has figures with intervals.
-
-    Args:
-        of: heading of the column, where the cell is to repeat it.
-    """
-    text = cell.strip()
-    named = f' data-of="{html.escape(of, quote=True)}"' if of else ""
-    empty = " none" if of and text == "–" else ""
-    if not split:
-        return f'<td class="{"n" if number else "t"}{empty}"{named}>{html.escape(text)}</td>'
-    if match := CELL.fullmatch(text):
-        mark = f' <span class="{"up" if match[3] == "▲" else "down"}">{match[3]}</span>' if match[3] else ""
-        value = f'<td class="v"{named}>{html.escape(match[1])}</td>'
-        return f'{value}<td class="i">{html.escape(match[2])}{mark}</td>'
-    return f'<td class="v{empty}"{named}>{html.escape(text)}</td><td class="i"></td>'
-
-
-def _prose(text: str) -> str:
-    return re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(text))
+def _classification(results: Results, tables: Sequence[Table]) -> Iterator[Block]:
+    """The comparison tables, and accuracies of the CLS readout."""
+    study = results.study
+    sets = [study.in_distribution, *study.sets("ood")]
+    series = {run: [results.value(run, results.top1("cls", name)) for name in sets] for run in study.runs}
+    plots = []
+    if any(value for values in series.values() for value in values):
+        plots.append(Plot(plot_points(sets, series, "top-1, %", 100), "Linear probe on CLS."))
+    for i, table in enumerate(tables):
+        yield Block(table.title, table=table, plots=plots if i == 0 else ())

@@ -23,21 +23,20 @@ def references(
         ValueError: a chosen run does not exist, or a run is its own reference.
     """
     found = {}
+    untouched = [name for name, run in runs.items() if _does_nothing(run)]
     for name, run in runs.items():
-        planted = "plant" in backbones[run["backbone"]]
-        if not _does_nothing(run):
-            there = [
-                other for other, each in runs.items() if each["backbone"] == run["backbone"] and _does_nothing(each)
-            ]
-        elif planted:
-            intact = _without_planting(backbones[run["backbone"]])
-            there = [
-                other for other, each in runs.items() if _does_nothing(each) and backbones[each["backbone"]] == intact
+        backbone = backbones[run["backbone"]]
+        if name not in untouched:
+            candidates = [other for other in untouched if runs[other]["backbone"] == run["backbone"]]
+        elif backbone.get("plant") is not None:
+            intact = {**backbone, "plant": None}
+            candidates = [
+                other for other in untouched if {"plant": None, **backbones[runs[other]["backbone"]]} == intact
             ]
         else:
-            there = []
-        if there:
-            found[name] = there[0]
+            candidates = []
+        if candidates:
+            found[name] = candidates[0]
     for name, other in (chosen or {}).items():
         if strange := [each for each in (name, other) if each not in runs]:
             raise ValueError(f"compare.references names the run {strange[0]!r}; there are {', '.join(runs)}")
@@ -48,8 +47,4 @@ def references(
 
 
 def _does_nothing(run: Mapping) -> bool:
-    return run["registers"] == "none" and run.get("neurons", "selected") == "selected"
-
-
-def _without_planting(backbone: Mapping) -> dict:
-    return {key: value for key, value in backbone.items() if key != "plant"}
+    return run["registers"] == "none" and (run.get("neurons") or "selected") == "selected"

@@ -1,56 +1,51 @@
-"""A dozen figures a run, with short names: what `dvc metrics show metrics/summary.json` and `dvc exp show` put in columns."""
+"""A dozen figures of a run with short names: its row in `dvc metrics show`, and its columns in `dvc exp show`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
-from regvit.report.comparisons import Measurements, datasets_of
-from regvit.report.measurements import outliers
+from regvit.report.results import Place, Results
+from regvit.report.study import ANOMALY_MEAN, OOD_MEAN, Value
 
 DIGITS = 4
+PAIR_READOUTS = ("cls_reg", "cls_patch")  # the best known of a run with registers, and of one without
+MEASURED = {  # name: stage, metric
+    "on_outliers": ("attention", "on_outliers"),
+    "morans_i": ("attention", "morans_i"),
+    "corloc": ("discover", "corloc_mean"),
+    "miou": ("segment", "miou"),
+    "rmse": ("depth", "rmse"),
+    "zeroshot": ("zeroshot", "top1"),
+}
 
 
-def summary(runs: Sequence[Measurements], ood: Sequence[str], detector: str) -> dict[str, dict[str, float]]:
-    """`{run: {name: figure}}`; what was not measured is left out, and where a measure has several data sets, its names
-    end with theirs.
+def summary(results: Results, run: str) -> dict[str, float]:
+    """`{name: figure}`; what was not measured is left out, and where a measure has several data sets, the mean is taken.
 
-    outliers: share of patches over the threshold. cls_cosine: to the model before planting. attention_on_outliers,
-    coherence: of CLS attention. corloc: mean over features. miou, rmse: of linear layers on patch tokens. top1: of the
-    CLS probe; ood_top1: mean over the OOD sets. auroc, fpr95: mean over the anomaly sets.
-
-    Args:
-        ood: names of the OOD sets.
-        detector: of anomalies.
+    outliers: share of patches over the threshold. cls_cosine: to the model before planting. on_outliers, morans_i: share
+    and coherence of CLS attention. corloc: mean over features. miou, rmse: of linear layers on patch tokens. zeroshot: top-1. top1:
+    of the CLS probe on ID; ood_top1: mean over the OOD sets; ood_pair: the same of [CLS; mean of registers], or of [CLS;
+    mean of patches] where there are none. auroc, fpr95: mean over the anomaly sets, first detector.
     """
-    return {run.name: _rounded(_figures(run, runs, ood, detector)) for run in runs}
+    found = headlines(results, run)
+    return {name: round(float(value.value), DIGITS) for name, value in found.items() if value is not None}
 
 
-def _figures(run: Measurements, runs: Sequence[Measurements], ood: Sequence[str], detector: str) -> dict:
-    fraction = outliers(run)
+def headlines(results: Results, run: str) -> dict[str, Value | None]:
+    """The same with intervals, where a figure is of one data set; None where it was not measured."""
+    study = results.study
+    home = study.in_distribution
     found = {
-        "outliers": None if fraction is None else fraction.value,
-        "cls_cosine": run.run.verify.get("cls_cosine"),
+        "outliers": results.outliers(run),
+        "cls_cosine": results.value(run, Place("verify", "cls_cosine", home)),
     }
-    for name, stage, path, key in (
-        ("attention_on_outliers", "attention", ("heads",), "on_outliers"),
-        ("coherence", "attention", ("heads",), "morans_i"),
-        ("corloc", "discover", ("mean_over_features",), "corloc"),
-        ("miou", "segment", (), "miou"),
-        ("rmse", "depth", (), "rmse"),
-        ("zeroshot_top1", "zeroshot", (), "top1"),
-    ):
-        datasets = datasets_of(runs, stage)
-        for dataset in datasets:
-            found[f"{name}_{dataset}" if len(datasets) > 1 else name] = run.of(stage, dataset, *path).get(key)
-    readout = run.run.evaluate.get("cls", {})
-    if readout:
-        found["top1"] = readout["id"]["top1"]
-        accuracies = [readout["ood"][name]["top1"] for name in ood]
-        found["ood_top1"] = sum(accuracies) / len(accuracies) if accuracies else None
-        anomalies = readout.get("anomaly_mean", {}).get(detector, {})
-        found |= {key: anomalies.get(key) for key in ("auroc", "fpr95")}
+    for name, (stage, metric) in MEASURED.items():
+        places = (Place(stage, metric, dataset) for dataset in study.measured[stage])
+        values = [value for place in places if (value := results.value(run, place))]
+        mean = Value(sum(value.value for value in values) / len(values)) if values else None
+        found[name] = values[0] if len(values) == 1 else mean
+    pair = next((readout for readout in PAIR_READOUTS if readout in results.readouts(run)), "")
+    found["top1"] = results.value(run, results.top1("cls", home))
+    found["ood_top1"] = results.value(run, results.top1("cls", OOD_MEAN))
+    found["ood_pair"] = results.value(run, results.top1(pair, OOD_MEAN))
+    for name in ("auroc", "fpr95"):
+        found[name] = results.value(run, results.anomaly(name, ANOMALY_MEAN))
     return found
-
-
-def _rounded(figures: Mapping[str, float | None]) -> dict[str, float]:
-    return {name: round(value, DIGITS) for name, value in figures.items() if value is not None}

@@ -1,228 +1,95 @@
-"""The tables of the report about each measurement; those of accuracy and anomalies are in `compare`."""
+"""A table for people, made once and shown in a terminal, in Markdown, and (by the page's template) in HTML."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from regvit.report.compare import Table
-from regvit.report.comparisons import Measurements, Value, value_of
-from regvit.report.measurements import show, show_change
+import pandas as pd
+from tabulate import tabulate
 
-Column = tuple[str, float, int, Callable[[Measurements], Value | None]]  # heading, scale, digits, value
+from regvit.report.catalogue import Metric
+from regvit.report.study import Value
 
-
-def runs_table(runs: Sequence[Measurements], backbones: Mapping[str, Mapping]) -> Table:
-    """What each run is.
-
-    Args:
-        backbones: their entries in params.yaml, by name.
-    """
-    rows = []
-    for run in runs:
-        entry, of = backbones[run.backbone], run.run
-        kind = {
-            "none": "none",
-            "trained": f"{of.num_registers} trained",
-            "test_time": f"{of.num_registers} at test time",
-        }
-        planted = "planted" if "plant" in entry else "as it came"
-        size = f"{entry['img_size']} px" if entry.get("img_size") else "its own"
-        model = (run.backbone, str(entry["source"]), size, planted)
-        neurons = "–" if run.untouched or of.registers == "trained" else of.neurons
-        rows.append((run.name, *model, kind[of.registers], neurons, of.reference or "–"))
-    header = ("run", "backbone", "source", "image size", "outliers", "registers", "neurons moved", "held against")
-    note = "Measurements on scenes may have an image size of their own: see `img_size` in params.yaml."
-    return Table("Runs", header, tuple(rows), note)
+MARKS = {1: "▲", -1: "▼", 0: ""}
+NONE = "–"
 
 
-def sets_table(params: Mapping, runs: Sequence[Measurements]) -> Table:
-    """The data sets, and what they are for.
+class Cell(NamedTuple):
+    """A figure in a table: `62.2`, `[57.5–66.6]`, `▲`; the last two as far as there are any."""
 
-    Args:
-        params: of the pipeline.
-    """
-    roles = {"id": "in-distribution: probes are trained on it", "ood": "the same classes, another look", "anomaly": "no class of the ID set"}  # fmt: skip
-    rows = []
-    for name, entry in params["datasets"].items():
-        rows.append((name, str(entry["source"]), roles[entry["role"]], _count(runs, name, params["in_distribution"])))
-    for name, entry in params["scenes"].items():
-        stages = [
-            stage for stage in dict.fromkeys(s for run in runs for s in run.found) if _measured(runs, stage, name)
-        ]
-        counts = [run.of(stage, name).get("n") for run in runs for stage in stages]
-        counts += [run.of("tokens", name, "anatomy").get("n") for run in runs]
-        known = [n for n in counts if n is not None]
-        rows.append((name, str(entry["source"]), ", ".join(stages) or "pictures", str(max(known)) if known else "–"))
-    return Table("Data sets", ("data set", "source", "what for", "test images"), tuple(rows))
+    text: str
+    interval: str = ""
+    mark: str = ""
+
+    def __str__(self) -> str:
+        return " ".join(part for part in self if part)
 
 
-def attention_table(runs: Sequence[Measurements], name: str) -> Table:
-    """Attention of the first query, CLS where there is one, in the later blocks: mean over heads."""
+@dataclass(frozen=True)
+class Table:
+    """A frame whose cells are texts or `Cell`s, under a title; `note` is said below."""
 
-    def column(label: str, key: str, scale: float, digits: int) -> Column:
-        return label, scale, digits, lambda run: value_of(run.of("attention", name, "heads"), key)
+    title: str
+    frame: pd.DataFrame
+    note: str = ""
 
-    return _by_run(
-        f"CLS attention in the later blocks, {name}",
-        runs,
-        [
-            column("entropy, nats", "entropy", 1, 2),
-            column("on outliers, %", "on_outliers", 100, 1),
-            column("on registers, %", "on_registers", 100, 1),
-            column("on CLS, %", "on_cls", 100, 1),
-            column("coherence (Moran's I)", "morans_i", 1, 3),
-            column("on objects, %", "object_mass", 100, 1),
-            column("object AUROC, %", "object_auroc", 100, 1),
-        ],
-    )
+    @classmethod
+    def of(cls, title: str, header: Sequence[str], rows: Sequence[Sequence], note: str = "") -> Table:
+        """From rows as long as the header; without rows there is nothing to note."""
+        return cls(title, pd.DataFrame(list(rows), columns=list(header), dtype=object), note if rows else "")
 
+    def __bool__(self) -> bool:
+        return not self.frame.empty
 
-def token_table(runs: Sequence[Measurements], name: str) -> Table:
-    """What is read from a single token, a row a run and a kind of token."""
-    kinds = {
-        "cls": "CLS",
-        "register": "register",
-        "normal": "normal patch",
-        "normal_beside": "normal patch, images with outliers",
-        "outlier": "outlier patch",
-        "difference": "outlier − normal, same images",
-    }
-    probes = (
-        ("position", "top1", 100, 1),
-        ("position", "distance", 1, 2),
-        ("pixels", "l2", 1, 2),
-        ("class", "top1", 100, 1),
-    )
-    rows = []
-    for run in runs:
-        for kind, label in kinds.items():
-            cells = []
-            for what, key, scale, digits in probes:
-                value = value_of(run.of("tokens", name, what, kind), key)
-                cells.append(
-                    show_change(value, scale, digits, 0) if kind == "difference" else show(value, scale, digits)
-                )
-            if any(cell.strip() != "–" for cell in cells):
-                rows.append((run.name, label, *cells))
-    return Table(
-        f"What one token tells, {name}",
-        ("run", "token", "position top-1, %", "off by, patches", "pixels, L2 error", "class top-1, %"),
-        tuple(rows),
-        "Linear probes on single tokens of the last layer. The class is read on the ID set, from one token of a kind drawn at random.",
-    )
+    def text(self) -> str:
+        """For a terminal, in columns."""
+        return "\n".join([self.title, self._drawn("simple"), *textwrap.wrap(self.note, 120)])
+
+    def markdown(self) -> str:
+        """For the README and comments."""
+        table = self._drawn("pipe")
+        return f"{table}\n\n{self.note}" if self.note else table
+
+    @property
+    def kinds(self) -> list[str]:
+        """Of each column: `v` figures with intervals or marks, `n` figures, `t` text. Figures stand to the right."""
+        kinds = []
+        for _, column in self.frame.items():
+            figures = [cell for cell in column if isinstance(cell, Cell)]
+            kinds.append("t" if not figures else "v" if any(each.interval or each.mark for each in figures) else "n")
+        return kinds
+
+    def _drawn(self, style: str) -> str:
+        shown = self.frame.map(lambda cell: str(cell).replace("|", r"\|") if style == "pipe" else str(cell))
+        sides = ["left" if kind == "t" else "right" for kind in self.kinds]
+        rows, header = shown.to_numpy().tolist(), list(shown.columns)
+        return tabulate(rows, header, style, colalign=sides, disable_numparse=True, preserve_whitespace=True)
 
 
-def anatomy_table(runs: Sequence[Measurements], name: str) -> Table:
-    """Where outliers sit, for runs whose backbone has some."""
-    runs = [run for run in runs if run.of("tokens", name, "anatomy").get("threshold") is not None]
-
-    def column(label: str, key: str, scale: float, digits: int) -> Column:
-        return label, scale, digits, lambda run: value_of(run.of("tokens", name, "anatomy"), key)
-
-    return _by_run(
-        f"Where outliers sit, {name}",
-        runs,
-        [
-            column("patches over the threshold, %", "over_threshold", 100, 2),
-            column("places that are outliers untreated, %", "outlier_fraction", 100, 2),
-            column("of them on the border, %", "outlier_on_border", 100, 1),
-            column("cosine to neighbours, outlier", "neighbour_cosine_outlier", 1, 3),
-            column("normal patch", "neighbour_cosine_normal", 1, 3),
-            column(
-                "outliers among the quarter of patches of least information, %", "outlier_on_low_information", 100, 1
-            ),
-            column("two modes of log norms apart (Ashman's D; > 2: two)", "ashman_d", 1, 1),
-            column("outliers appear in block", "appears_in_layer", 1, 0),
-        ],
-    )
+def show(value: Value | None, metric: Metric, mark: int = 0) -> Cell | str:
+    """`65.2 [61.0–69.1] ▲`, or `–`."""
+    if value is None:
+        return NONE
+    middle, low, high = (None if v is None else number(metric.scale * v, metric.digits) for v in value[:3])
+    if low is None or high is None:
+        return Cell(middle, "", MARKS[mark])
+    return Cell(middle, f"[{low}{', ' if low.startswith('−') else '–'}{high}]", MARKS[mark])
 
 
-def corloc_table(runs: Sequence[Measurements], name: str) -> Table:
-    """CorLoc by feature, each with its own best setting, beside the published setting and a box from the attention."""
-    kinds = list(dict.fromkeys(kind for run in runs for kind in run.of("discover", name, "features")))
-
-    def column(label: str, *path: str) -> Column:
-        return label, 100, 1, lambda run: value_of(run.of("discover", name, *path), "corloc")
-
-    columns = [column("chosen setting"), column("mean over features", "mean_over_features")]
-    columns += [column(kind, "features", kind) for kind in kinds]
-    columns += [column("published setting", "published"), column("box of CLS attention", "dino_seg")]
-    table = _by_run(f"CorLoc, % [95 % interval], {name}", runs, columns)
-    chosen = (f"{run.name}: {_setting(run.of('discover', name, 'chosen'))}" for run in runs if run.of("discover", name))
-    note = f"Chosen on images outside the test split. {'; '.join(chosen)}."
-    return Table(table.title, table.header, table.rows, note if table.rows else "")
+def show_change(value: Value | None, metric: Metric) -> Cell | str:
+    """`+1.2 [−0.3, +2.7]` and its mark, or `–`."""
+    if value is None:
+        return NONE
+    middle, low, high = (None if v is None else number(metric.scale * v, metric.digits, signed=True) for v in value[:3])
+    return Cell(middle, "" if low is None else f"[{low}, {high}]", MARKS[metric.better * value.side])
 
 
-def segmentation_table(runs: Sequence[Measurements], name: str) -> Table:
-    """Classes of pixels from patch tokens by a linear layer."""
-
-    def column(label: str, key: str) -> Column:
-        return label, 100, 1, lambda run: value_of(run.of("segment", name), key)
-
-    columns = [
-        column("mIoU", "miou"),
-        column("pixel accuracy", "accuracy"),
-        column("at outliers", "accuracy_at_outliers"),
-        column("elsewhere, same images", "accuracy_elsewhere"),
-    ]
-    return _by_run(f"Segmentation, % [95 % interval], {name}", runs, columns)
-
-
-def depth_table(runs: Sequence[Measurements], name: str) -> Table:
-    """Depth from patch tokens by a linear layer on bins."""
-
-    def column(label: str, key: str, scale: float, digits: int) -> Column:
-        return label, scale, digits, lambda run: value_of(run.of("depth", name), key)
-
-    columns = [
-        column("RMSE, m", "rmse", 1, 3),
-        column("at outliers, m", "rmse_at_outliers", 1, 3),
-        column("elsewhere, same images, m", "rmse_elsewhere", 1, 3),
-        column("relative error, %", "abs_rel", 100, 1),
-        column("δ < 1.25, %", "delta1", 100, 1),
-    ]
-    return _by_run(f"Depth, {name}", runs, columns)
-
-
-def zeroshot_table(runs: Sequence[Measurements], name: str) -> Table:
-    """Zero-shot classification; gain: paired, against the same backbone without registers."""
-
-    def column(label: str, key: str) -> Column:
-        return label, 100, 1, lambda run: value_of(run.of("zeroshot", name), key)
-
-    columns = [column("top-1", "top1"), column("top-5", "top5"), column("untreated top-1", "untreated_top1")]
-    return _by_run(f"Zero-shot, % [95 % interval], {name}", runs, [*columns, column("gain", "gain")])
-
-
-def _by_run(title: str, runs: Sequence[Measurements], columns: Sequence[Column]) -> Table:
-    """A row a run; runs and columns without a value are left out."""
-    values = {run.name: [value(run) for _, _, _, value in columns] for run in runs}
-    kept = [i for i in range(len(columns)) if any(row[i] is not None for row in values.values())]
-    rows = [
-        (name, *(show(row[i], columns[i][1], columns[i][2]) for i in kept))
-        for name, row in values.items()
-        if any(value is not None for value in row)
-    ]
-    return Table(title, ("run", *(columns[i][0] for i in kept)), tuple(rows))
-
-
-def _setting(chosen: Mapping) -> str:
-    whitened = ", normalised" if chosen.get("normalised") else ""
-    return f"{chosen.get('kind')} of block {chosen.get('layer')}{whitened}, bias {chosen.get('bias')}"
-
-
-def _measured(runs: Sequence[Measurements], stage: str, name: str) -> bool:
-    return any(run.of(stage, name) for run in runs)
-
-
-def _count(runs: Sequence[Measurements], name: str, home: str) -> str:
-    """Number of test images that a readout was measured on."""
-    for run in runs:
-        for values in run.run.evaluate.values():
-            if name == home:
-                return str(values["id"]["n"])
-            if name in values["ood"]:
-                return str(values["ood"][name]["n"])
-            for detector in values["anomaly"].get(name, {}).values():
-                return str(detector["n"])
-    return "–"
+def number(value: float, digits: int, signed: bool = False) -> str:
+    """With a minus sign of its own width; `±0.0` where a signed one rounds to zero."""
+    text = f"{abs(value):.{digits}f}"
+    if float(text) == 0:
+        return ("±" if signed else "") + text
+    return ("−" if value < 0 else "+" if signed else "") + text

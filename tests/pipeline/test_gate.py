@@ -1,4 +1,5 @@
-import copy
+"""The gate fails on a regression, passes noise, and says so in a table that a person reads in a minute."""
+
 import json
 import os
 import re
@@ -8,244 +9,132 @@ from pathlib import Path
 
 import pytest
 
-from regvit.pipeline.gate import Change, Rule, changes, flatten, judge, markdown
+from regvit.pipeline.gate import Change, Rule, changes_of, judge, markdown, read_rules
 
-STAGES = Path(__file__).parents[2] / "stages"
-
-
-def top1(value, low=None, high=None):
-    return {"cls": {"id": {"top1": value} | ({} if low is None else {"top1_lo": low, "top1_hi": high})}}
+ROOT = Path(__file__).parents[2]
+HIGHER = Rule("top1", "higher", 0.01)
 
 
-def compared(old, new, rule):
-    return judge(changes(flatten({"m.json": old}), flatten({"m.json": new})), [rule])
+def fails(old: float | None, new: float | None, rule: Rule) -> list[str]:
+    return list(judge([Change("a", "top1", old, new)], [rule]).values())
 
 
-HIGHER = Rule("m.json:*.top1", "higher", 0.01)
+@pytest.mark.parametrize(
+    ("old", "new", "rule", "said"),
+    [
+        (0.6, 0.5, HIGHER, "0.6 → 0.5: 0.1 worse, more than the 0.01 allowed"),
+        (0.6, 0.62, Rule("top1", "lower", 0.01), "0.02 worse"),
+        (0.6, 0.62, Rule("top*", "equal", 0.01, "a"), "0.02 worse"),
+        (0.6, None, HIGHER, "was 0.6 and is gone"),
+        (0.6, 0.5, Rule("typo", "higher", 0), "the rule guards no metric"),
+        (0.6, 0.5, Rule("top1", "higher", 0, "b"), "the rule guards no metric"),
+    ],
+)
+def test_what_is_worse_than_allowed_gone_or_guarded_by_no_rule_fails(old, new, rule, said):
+    (fault,) = fails(old, new, rule)
+    assert said in fault
 
 
-def test_flatten_names_values_by_file_and_keys_and_leaves_out_text():
-    assert flatten({"a/b.json": {"x": {"y": 0.5, "why": "text"}, "ok": True}}) == {
-        "a/b.json:x.y": 0.5,
-        "a/b.json:ok": 1.0,
-    }
+@pytest.mark.parametrize(("old", "new"), [(0.6, 0.59), (0.6, 0.7), (None, 0.1)])
+def test_noise_gains_and_what_is_new_pass(old, new):
+    assert fails(old, new, HIGHER) == []
 
 
-def test_the_ends_of_an_interval_get_no_row_of_their_own():
-    (change,) = changes(flatten({"m.json": top1(0.6, 0.5, 0.7)}), {})
-    assert change == Change("m.json:cls.id.top1", 0.6, None, (0.5, 0.7), None)
+def test_a_rule_that_cannot_be_kept_is_refused():
+    with pytest.raises(ValueError, match="better is 'up'; expected higher, lower, equal"):
+        Rule("top1", "up", 0)
+    with pytest.raises(ValueError, match="tolerance is -1; expected a number of at least 0"):
+        Rule("top1", "higher", -1)
 
 
-def test_a_drop_outside_the_old_interval_fails_and_says_by_how_much():
-    (failure,) = compared(top1(0.6, 0.55, 0.65), top1(0.5, 0.45, 0.55), HIGHER)
-    assert failure.name == "m.json:cls.id.top1"
+def test_the_markdown_has_a_row_a_figure_and_a_column_a_run_and_marks_what_fell():
+    changes = [Change("a", "top1", 0.6, 0.5), Change("b", "top1", 0.6, 0.61), Change("a", "rmse", 0.5, 0.5)]
+    text = markdown(changes, judge(changes, [HIGHER]), [("probe.steps", "1000", "500")])
+    (row,) = [line for line in text.splitlines() if line.startswith("| top1")]
+    assert [cell.strip() for cell in row.split("|")[2:4]] == ["0.6 → 0.5 (-0.1000) ✗", "0.6 → 0.61 (+0.0100)"]
+    assert "rmse" not in text and re.search(r"\| probe.steps +\| 1000 +\| 500 +\|", text)
+    assert "**1 guarded figure(s) fell:**" in text and "- `a: top1`: 0.6 → 0.5" in text
+
+
+def test_whatever_changed_it_fits_on_a_page():
+    changes = [Change(f"run_{i}", f"m{j}", 0.6, 0.1) for i in range(3) for j in range(16)]
+    params = [(f"probe.p{i}", "1", "2") for i in range(100)]
+    text = markdown(changes, judge(changes, [Rule("*", "higher", 0)]), params)
+    assert len(text.splitlines()) <= 60
     assert (
-        failure.reason
-        == "0.6 → 0.5: 0.1 worse, more than the 0.01 allowed and lies outside the old interval [0.55, 0.65]"
+        "**48 guarded figure(s) fell:**" in text
+        and "… and 33 more" in text
+        and "… and 85 more: `dvc params diff`" in text
     )
 
 
-@pytest.mark.parametrize("new", [0.56, 0.595, 0.7])
-def test_noise_inside_the_interval_and_gains_pass(new):
-    assert not compared(top1(0.6, 0.55, 0.65), top1(new, new - 0.05, new + 0.05), HIGHER)
-
-
-def test_without_an_interval_the_tolerance_alone_decides():
-    assert not compared(top1(0.6), top1(0.59), HIGHER)
-    assert compared(top1(0.6), top1(0.58), HIGHER)
-    assert not compared(top1(0.6), top1(0.61), Rule("m.json:*top1", "lower", 0.01))
-    assert compared(top1(0.6), top1(0.62), Rule("m.json:*top1", "lower", 0.01))
-    assert compared(top1(0.6), top1(0.62), Rule("m.json:*top1", "equal", 0.01))
-
-
-def test_a_guarded_metric_that_is_gone_fails():
-    (failure,) = compared(top1(0.6), {"cls": {"id": {}}}, HIGHER)
-    assert "was 0.6 and is gone" in failure.reason
-
-
-def test_a_rule_that_guards_nothing_fails():
-    (failure,) = compared(top1(0.6), top1(0.6), Rule("metrics/typo.json:*", "higher", 0))
-    assert "guards no metric" in failure.reason
-
-
-def test_a_new_metric_has_nothing_to_fall_from():
-    assert not compared({"cls": {"id": {}}}, top1(0.1), HIGHER)
-
-
-def test_an_unknown_direction_and_a_negative_tolerance_are_refused():
-    with pytest.raises(ValueError, match="better is 'up'; expected higher, lower, equal"):
-        Rule("*:*", "up", 0)
-    with pytest.raises(ValueError, match="tolerance is -1; expected a number of at least 0"):
-        Rule("*:*", "higher", -1)
-
-
-def test_a_pattern_without_file_or_key_and_an_exception_that_is_no_list_are_refused():
-    for metric in ("*top1", "a.json:", ":top1", 7):
-        with pytest.raises(ValueError, match="expected '<file>:<key>'"):
-            Rule(metric, "higher", 0)
-    with pytest.raises(ValueError, match="without is 'cls'; expected a list of patterns of keys"):
-        Rule("*:*", "higher", 0, "cls")
-
-
-def test_a_star_stays_in_its_folder_and_an_exception_is_of_keys():
-    rule = Rule("a/*.json:*.top1", "higher", 0, ["noise.*"])
-    assert rule.guards("a/run.json:cls.id.top1")
-    assert not rule.guards("a/run/differences.json:cls.id.top1")
-    assert not rule.guards("run.json:cls.id.top1")
-    assert not rule.guards("a/run.json:noise.id.top1")
-    assert not rule.guards("a/run.json:cls.id.top1_lo")
-    assert Rule("a/*/*.json:n", "equal", 0).guards("a/run/data.json:n")
-
-
-def test_the_markdown_shows_changes_with_intervals_and_parameters():
-    table = changes(flatten({"m.json": top1(0.6, 0.5, 0.7)}), flatten({"m.json": top1(0.65, 0.6, 0.7)}))
-    text = markdown(table, [], [("probe.steps", "1000", "500")])
-    assert "| `m.json:cls.id.top1` | 0.6 [0.5, 0.7] | 0.65 [0.6, 0.7] | +0.05 |" in text
-    assert "| `probe.steps` | 1000 | 500 |" in text
-    assert "No guarded metric fell." in text
-
-
-def test_guarded_metrics_come_first_and_of_the_others_those_that_moved_furthest():
-    def content(guarded, little, far, plain):
-        values = {
-            "top1": guarded,
-            "a": little,
-            "a_lo": 0.0,
-            "a_hi": 1.0,
-            "b": far,
-            "b_lo": 0.4,
-            "b_hi": 0.6,
-            "c": plain,
-        }
-        return flatten({"m.json": {"z": values}})
-
-    table = changes(content(0.5, 0.5, 0.5, 5), content(0.6, 0.6, 0.6, 500))
-    text = markdown(table, [], [], [HIGHER])
-    assert re.findall(r"`m.json:z\.(\w+)`", text) == ["top1", "b", "a", "c"]
-    first, second = text.split("| other metric |")
-    assert "| guarded metric |" in first and "z.top1" in first and "z.top1" not in second
-    assert "z.top1" in markdown(table, [], [], [HIGHER], limit=1000)
-    assert "guarded" not in markdown(table, [], []).replace("No guarded metric fell.", "")
-
-
-def test_a_comment_is_cut_to_the_length_that_it_may_have_and_says_what_is_left_out():
-    old = flatten({"m.json": {f"cls{i}": top1(0.6, 0.5, 0.7)["cls"] for i in range(900)}})
-    new = flatten({"m.json": {f"cls{i}": top1(0.3, 0.2, 0.4)["cls"] for i in range(900)}})
-    table = changes(old, new)
-    failures = judge(table, [HIGHER])
-    params = [(f"probe.{i}", "1", "2") for i in range(5000)]
-    whole = markdown(table, failures, params)
-    assert len(whole) > 100_000 and whole.count("| 0.6 [0.5, 0.7] | 0.3 [0.2, 0.4] | -0.3 |") == 900
-    cut = markdown(table, failures, params, limit=65_536)
-    assert 50_000 < len(cut) <= 65_536
-    assert "**900 guarded metric(s) fell:**" in cut
-    left = [
-        int(number) for number in re.findall(r"… and (\d+) more, which `regvit/pipeline/gate_commands.py` prints.", cut)
-    ]
-    shown = [cut.count("- `m.json:"), cut.count("| `probe."), cut.count("| `m.json:")]
-    assert [a + b for a, b in zip(left, shown, strict=True)] == [900, 5000, 900]
-    assert markdown(table, failures, [], limit=10**9) == markdown(table, failures, [])
-
-
-@pytest.fixture
-def repository(tmp_path, monkeypatch):
-    """A repository with DVC, one parameter and one metric; its main branch is the base."""
-    monkeypatch.chdir(tmp_path)
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    for name, value in {"PATH": path, "GIT_CONFIG_GLOBAL": os.devnull}.items():
-        monkeypatch.setenv(name, value)
-    for role in ("AUTHOR", "COMMITTER"):
-        monkeypatch.setenv(f"GIT_{role}_NAME", "tester")
-        monkeypatch.setenv(f"GIT_{role}_EMAIL", "tester@example.org")
-    subprocess.run(["git", "init", "--quiet", "--initial-branch=main"], check=True)
-    subprocess.run(["dvc", "init", "--quiet"], check=True)
-    Path("guard.yaml").write_text('- {metric: "metrics/*.json:*.top1", better: higher, tolerance: 0.01}\n')
-    write(0.6, steps=1000)
-    Path("dvc.yaml").write_text("params:\n  - params.yaml\n")
-    subprocess.run("git add --all && git commit --quiet --message base", shell=True, check=True)
-    return tmp_path
-
-
-def write(value, steps):
-    Path("metrics").mkdir(exist_ok=True)
-    Path("metrics/run.json").write_text(json.dumps(top1(value, value - 0.05, value + 0.05)))
-    Path("params.yaml").write_text(f"probe: {{steps: {steps}}}\n")
-
-
-def gate(*arguments):
-    return subprocess.run([sys.executable, STAGES / "gate.py", *arguments], capture_output=True, text=True)
-
-
-def test_the_script_fails_on_a_regression_and_passes_on_noise(repository):
-    write(0.4, steps=10)
-    fell = gate("--out", "comment.md")
-    assert fell.returncode == 1, fell.stderr
-    assert "0.6 → 0.4" in fell.stdout and "| `probe.steps` | 1000 | 10 |" in fell.stdout
-    assert Path("comment.md").read_text().strip() == fell.stdout.strip()
-    write(0.57, steps=1000)
-    noise = gate()
-    assert noise.returncode == 0, noise.stderr
-    assert "No guarded metric fell." in noise.stdout and "-0.03" in noise.stdout
-
-
-def test_the_script_says_what_is_wrong_without_a_traceback(repository):
-    unknown = gate("--against", "nowhere")
-    assert unknown.returncode == 1 and "gate: git ls-tree" in unknown.stderr and "Traceback" not in unknown.stderr
-    Path("guard.yaml").write_text("- {metric: a, better: higher, limit: 1}\n")
-    wrong = gate()
-    assert wrong.returncode == 1 and "an entry has the keys metric, better and tolerance" in wrong.stderr
+def test_the_rules_of_the_repository_are_of_figures_that_the_summary_has():
+    names = ["outliers", "cls_cosine", "on_outliers", "morans_i", "corloc", "miou", "rmse", "top1", "ood_top1", "ood_pair", "auroc", "fpr95"]  # fmt: skip
+    changes = [Change(run, name, 0.5, 0.5) for run in ("intact", "original", "test_time_reg") for name in names]
+    rules = read_rules(ROOT / "guard.yaml")
+    assert judge(changes, rules) == {}
+    assert {
+        name for name in names if not any(rule.guards(Change("test_time_reg", name, 0, 0)) for rule in rules)
+    } == set()
 
 
 @pytest.fixture(scope="module")
-def committed():
-    """The rules of the repository, and contents of its metric files by path."""
-    root = Path(__file__).parents[2]
-    sys.path.insert(0, str(STAGES))
-    try:
-        from regvit.pipeline.gate_commands import read_rules
-    finally:
-        sys.path.remove(str(STAGES))
-    paths = sorted(root.glob("metrics/**/*.json"))
-    files = {path.relative_to(root).as_posix(): json.loads(path.read_text()) for path in paths}
-    return read_rules(root / "guard.yaml"), files
+def repository(tmp_path_factory) -> Path:
+    """A repository with DVC, one parameter and the figures of one run; its main branch is the base."""
+    folder = tmp_path_factory.mktemp("repository")
+    (folder / "dvc.yaml").write_text("metrics: [metrics/run.json]\nparams: [params.yaml]\n")
+    (folder / "guard.yaml").write_text("- {metric: top1, better: higher, tolerance: 0.05}\n")
+    write(folder, 0.6, 1000)
+    run(folder, "git", "init", "--quiet", "--initial-branch=main")
+    run(folder, sys.executable, "-m", "dvc", "init", "--quiet")
+    run(folder, "git", "add", "--all")
+    run(folder, "git", "commit", "--quiet", "--message", "base")
+    return folder
 
 
-def shifted(files, readout, by):
-    """The metrics if one readout got `by` more (or fewer) of openmoji right in every run, and nothing else changed."""
-    files = copy.deepcopy(files)
-
-    def add(values, amount):
-        for name in ("top1", "top1_lo", "top1_hi"):
-            values[name] += amount
-
-    for path, content in files.items():
-        if re.fullmatch(r"metrics/evaluate/\w+\.json", path):
-            add(content[readout]["ood"]["openmoji"], by)
-        elif re.fullmatch(r"metrics/evaluate/\w+/differences\.json", path):
-            for pair, values in content["differences"].items():
-                better, reference = pair.split("-")
-                sign = (better == readout) - (reference == readout)
-                add(values["ood"]["openmoji"], sign * by)
-    return files
+def write(folder: Path, value: float | None, steps: int) -> None:
+    (folder / "metrics").mkdir(exist_ok=True)
+    (folder / "metrics/run.json").write_text(json.dumps({} if value is None else {"top1": value}))
+    (folder / "params.yaml").write_text(f"probe: {{steps: {steps}}}\n")
 
 
-def test_every_rule_of_the_repository_guards_a_metric_that_is_committed(committed):
-    rules, files = committed
-    assert judge(changes(flatten(files), flatten(files)), rules) == []
+def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
+    names = {f"GIT_{role}_{what}": "t@example.org" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    environment = os.environ | names | {"GIT_CONFIG_GLOBAL": os.devnull}
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
 
 
-@pytest.mark.parametrize(("readout", "by"), [("cls", 0.06), ("cls", 0.3), ("cls_noise", -0.3)])
-def test_a_gain_of_one_readout_and_a_loss_of_a_control_pass(committed, readout, by):
-    rules, files = committed
-    table = changes(flatten(files), flatten(shifted(files, readout, by)))
-    moved = [change.name for change in table if change.old != change.new]
-    assert any("differences.json" in name for name in moved) and any("differences" not in name for name in moved)
-    assert judge(table, rules) == []
+def gate(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return run(folder, sys.executable, "-m", "regvit.pipeline.gate", *arguments)
 
 
-@pytest.mark.parametrize("readout", ["cls", "patch_mean"])
-def test_a_loss_of_one_readout_fails_in_every_run(committed, readout):
-    rules, files = committed
-    failures = judge(changes(flatten(files), flatten(shifted(files, readout, -0.1))), rules)
-    runs = {path for path in files if re.fullmatch(r"metrics/evaluate/\w+\.json", path)}
-    assert {failure.name for failure in failures} == {f"{run}:{readout}.ood.openmoji.top1" for run in runs}
+def test_a_regression_fails_noise_passes_and_no_metric_fails(repository):
+    write(repository, 0.4, steps=10)
+    fell = gate(repository, "--out", "comment.md")
+    assert fell.returncode == 1 and "0.6 → 0.4" in fell.stdout and "probe.steps" in fell.stdout, fell.stderr
+    assert (repository / "comment.md").read_text().strip() == fell.stdout.strip()
+    write(repository, 0.57, steps=1000)
+    noise = gate(repository)
+    assert noise.returncode == 0 and "No guarded figure fell." in noise.stdout and "-0.0300" in noise.stdout, (
+        noise.stderr
+    )
+    write(repository, None, steps=1000)
+    gone = gate(repository)
+    assert gone.returncode == 1 and "was 0.6 and is gone" in gone.stdout
+
+
+def test_it_says_what_is_wrong_without_a_traceback(repository):
+    unknown = gate(repository, "--against", "nowhere")
+    assert unknown.returncode == 1 and "gate: dvc metrics diff nowhere failed" in unknown.stderr
+    rules = repository / "guard.yaml"
+    before = rules.read_text()
+    rules.write_text("- {metric: a, better: higher, limit: 1}\n")
+    wrong = gate(repository)
+    rules.write_text(before)
+    assert wrong.returncode == 1 and "an entry has the keys metric, better and tolerance" in wrong.stderr
+    assert "Traceback" not in unknown.stderr + wrong.stderr
+
+
+def test_what_dvc_says_is_read_by_run():
+    said = {"metrics/a.json": {"top1": {"old": 0.5, "new": 0.6, "diff": 0.1}, "gone": {"old": 1.0, "new": None}}}
+    assert changes_of(said) == [Change("a", "top1", 0.5, 0.6), Change("a", "gone", 1.0, None)]

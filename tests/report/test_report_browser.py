@@ -6,9 +6,6 @@ from pathlib import Path
 import pytest
 from browser import Browser, find_chromium
 from PIL import Image
-from report_example import material
-
-from regvit.report.sections import report
 
 CHROMIUM = find_chromium()
 pytestmark = pytest.mark.skipif(
@@ -46,10 +43,9 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def file(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("metrics")
-    path = folder / "report.html"
-    path.write_text(report(material(folder)), encoding="utf-8")
+def file(tmp_path_factory, page):
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    path.write_text(page, encoding="utf-8")
     return path
 
 
@@ -80,7 +76,7 @@ def test_no_name_in_it_was_obeyed(opened):
 
 def test_every_picture_is_loaded(opened):
     loaded = opened.evaluate(
-        "Promise.all([...document.images].map((image) => image.decode().then(() => image.naturalWidth > 0)))"
+        "Promise.all([...document.querySelectorAll('.pane img')].map((image) => image.decode().then(() => image.naturalWidth > 0)))"
     )
     # of two images, in four panes of which one has no slider; and two galleries of three runs, two of them over another
     assert len(loaded) == 2 * (4 + 3 + 3 * 6) + 2 * (3 + 2)
@@ -93,7 +89,7 @@ def test_nothing_sticks_out_of_the_window(opened):
 
 def test_plots_have_a_size_and_stay_inside_their_place(opened):
     sizes = opened.evaluate(
-        "[...document.querySelectorAll('svg')].map((s) => [s.clientWidth, s.parentElement.clientWidth])"
+        "[...document.querySelectorAll('.plots img')].map((s) => [s.clientWidth, s.parentElement.clientWidth])"
     )
     assert len(sizes) > 10
     assert all(100 < width <= place for width, place in sizes)
@@ -113,15 +109,26 @@ def test_light_and_dark_differ(browser, file, width):
     assert seen[0] == "rgb(255, 255, 255)" != seen[1]
 
 
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_text_of_plots_is_light_in_the_dark_and_dark_in_the_light(browser, file, tmp_path, dark):
+    browser.open(file, 1440, dark)
+    box = browser.evaluate("document.querySelector('.plots img').getBoundingClientRect().toJSON()")
+    browser.screenshot(tmp_path / "plot.png", *(box[name] for name in ("x", "y", "width", "height")))
+    shades = Image.open(tmp_path / "plot.png").convert("L").getextrema()
+    assert shades[1] > 200 > 60 > shades[0]
+    corner = Image.open(tmp_path / "plot.png").convert("L").getpixel((2, 2))
+    assert (corner < 60) is dark
+
+
 def test_a_run_is_chosen_by_tab_and_arrow(opened):
-    shown = "[0, 1, 2].map((i) => document.getElementById(`maps-scenes-${i}-picture`).checkVisibility())"
+    shown = "[0, 1, 2].map((i) => document.getElementById(`attention-scenes-${i}-picture`).checkVisibility())"
     assert opened.evaluate(shown) == [False, False, True]
-    focus_by_tab(opened, "input[name=maps-scenes]")
-    assert opened.evaluate("document.activeElement.id") == "maps-scenes-2"
-    ring = "getComputedStyle(document.querySelector('label[for=maps-scenes-2]')).outlineStyle"
+    focus_by_tab(opened, "input[name=attention-scenes]")
+    assert opened.evaluate("document.activeElement.id") == "attention-scenes-2"
+    ring = "getComputedStyle(document.querySelector('label[for=attention-scenes-2]')).outlineStyle"
     assert opened.evaluate(ring) == "solid"  # it is seen where the focus is
     opened.press("ArrowLeft")
-    assert opened.evaluate("document.activeElement.id") == "maps-scenes-1"
+    assert opened.evaluate("document.activeElement.id") == "attention-scenes-1"
     assert opened.evaluate(shown) == [False, True, False]
 
 
@@ -204,7 +211,7 @@ def test_a_tour_of_screenshots_is_left(browser, tmp_path, file, width, dark):
 
 
 def test_one_picture_is_moved_over_the_other_by_keyboard(opened):
-    focus_by_tab(opened, "input[name=boxes-scenes]")
+    focus_by_tab(opened, "input[name=discover-scenes]")
     opened.press("Tab")
     assert opened.evaluate("document.activeElement.type") == "range"
     clip = "getComputedStyle(document.activeElement.closest('.pane').querySelector('.wipe img + img')).clipPath"

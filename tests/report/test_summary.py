@@ -1,34 +1,38 @@
-"""The short figures are those of the metrics."""
+"""A run's row of figures: short, flat, four digits, and nothing that was not measured."""
 
-from report_example import measured
+import dataclasses
 
-from regvit.report.compare import Measured
-from regvit.report.comparisons import Measurements
-from regvit.report.summary import summary
+from regvit.report.results import Place
+from regvit.report.study import Value
+from regvit.report.summary import headlines, summary
 
-
-def test_each_run_has_its_figures_by_short_names():
-    runs = [measured("original"), measured("cured", "test_time", reference="original", shift=0.1)]
-    found = summary(runs, ["lines"], "msp")
-    assert list(found) == ["original", "cured"]
-    assert found["cured"] == {
-        "outliers": 0.0, "cls_cosine": 1.0, "attention_on_outliers": 0.4, "coherence": 0.5, "corloc": 0.8, "miou": 0.6,
-        "rmse": 0.7, "top1": 0.7, "ood_top1": 0.7,
-    }  # fmt: skip
+MOST = 16
 
 
-def test_what_a_backbone_has_not_is_left_out():
-    (found,) = summary([measured("intact", outliers=False)], ["lines"], "msp").values()
-    assert not {"outliers", "cls_cosine", "attention_on_outliers"} & found.keys()
+def test_at_most_sixteen_figures_of_four_digits(results):
+    figures = summary(results, "cured")
+    assert list(figures) == ["outliers", "cls_cosine", "on_outliers", "morans_i", "corloc", "miou", "rmse", "top1", "ood_top1", "ood_pair", "auroc", "fpr95"]  # fmt: skip
+    assert len(figures) <= MOST
+    assert all(round(value, 4) == value for value in figures.values())
 
 
-def test_several_data_sets_are_told_apart_and_their_means_taken():
-    def top1(value: float) -> dict:
-        return {"top1": value}
+def test_what_was_not_measured_is_left_out(results):
+    figures = summary(results, "intact")
+    assert not {"outliers", "cls_cosine", "on_outliers", "ood_pair"} & set(figures)
+    assert figures["morans_i"] == 0.42
 
-    evaluate = {"cls": {"id": top1(0.5), "ood": {"a": top1(0.25), "b": top1(0.5)}, "anomaly_mean": {"msp": {"auroc": 0.8, "fpr95": 0.4}}}}  # fmt: skip
-    run = Measured("r", "none", 0, evaluate, {"outliers_found": False}, {})
-    found = {"segment": {"a": {"miou": 0.123456}, "b": {"miou": 0.5}}}
-    assert summary([Measurements(run, "vit", found)], ["a", "b"], "msp") == {
-        "r": {"miou_a": 0.1235, "miou_b": 0.5, "top1": 0.5, "ood_top1": 0.375, "auroc": 0.8, "fpr95": 0.4}
-    }
+
+def test_several_data_sets_are_one_mean_without_interval(results):
+    place = Place("segment", "miou", "rooms")
+    study = dataclasses.replace(results.study, measured={**results.study.measured, "segment": ("scenes", "rooms")})
+    more = dataclasses.replace(
+        results, study=study, figures={**results.figures, ("cured", place): Value(0.73, 0.7, 0.76)}
+    )
+    assert headlines(more, "cured")["miou"] == Value(0.63)
+    assert headlines(results, "cured")["miou"].lo is not None
+
+
+def test_the_names_fit_a_terminal_beside_the_longest_path(results):
+    """As `dvc metrics show` lays them out."""
+    width = len("metrics/test_time_reg.json") + sum(max(len(name) + 4, 8) for name in summary(results, "cured"))
+    assert width <= 160

@@ -67,7 +67,6 @@ ALLOWED = {  # file, what: why
         "regvit/features/engine.py",
         "pickle.loads()",
     ): "of what the driver of the same run has just sent: never of a file",
-    ("regvit/pipeline/experiment_trees.py", "yaml.load()"): "`yaml` is ruamel's safe reader, which makes no objects",
 }
 
 

@@ -1,0 +1,176 @@
+"""Sweeps: one comparison over several settings, each an experiment of DVC (sweeps/*.yaml).
+
+    python -m regvit.pipeline.sweeps list | queue <name> | start | table <name>     (--slow: also what takes long)
+
+`queue` is `dvc exp run --queue -S a=1,2,4`, `start` is `dvc queue start` (`dvc queue status`, `logs` and `stop` go with it), and
+`table` shows the figures of the experiments of the current commit. A sweep is
+
+    title, expect: what the settings are of, and what should be seen
+    vary: {<parameter>: [value, …]}      a point each combination; or points: {<label>: {<parameter>: value, …}}
+    set: {<parameter>: value}            for all points alike
+    stages: {<stage>@<run>: [<metric>[:<readout>[:<data set>]], …]}      what runs, and what of it is shown
+    slow: likewise, where asked for
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import dvc.api
+from dvc.exceptions import DvcException
+from ruamel.yaml import YAML
+
+from regvit.report.catalogue import METRICS, Metric
+from regvit.report.study import Value
+from regvit.report.tables import NONE, Table, show
+from regvit.stats.figures import read_figures
+
+DVC = [sys.executable, "-m", "dvc"]
+FOLDER = Path("sweeps")
+KEYS = {"title", "expect", "vary", "points", "set", "stages", "slow"}
+# An experiment works in a folder of its own: `.` on the path makes its stages import the library from there, not from
+# the working tree, where the installed package points.
+ENVIRONMENT = os.environ | {"PYTHONPATH": "."}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is varied, and the figures that are shown by stage."""
+
+    name: str
+    title: str
+    expect: str
+    vary: Mapping[str, list]
+    points: Mapping[str, Mapping]
+    shared: Mapping[str, object]
+    stages: Mapping[str, list[str]]
+
+    def commands(self) -> Iterator[list[str]]:
+        """The `dvc exp run` that queue the points."""
+        for label, changes in (self.points or {"": {}}).items():
+            settings = [f"++{name}={json.dumps(value)}" for name, value in _leaves({**self.shared, **changes})]
+            settings += [f"++{name}={','.join(map(json.dumps, values))}" for name, values in self.vary.items()]
+            name = f"{self.name}-{label}" if label else self.name
+            words = [word for setting in settings for word in ("--set-param", setting)]
+            yield [*DVC, "exp", "run", "--queue", "--name", name, *words, *self.stages]
+
+
+def read_sweep(name: str, slow: bool = False) -> Sweep:
+    """The sweep of sweeps/<name>.yaml; with what is slow its experiments are others, and so is its name."""
+    path = FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        sys.exit(f"there is no {path}; there are {', '.join(sorted(p.stem for p in FOLDER.glob('*.yaml')))}")
+    found = YAML(typ="safe", pure=True).load(path)
+    if unknown := sorted(found.keys() - KEYS):
+        sys.exit(f"{path}: unknown key {unknown[0]}; known are {', '.join(sorted(KEYS))}")
+    if bool(found.get("vary")) == bool(found.get("points")) or not found.get("stages"):
+        sys.exit(f"{path}: give either vary or points, and the stages that are measured")
+    stages = found["stages"] | (found.get("slow", {}) if slow else {})
+    varied = {of: found.get(of) or {} for of in ("vary", "points")}
+    called = f"{name}_slow" if slow else name
+    return Sweep(
+        called, found["title"], found.get("expect", ""), **varied, shared=found.get("set") or {}, stages=stages
+    )
+
+
+def table(sweep: Sweep) -> Table:
+    """A row an experiment, a column a figure; a dash where an experiment has none, as where a backbone has no outliers."""
+    columns = [(stage, column) for stage, names in sweep.stages.items() for column in names]
+    rows = []
+    for experiment in dvc.api.exp_show():
+        name = experiment["Experiment"] or ""
+        if name.rpartition("-")[0] != sweep.name and not (sweep.points and name.startswith(f"{sweep.name}-")):
+            continue
+        setting = [_shown(experiment, parameter) for parameter in sweep.vary] or [name.removeprefix(f"{sweep.name}-")]
+        figures = {stage: _figures(experiment["rev"], stage) for stage in sweep.stages}
+        rows.append((*setting, *(show(*_value(figures[stage], stage, column)) for stage, column in columns)))
+    labels = [_metric(stage, column).label for stage, column in columns]
+    header = (*(sweep.vary or ["point"]), *labels)
+    return Table.of(f"{sweep.title}. Expected: {sweep.expect}", header, sorted(rows, key=lambda row: _order(row[0])))
+
+
+def _figures(revision: str, stage: str) -> Mapping[str, Value]:
+    """`{metric:readout:data set: value}` that a stage left in an experiment, also without its last parts; empty if it did not run."""
+    name, _, of = stage.partition("@")
+    run, _, dataset = of.partition("-")
+    folder = f"metrics/backbones/{run}" if name == "identify" else f"metrics/runs/{run}/{name}"
+    try:
+        with dvc.api.open(f"{folder}/{dataset}/figures.csv".replace("//", "/"), rev=revision) as file:
+            rows = read_figures(file)
+    except (DvcException, OSError):
+        return {}
+    found: dict[str, Value] = {}
+    for row in rows.dropna(subset="value").itertuples():
+        if row.classifier in ("", "linear") and not row.detector:
+            value = Value(row.value, *(None if end != end else end for end in (row.lo, row.hi)))
+            for key in (row.metric, f"{row.metric}:{row.readout}", f"{row.metric}:{row.readout}:{row.dataset}"):
+                found.setdefault(key, value)
+    return found
+
+
+def _value(figures: Mapping[str, Value], stage: str, column: str) -> tuple[Value | None, Metric]:
+    return figures.get(column), _metric(stage, column)
+
+
+def _metric(stage: str, column: str) -> Metric:
+    name, _, about = column.partition(":")
+    known = METRICS.get(stage.partition("@")[0], {}).get(name)
+    known = known or Metric(name.replace("_", " "), 0, 1, 3)
+    return known._replace(label=f"{known.label} {about.replace(':', ', ')}".strip())
+
+
+def _shown(experiment: Mapping, parameter: str) -> str:
+    """The value of a parameter in an experiment."""
+    value = experiment.get(parameter, experiment.get(f"params.yaml:{parameter}", NONE))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _order(setting: str) -> tuple[bool, float, str]:
+    number = setting.replace(".", "", 1).isdigit()
+    return not number, float(setting) if number else 0.0, setting
+
+
+def _leaves(changes: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Blocks taken apart into dotted names."""
+    for name, value in changes.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("list", "queue", "start", "table"))
+    parser.add_argument("name", nargs="?", help="a file of sweeps/, without .yaml")
+    parser.add_argument("--slow", action="store_true", help="measure what the sweep calls slow, too")
+    parser.add_argument("--jobs", default="1", help="experiments that `start` runs at a time (1)")
+    given = parser.parse_args()
+    if given.action == "list":
+        for path in sorted(FOLDER.glob("*.yaml")):
+            print(f"{path.stem:<20} {read_sweep(path.stem).title}")
+    elif given.action == "start":
+        sys.exit(subprocess.call([*DVC, "queue", "start", "--jobs", given.jobs], env=ENVIRONMENT))
+    elif given.name is None:
+        parser.error(f"{given.action} needs the name of a sweep; `list` shows them")
+    elif given.action == "queue":
+        for command in read_sweep(given.name, given.slow).commands():
+            if code := subprocess.call(command, env=ENVIRONMENT):
+                sys.exit(f"`dvc exp run` ended with exit code {code}; what it said stands above")
+        print("`python -m regvit.pipeline.sweeps start` works the queue off, and `table` shows what is done")
+    else:
+        shown = table(read_sweep(given.name, given.slow))
+        print(
+            shown.text() if shown else f"no experiment of sweep {given.name} belongs to this commit: `queue` it first"
+        )
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it in silence, as it ends `cat`
+    main()

@@ -1,0 +1,97 @@
+"""The checks that a run on a planted backbone makes of itself: the truth is known, so what must be found and cured is, too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from regvit.report.results import Place, Results
+
+SPOILT = {
+    "outlier_fraction": (0.005, 0.03),
+    "cls_cosine": (-1, 0.93),
+    "outlier_patch_cosine": (-1, 0.3),
+    "cls_attention_on_outliers": (0.25, 1),
+}
+CURED = {
+    "outlier_fraction": (0, 0.0002),
+    "cls_cosine": (0.95, 1.0001),  # a cosine may round past 1
+    "patch_cosine": (0.98, 1.0001),
+    "cls_attention_on_outliers": (0, 0.02),
+}
+UNCURED = 0.5  # of the untreated share of outliers, at least, that the controls of the search leave
+
+
+@dataclass(frozen=True)
+class Check:
+    """One figure held to its limit; `value` is None where the tables lack it, and then the check has failed."""
+
+    subject: str
+    what: str
+    value: float | None
+    low: float
+    high: float
+
+    @property
+    def passed(self) -> bool:
+        return self.value is not None and self.low <= self.value <= self.high
+
+    @property
+    def limit(self) -> str:
+        """The limit in words: `= 1`, `≥ 0.95`, `≤ 0.02` or `0.005 to 0.03`."""
+        if self.low == self.high:
+            return f"= {self.low:g}"
+        if self.low <= 0:
+            return f"≤ {self.high:g}"
+        return f"≥ {self.low:g}" if self.high >= 1 else f"{self.low:g} to {self.high:g}"
+
+    def text(self) -> str:
+        value = "missing" if self.value is None else f"{self.value:.4g}"
+        return f"{'pass' if self.passed else 'FAIL'}  {self.subject}: {self.what} {value} ({self.limit})"
+
+
+def self_checks(results: Results) -> list[Check]:
+    """What has to hold on planted backbones: found exactly, spoilt, cured, and not cured by what must not cure.
+
+    With several registers each one is a further sink (cosines suffer, as measured), so the cure is held to its limits with
+    one test-time register only.
+    """
+    study = results.study
+    checks = []
+    for run, entry in study.runs.items():
+        if not study.planted(entry["backbone"]) or study.neurons(run) != "selected":  # controls are not meant to cure
+            continue
+        if entry["registers"] == "none":
+            checks += [*_search_checks(results, run, entry["backbone"]), *_verified(results, run, SPOILT)]
+        elif entry["registers"] == "test_time" and entry["num_registers"] == 1:
+            checks += _verified(results, run, CURED)
+    return checks
+
+
+def summary_line(checks: list[Check]) -> str:
+    """The verdict in a sentence."""
+    failed = sum(not check.passed for check in checks)
+    if failed:
+        return f"{failed} of {len(checks)} self-checks failed."
+    return f"All {len(checks)} self-checks hold." if checks else "There are none: no run is on a planted backbone."
+
+
+def _search_checks(results: Results, run: str, backbone: str) -> Iterator[Check]:
+    def searched(name: str) -> float | None:
+        value = results.value(backbone, Place("identify", name, results.study.in_distribution))
+        return None if value is None else value.value
+
+    for key in ("precision", "recall"):
+        yield Check(run, f"{key} of the register neurons", searched(key), 1, 1)
+    untreated = searched("outlier_fraction")
+    for key, words in (("empty", "an empty register"), ("random", "random neurons")):
+        left = searched(f"outlier_fraction_{key}")
+        share = left / untreated if left is not None and untreated else None
+        yield Check(run, f"share of the outliers that {words} leaves", share, UNCURED, float("inf"))
+
+
+def _verified(results: Results, run: str, limits: dict[str, tuple[float, float]]) -> Iterator[Check]:
+    for key, (low, high) in limits.items():
+        value = results.value(run, Place("verify", key, results.study.in_distribution))
+        what = key.replace("_", " ").replace("cls", "CLS")
+        yield Check(run, what, None if value is None else value.value, low, high)

@@ -1,0 +1,159 @@
+"""What was measured, as the parameters say it, and the tables that the stages left of it.
+
+Stages and sets are those of the parameters: what lies in metrics/ besides, of a set that was taken away, is not looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+
+from regvit.report.references import references
+from regvit.stats.figures import KEYS, read_figures
+
+MEASUREMENTS = ("attention", "tokens", "discover", "segment", "depth", "zeroshot")  # each for the sets that it names
+ANOMALY_MEAN, OOD_MEAN, ALL_LABELLED = (
+    "anomaly mean",
+    "OOD mean",
+    "ID + OOD",
+)  # data sets that are several, as `evaluate` calls them
+
+
+@dataclass(frozen=True)
+class Study:
+    """The runs and what was measured of them.
+
+    Args:
+        runs: `{name: {backbone, registers, num_registers, neurons}}`, in the order of the tables.
+        backbones, datasets, scenes: their entries in params.yaml, by name.
+        in_distribution: the ID set.
+        measured: data sets by measurement.
+        zeroshot_runs: those that zero-shot classification is of.
+        detectors: of anomalies; the first one is shown.
+        references: which run each run is held against.
+        bases: readouts that the other readouts of a run are held against.
+        seed: of the bootstrap.
+        folder: metrics/.
+    """
+
+    runs: Mapping[str, Mapping]
+    backbones: Mapping[str, Mapping]
+    datasets: Mapping[str, Mapping]
+    scenes: Mapping[str, Mapping]
+    in_distribution: str
+    measured: Mapping[str, Sequence[str]]
+    zeroshot_runs: Sequence[str] = ()
+    detectors: Sequence[str] = ("msp",)
+    references: Mapping[str, str] = field(default_factory=dict)
+    bases: Sequence[str] = ("cls",)
+    seed: int = 0
+    folder: Path = Path("metrics")
+
+    @classmethod
+    def of(cls, params: Mapping, folder: Path = Path("metrics")) -> Study:
+        """The study that parameters describe, as plain dictionaries (params.yaml, read or dumped)."""
+        measured = {stage: tuple(params[stage]["datasets"]) for stage in MEASUREMENTS}
+        named = {name: params[name] for name in ("runs", "backbones", "datasets", "scenes", "in_distribution", "seed")}
+        return cls(
+            **named,
+            measured=measured,
+            zeroshot_runs=tuple(params["zeroshot"]["runs"]),
+            detectors=tuple(params["evaluate"]["detectors"]),
+            references=references(params["runs"], params["backbones"], params["compare"]["references"]),
+            bases=tuple(params["compare"].get("bases", cls.bases)),
+            folder=folder,
+        )
+
+    def sets(self, role: str) -> list[str]:
+        """Data sets with a role: `id`, `ood` or `anomaly`."""
+        return [name for name, entry in self.datasets.items() if entry["role"] == role]
+
+    def untouched(self, run: str) -> bool:
+        """Whether the run is its backbone as it is, without registers of ours and without silenced neurons."""
+        return self.runs[run]["registers"] == "none" and self.neurons(run) == "selected"
+
+    def neurons(self, run: str) -> str:
+        """Whose work the registers take over: `selected`, or a control."""
+        return self.runs[run].get("neurons") or "selected"
+
+    def planted(self, backbone: str) -> bool:
+        """Whether register neurons were put into it, so that the truth is known."""
+        return self.backbones[backbone].get("plant") is not None
+
+    def same_backbone(self, run: str, other: str) -> bool:
+        return self.runs[run]["backbone"] == self.runs[other]["backbone"]
+
+    def stages(self, run: str) -> Iterator[tuple[str, str]]:
+        """(stage, data set) of each measurement of a run; what is of the ID set's images has no folder for it."""
+        for stage in ("probe", "evaluate", "verify"):
+            yield stage, self.in_distribution
+        for stage, names in self.measured.items():
+            if stage != "zeroshot" or run in self.zeroshot_runs:
+                yield from ((stage, name) for name in names)
+
+    def path(self, run: str, stage: str, dataset: str, file: str) -> Path:
+        """Where a stage leaves a file of a run."""
+        folder = self.folder / "runs" / run / stage
+        return (folder / dataset if stage in MEASUREMENTS else folder) / file
+
+    def table(self, run: str, stage: str, dataset: str, name: str) -> pd.DataFrame:
+        """A table beside the figures; empty where the stage did not measure the run, or leaves no such table."""
+        path = self.path(run, stage, dataset, f"{name}.csv")
+        return read_table(path) if (stage, dataset) in self.stages(run) and path.is_file() else pd.DataFrame()
+
+    def search(self, backbone: str, name: str) -> pd.DataFrame:
+        """A table of the search for register neurons."""
+        return read_table(existing(self.folder / "backbones" / backbone / f"{name}.csv"))
+
+
+class Value(NamedTuple):
+    """A figure, its 95 % interval and the number of images behind it, as far as there are any."""
+
+    value: float
+    lo: float | None = None
+    hi: float | None = None
+    n: int | None = None
+
+    @property
+    def side(self) -> int:
+        """1 where the whole interval is above zero, −1 where it is below, else 0."""
+        return 0 if self.lo is None or self.hi is None else (self.lo > 0) - (self.hi < 0)
+
+
+def all_figures(study: Study) -> pd.DataFrame:
+    """Every figure of every run and backbone, a row each, with the stage in front of the columns of `stats.figures`.
+
+    Raises:
+        FileNotFoundError: a stage has not run; the message says which file is missing.
+    """
+    parts = []
+    for backbone in study.backbones:
+        parts.append(("identify", study.folder / "backbones" / backbone / "figures.csv"))
+    for run in study.runs:
+        parts += [(stage, study.path(run, stage, dataset, "figures.csv")) for stage, dataset in study.stages(run)]
+    tables = [read_figures(existing(path)).assign(stage=stage) for stage, path in parts]
+    joined = pd.concat(tables, ignore_index=True)
+    return joined[["stage", *joined.columns.drop("stage")]]
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A CSV file; an `image_id` is text, though it may look like a number."""
+    return pd.read_csv(path, dtype={"image_id": str})
+
+
+def read_compared(path: Path) -> pd.DataFrame:
+    """One of the two tables of `compare`; empty keys are empty texts."""
+    keys = ["stage", *KEYS, "reference", "reference_readout"]
+    table = pd.read_csv(existing(path), dtype=dict.fromkeys(keys, str))
+    return table.fillna({name: "" for name in keys if name in table.columns})
+
+
+def existing(path: Path) -> Path:
+    """The path of a file that a stage must have left."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}: run `dvc repro` first")
+    return path

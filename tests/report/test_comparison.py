@@ -1,0 +1,137 @@
+"""The comparison's tables say of each run what was measured on it, and a dash where nothing was."""
+
+import dataclasses
+
+import pandas as pd
+import pytest
+from report_example import params, write_study
+
+from regvit.report.comparison import (
+    accuracy_table,
+    anomaly_table,
+    classifier_table,
+    comparison,
+    control_table,
+    detector_table,
+    difference_table,
+    glance_table,
+    measurement_table,
+    readme_table,
+    runs_table,
+    sets_table,
+)
+from regvit.report.differences import COLUMNS
+from regvit.report.results import Place, Results
+from regvit.report.study import ANOMALY_MEAN, Study, all_figures
+
+
+def gained(results: Results, **of) -> Results:
+    """With one more difference, of +2 points [+1, +3]."""
+    row = dict.fromkeys(COLUMNS, "") | {"difference": 0.02, "lo": 0.01, "hi": 0.03, "p": 0.01, "n": 40} | of
+    more = Results.of(results.study, pd.DataFrame(columns=["value"]), pd.DataFrame([row]))
+    return dataclasses.replace(results, differences={**results.differences, **more.differences})
+
+
+def row_of(table, *starts: str) -> list[str]:
+    (row,) = [row for row in table.frame.map(str).values.tolist() if row[: len(starts)] == list(starts)]
+    return row
+
+
+def test_the_first_table_has_a_column_a_run_and_a_column_a_reference(results):
+    table = glance_table(results)
+    assert list(table.frame.columns) == ["measure", "data set", "n", "intact", "original", "cured", "original − intact", "cured − original"]  # fmt: skip
+    row = row_of(table, "CLS attention on outliers, %")
+    assert row[3] == "–" and row[4].startswith("30.0") and row[6] == "–"
+    assert row[7].startswith("+3.0") and row[7].endswith("▼")  # more attention on outliers is worse
+    assert row_of(table, "depth RMSE, m")[6].endswith("▲")
+
+
+def test_outliers_of_a_run_are_those_of_its_own_model(results):
+    home = results.study.in_distribution
+    without = {key: v for key, v in results.figures.items() if key[1] != Place("verify", "outlier_fraction", home)}
+    searched = dataclasses.replace(results, figures=without)
+    assert results.outliers("intact") is None  # its backbone shows none
+    assert [searched.outliers(run).value for run in ("original", "cured")] == [0.02, 0.0]
+
+
+def test_the_readme_has_at_most_ten_rows_that_are_in_the_first_table(results):
+    table = readme_table(results)
+    assert 8 <= len(table.frame) <= 10
+    assert set(table.frame["measure"]) <= set(glance_table(results).frame["measure"])
+
+
+def test_readouts_are_marked_against_cls_of_the_same_run_and_cls_against_the_reference(results):
+    of = {"stage": "evaluate", "metric": "top1", "dataset": "lines", "classifier": "linear"}
+    marked = gained(results, **of, run="cured", reference="original", readout="cls", reference_readout="cls")
+    assert [cell.endswith("▲") for cell in row_of(accuracy_table(marked), "cured", "cls")] == [
+        False,
+        False,
+        False,
+        True,
+    ]
+    marked = gained(results, **of, run="cured", reference="cured", readout="cls_reg", reference_readout="cls")
+    assert row_of(accuracy_table(marked), "cured", "cls_reg")[3].endswith("▲")
+    assert "▲" not in str(accuracy_table(results).frame)
+
+
+def test_a_lower_fpr_is_better(results):
+    of = {"stage": "evaluate", "metric": "fpr95", "dataset": ANOMALY_MEAN, "detector": "msp"}
+    marked = gained(results, **of, run="cured", reference="original", readout="cls", reference_readout="cls")
+    assert row_of(anomaly_table(marked), "cured", "cls")[3].endswith("▼")
+
+
+def test_differences_to_each_base_stand_with_their_intervals(results):
+    of = {"stage": "evaluate", "metric": "top1", "dataset": "home", "classifier": "linear", "run": "cured"}
+    marked = gained(results, **of, reference="cured", readout="cls_reg", reference_readout="patch_mean")
+    assert row_of(difference_table(marked), "cured", "cls_reg − patch_mean")[2:] == [
+        "home top-1",
+        "+2.0 [+1.0, +3.0] ▲",
+    ]
+    assert not difference_table(results)
+
+
+def test_classifiers_and_detectors_have_a_row_each(results):
+    assert list(classifier_table(results).frame["classifier"])[:2] == ["linear probe", "kNN"]
+    assert list(detector_table(results).frame["detector"]) == ["msp", "knn"]
+
+
+def test_the_controls_of_the_search_stand_beside_the_cure(results):
+    (row,) = control_table(results).frame.map(str).values.tolist()  # the plain backbone has no outliers
+    assert row[:2] == ["planted", "6"] and row[3].startswith("0.00") and row[6].startswith("2.00")
+
+
+def test_a_measurement_has_a_row_a_run_and_only_columns_that_somebody_has(results):
+    table = measurement_table(results, "attention", "scenes")
+    assert list(table.frame["run"]) == ["intact", "original", "cured"]
+    assert "on CLS, %" not in table.frame.columns
+    assert not measurement_table(results, "zeroshot", "scenes")
+
+
+def test_runs_and_sets_say_what_they_are(results):
+    assert row_of(runs_table(results), "cured")[4:] == ["planted", "1 at test time", "selected", "original"]
+    assert row_of(runs_table(results), "intact")[4:] == ["as it came", "none", "–", "–"]
+    assert row_of(sets_table(results), "lines")[2:] == ["the same classes, another look", "40"]
+    assert row_of(sets_table(results), "scenes")[2] == "attention, tokens, discover, segment, depth"
+
+
+def test_without_outliers_and_without_measurements_the_tables_hold_and_say_so(tmp_path):
+    bare = params()
+    for stage in ("tokens", "attention", "discover", "segment", "depth"):
+        bare[stage]["datasets"] = []
+    for block, name in (("runs", "intact"), ("backbones", "plain")):
+        bare[block] = {name: bare[block][name]}
+    study = Study.of(bare, tmp_path)
+    write_study(tmp_path)
+    titles = [table.title for table in comparison(Results.of(study, all_figures(study)))]
+    assert titles[:2] == ["What registers change", "Accuracy, % [95 % interval]"]
+    assert not any(title.startswith(("Outlier patches", "Cosine")) for title in titles)
+
+
+def test_a_set_that_was_taken_away_is_not_looked_at_and_a_missing_file_is_named(tmp_path):
+    study = write_study(tmp_path)
+    (tmp_path / "runs/cured/depth/scenes/figures.csv").unlink()
+    with pytest.raises(FileNotFoundError, match=r"there is no .*runs/cured/depth/scenes/figures\.csv: run `dvc repro`"):
+        all_figures(study)
+    less = params()
+    less["depth"]["datasets"] = []
+    assert "depth" not in set(all_figures(Study.of(less, tmp_path))["stage"])
