@@ -24,22 +24,21 @@ It takes the runs and the scenes of the pipeline, which must be built; the featu
 
 import argparse
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from scipy import ndimage
 from torch import Tensor
 
 from benchmarks.machine import describe
 from regvit.data.batches import Batches
-from regvit.data.decoding import original_size
 from regvit.data.manifest import Dataset, read_dataset
 from regvit.data.whole_images import WholeTransform
-from regvit.measures.discovery import K_PATCHES, lost, patch_size, similarity
+from regvit.features.dense_set import grid_side
+from regvit.measures.discovery import K_PATCHES, lost, similarity
 from regvit.models.backbones import Backbone, resized
 from regvit.models.token_features import Feature, last_layers, patch_features
 from regvit.registers.runs import open_run
@@ -148,21 +147,13 @@ def compare(
     features: Float[Tensor, "b p d"],
     grid: tuple[int, int],
     k_patches: int = K_PATCHES,
-    valid: Bool[Tensor, "b p"] | None = None,
 ) -> tuple[Agreement, list[Published]]:
-    """Our boxes of a batch held against the published ones, and these.
-
-    Args:
-        valid: as in `lost`; the published algorithm is given the rectangle of valid patches alone.
-    """
-    ours = lost(similarity(features, normalised=False), grid, 0.0, k_patches, valid).boxes
-    shown = torch.ones(features.shape[:2], dtype=torch.bool) if valid is None else valid
+    """Our boxes of a batch held against the published ones, and these."""
+    ours = lost(similarity(features, normalised=False), grid, 0.0, k_patches).boxes
     total, found = Agreement(), []
-    for one, own, box in zip(features, shown, ours.tolist(), strict=True):
-        rows, columns = (int(own.reshape(grid).any(axis).sum()) for axis in (1, 0))
-        assert own.sum() == rows * columns, "valid patches are no rectangle"
+    for one, box in zip(features, ours.tolist(), strict=True):
         theirs, reading, reverse = (
-            published_lost(one[own], (rows, columns), k_patches, equal) for equal in ("open", "reading", "reverse")
+            published_lost(one, grid, k_patches, equal) for equal in ("open", "reading", "reverse")
         )
         same = tuple(box) == theirs.box
         total += Agreement(
@@ -181,9 +172,10 @@ def measure_run(backbone: Backbone, dataset: Dataset, features: tuple[Feature, .
     """The agreement over all features and for each, and what the published setting finds."""
     last = Feature("k", max(feature.layer for feature in features))
     agreement, published = dict.fromkeys(features, Agreement()), []
-    for images, valid, grid in _batches(backbone, dataset):
+    for images in Batches(dataset, WholeTransform.of(backbone.transform), BATCH, label=None):
         for feature, values in patch_features(backbone.model, images, features).items():
-            one, found = compare(values, grid, valid=valid)
+            side = grid_side(values.shape[1])
+            one, found = compare(values, (side, side))
             agreement[feature] += one
             if feature == last:
                 published += found
@@ -198,17 +190,6 @@ def measure_run(backbone: Backbone, dataset: Dataset, features: tuple[Feature, .
             "whole_image": float(np.mean([one.whole for one in published])),
         },
     }
-
-
-def _batches(backbone: Backbone, dataset: Dataset) -> Iterator[tuple[Tensor, Tensor, tuple[int, int]]]:
-    """Images, which of their patches are valid, and the grid, as the discover stage has them (fit: pad)."""
-    transform, patch, start = WholeTransform.of(backbone.transform, "pad"), patch_size(backbone.model), 0
-    for images in Batches(dataset, transform, BATCH, label=None):
-        rows = range(start, start + len(images))
-        start = rows.stop
-        frames = [transform.frame(*original_size(dataset.image_path(row))) for row in rows]
-        valid = torch.from_numpy(np.stack([frame.valid_patches(patch) for frame in frames]))
-        yield images, valid, (images.shape[2] // patch, images.shape[3] // patch)
 
 
 def built_runs(folder: Path, dataset: Path) -> list[Path]:

@@ -25,7 +25,7 @@ def main(name: str) -> None:
     planted, recipe = None, entry.plant and entry.plant.model_dump()
     if recipe:
         planted = plant_on_train(built, recipe, params, runtime)
-        recipe = {"neurons": planted.neurons, **recipe, "images": IMAGES, "seed": params["seed"]}
+        recipe = {"neurons": planted.neurons, **recipe, "images": IMAGES, "seed": params.seed}
     folder = Path("data/backbones") / name
     digest = save_backbone(
         folder,
@@ -43,9 +43,9 @@ def main(name: str) -> None:
 
 def plant_on_train(built: Built, recipe: dict, params: dict, runtime: Runtime) -> Planted:
     """Fits the recipe on images of the ID train split; on the CPU, so that the weights come out the same everywhere."""
-    images = sample(read_dataset(Path("data") / params["in_distribution"]), "train", IMAGES, params["seed"])
+    images = sample(read_dataset(Path("data") / params.in_distribution), "train", IMAGES, params.seed)
     batches = Batches(images, built.transform, runtime.batch_size, runtime.workers, label="reading images to plant on")
-    return plant(built.model, torch.cat(list(batches)), seed=params["seed"], **recipe)
+    return plant(built.model, torch.cat(list(batches)), seed=params.seed, **recipe)
 
 
 if __name__ == "__main__":

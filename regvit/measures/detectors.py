@@ -12,27 +12,26 @@
 | `react` | energy of the logits of features clipped from above (Sun et al. 2021, arXiv:2111.12797) | the clip |
 
 Features are those that the probe's weight multiplies. What the papers leave open, for features with more channels than
-there are images as well as for others:
+there are images as well as for others (docs/deviations.md):
 
 - `knn`: k is one in a thousand training images, the papers' own ratio (50 of 50,000; 1,000 of 1.28 million), at least 10
   and at most all. A feature of zeros has no direction; it stays, and is 1 away from all others.
-- The covariance within the classes is shrunk as Ledoit and Wolf (2004, doi:10.1016/S0047-259X(03)00096-4) say,
-  (1 − ρ) S + ρ tr(S) / d · 1 with their ρ: it falls as 1 / images, so that with many this is the papers' S, and with few
-  it can be inverted. A plain pseudo-inverse would ignore just those directions in which no training image varies.
-  Directions without any variance even so (ρ = 0) are left out.
+- The covariance within the classes is shrunk as Ledoit and Wolf (2004, doi:10.1016/S0047-259X(03)00096-4) say, or by a
+  given share; 0 is the papers' own. A plain pseudo-inverse would ignore just those directions in which no training image
+  varies; directions without any variance even so are left out. scikit-learn's `ledoit_wolf` takes all features at once;
+  here they are read in blocks, and a test holds the two equal.
 - `relative_mahalanobis`: the covariance of all images is that within the classes, shrunk, plus that of their means. Two
   that are shrunk each on its own weigh the directions of little variance so differently that what is far from
   everything comes out as familiar (measured: AUROC 0.1 on features with more channels than images).
-- `vim`: the origin is −W⁺b and the space that of the D largest eigenvalues of the uncentred second moment. D is the
-  paper's: 1,000 where d > 1,500, else 512; it has no rule for d < 768, where D is d / 2. Of features of a lower rank r
-  than d the same share is taken, D r / d, as otherwise nothing of the training images would lie outside.
+- `vim`: the origin is −W⁺b, where singular values of W below 1e-4 of the largest count as 0 (a probe's rows sum to nearly
+  nothing: that direction is rounding noise), and the space that of the D largest eigenvalues of the uncentred second
+  moment. D is the paper's: 1,000 where d > 1,500, else 512; it has no rule for d < 768, where D is d / 2. Of features of a
+  lower rank r than d the same share is taken, D r / d, as otherwise nothing of the training images would lie outside.
 - `react`: the clip is the 90th percentile over all channels of all training images, the paper's. It was made for
   features behind a ReLU; those of a transformer are negative as well, and are clipped from above only.
 
 All work in float64. No score saturates: `msp` is summed from the other classes' probabilities, so two confident images
-stay apart where 1 − p would round to 0 for both. (pytorch-ood 0.2 was not used: its metrics, which are torchmetrics', take
-the sigmoid of scores outside of [0, 1], which rounds to 1 for large ones and so makes ties of them; and its kNN looks at
-the nearest neighbour only and returns (b, 1), which they refuse.)
+stay apart where 1 − p would round to 0 for both.
 
 Shape letters: b image, n training image, c class, d channel.
 """
@@ -40,16 +39,23 @@ Shape letters: b image, n training image, c class, d channel.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Protocol
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
+from scipy.special import logsumexp
+from sklearn.covariance import shrunk_covariance
+
+from regvit.features.stored_readouts import blocks
+from regvit.probing.neighbours import nearest
 
 CELLS_AT_ONCE = 1 << 21  # float64 held beside the features: 16 MiB
 CLIP_PERCENTILE = 90  # of ReAct
 CLIP_VALUES = 1 << 23  # activations that the percentile is taken of; beyond, of images drawn at random
+RCOND = 1e-4  # of the probe's singular values, in ViM's origin
 
 Scorer = Callable[[Float[np.ndarray, "b d"], Float[np.ndarray, "b c"]], Float[np.ndarray, " b"]]
 
@@ -61,7 +67,47 @@ class Linear(Protocol):
     bias: Float[np.ndarray, " c"]
 
 
-def fit(name: str, features: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"], probe: Linear) -> Scorer:
+@dataclass(frozen=True)
+class Detectors:
+    """Which detectors, and their settings.
+
+    Attributes:
+        names: of `DETECTORS`.
+        shrinkage: of the covariance of `mahalanobis` and its relative, 0 to 1; None: Ledoit and Wolf's.
+        device: where neighbours are looked for.
+    Raises:
+        ValueError: a name is unknown; the message gives the nearest one.
+    """
+
+    names: tuple[str, ...]
+    shrinkage: float | None = None
+    device: str | torch.device = field(default="cpu", compare=False)
+
+    def __post_init__(self):
+        for name in self.names:
+            if name not in DETECTORS:
+                near = get_close_matches(name, DETECTORS, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise ValueError(f"detector {name!r} is unknown; {hint}Known are {', '.join(DETECTORS)}")
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a detector is fitted on: features in blocks, class indices, and the probe."""
+
+    features: Float[np.ndarray, "n d"]
+    labels: Int[np.ndarray, " n"]
+    probe: Linear
+    detectors: Detectors
+
+
+def fit(
+    name: str,
+    features: Float[np.ndarray, "n d"],
+    labels: Int[np.ndarray, " n"],
+    probe: Linear,
+    detectors: Detectors | None = None,
+) -> Scorer:
     """The detector of that name, fitted on the training images.
 
     Args:
@@ -71,14 +117,17 @@ def fit(name: str, features: Float[np.ndarray, "n d"], labels: Int[np.ndarray, "
             often as the detector needs, and never held whole.
         labels: class index of each.
         probe: whose logits are scored.
+        detectors: the settings; None: the defaults.
     Returns: features (b, d) and logits (b, c) of images → scores (b,) float64.
     Raises:
         ValueError: the detector is unknown, or the features, labels and probe do not fit it; the scorer raises it if
             features or logits are of another shape, or not finite.
     """
-    check_known(name)
+    detectors = detectors or Detectors((name,))
     if name in LOGIT_DETECTORS:
-        return _LogitScorer(LOGIT_DETECTORS[name])
+        return lambda _, logits: LOGIT_DETECTORS[name](logits)
+    if name not in FITTED_DETECTORS:
+        Detectors((name,))
     features, labels = _checked_features(features), np.asarray(labels)
     if not len(features):
         raise ValueError(f"{name} was given no training images; give some images of the ID set split = train")
@@ -96,15 +145,18 @@ def fit(name: str, features: Float[np.ndarray, "n d"], labels: Int[np.ndarray, "
             f"the features have {features.shape[1]} channels and the probe takes {probe.weight.shape[1]}; give what "
             "its weight multiplies (Probe.embed)"
         )
-    return FITTED_DETECTORS[name](features, labels, probe)
+    score, d = FITTED_DETECTORS[name](Training(features, labels, probe, detectors)), features.shape[1]
 
+    def scorer(features: Float[np.ndarray, "b d"], logits: Float[np.ndarray, "b c"]) -> Float[np.ndarray, " b"]:
+        features = _checked_features(features, d)
+        if name == "knn":  # one pass over the training images for all
+            return score(features, logits)
+        scores = np.empty(len(features))
+        for rows in _blocks(len(features), max(d, len(probe.weight))):
+            scores[rows] = score(features[rows].astype(np.float64), logits[rows])
+        return scores
 
-def check_known(name: str) -> None:
-    """Raises ValueError if there is no detector of that name; the message gives the nearest one."""
-    if name not in DETECTORS:
-        near = get_close_matches(name, DETECTORS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"detector {name!r} is unknown; {hint}Known are {', '.join(DETECTORS)}")
+    return scorer
 
 
 # --- on logits alone ------------------------------------------------------------------------------------------------
@@ -130,9 +182,7 @@ def energy(logits: Float[np.ndarray, "b c"]) -> Float[np.ndarray, " b"]:
     Raises:
         ValueError: the logits are not (b, c) with at least one class, or not finite.
     """
-    logits = _checked_logits(logits)
-    largest = logits.max(1)
-    return -(largest + np.log(np.exp(logits - largest[:, None]).sum(1)))
+    return -logsumexp(_checked_logits(logits), axis=1)
 
 
 def max_logit(logits: Float[np.ndarray, "b c"]) -> Float[np.ndarray, " b"]:
@@ -144,46 +194,22 @@ def max_logit(logits: Float[np.ndarray, "b c"]) -> Float[np.ndarray, " b"]:
     return -_checked_logits(logits).max(1)
 
 
-@dataclass(frozen=True)
-class _LogitScorer:
-    score: Callable[[np.ndarray], np.ndarray]
-
-    def __call__(self, features: np.ndarray, logits: Float[np.ndarray, "b c"]) -> Float[np.ndarray, " b"]:
-        return self.score(logits)
-
-
 # --- on features ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Knn:
-    """Distance to the k-th nearest of the training features, all of unit length; in [0, 2].
+def fit_knn(train: Training) -> Scorer:
+    """Distance to the k-th nearest of the training features, all of unit length; in [0, 2]."""
+    n = len(train.features)
+    k, device = min(n, max(10, round(n / 1000))), train.detectors.device
 
-    Attributes:
-        train: the training features as they were given.
-        k: which neighbour, counted from 1.
-    """
-
-    train: Float[np.ndarray, "n d"]
-    k: int
-
-    @classmethod
-    def fit(cls, features: np.ndarray, labels: np.ndarray, probe: Linear) -> Knn:
-        """Nothing to fit but k."""
-        return cls(features, min(len(features), max(10, round(len(features) / 1000))))
-
-    def __call__(self, features: Float[np.ndarray, "b d"], logits: np.ndarray) -> Float[np.ndarray, " b"]:
-        features = _checked_features(features, self.train.shape[1])
+    def score(features: Float[np.ndarray, "b d"], _: np.ndarray) -> Float[np.ndarray, " b"]:
         scores = np.empty(len(features))
-        for rows in _blocks(len(features), self.train.shape[1]):
-            directions = _unit(features[rows])
-            nearest = np.full((len(directions), self.k), np.inf)  # squared distances, in no order
-            for some in _blocks(len(self.train), max(len(directions), self.train.shape[1])):
-                train = _unit(self.train[some])
-                squares = (directions**2).sum(1)[:, None] - 2 * directions @ train.T + (train**2).sum(1)
-                nearest = np.partition(np.hstack([nearest, squares]), self.k - 1, axis=1)[:, : self.k]
-            scores[rows] = np.sqrt(nearest.max(1).clip(0))
+        for rows, _, neighbours in nearest(train.features, features, k, device):
+            kth = neighbours[:, -1].cpu().numpy()
+            scores[rows] = np.linalg.norm(_unit(features[rows]) - _unit(train.features[kth]), axis=1)
         return scores
+
+    return score
 
 
 @dataclass(frozen=True)
@@ -194,7 +220,7 @@ class Scatter:
         means: of the classes that have training images.
         shares: of the images, of those classes.
         covariance: within the classes, shrunk.
-        shrinkage: ρ of Ledoit and Wolf.
+        shrinkage: ρ: (1 − ρ) S + ρ tr(S) / d · 1.
     """
 
     means: Float[np.ndarray, "c d"]
@@ -203,7 +229,9 @@ class Scatter:
     shrinkage: float
 
     @classmethod
-    def fit(cls, features: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"]) -> Scatter:
+    def fit(
+        cls, features: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"], shrinkage: float | None = None
+    ) -> Scatter:
         """Class means, and the covariance of what remains around them.
 
         Raises:
@@ -220,18 +248,16 @@ class Scatter:
             deviations = features[rows] - means[place[rows]]
             covariance += deviations.T @ deviations / n
             fourth += float(((deviations**2).sum(1) ** 2).sum()) / n
-        level = float(np.trace(covariance)) / d
+        level, square = float(np.trace(covariance)) / d, float((covariance**2).sum())
         if not level > 0:
             raise ValueError(
                 f"the features of all {n} training images equal the mean of their class, so there is no covariance; "
                 "look at how they were extracted, or leave out mahalanobis and relative_mahalanobis"
             )
-        square = float((covariance**2).sum())
-        apart = square - d * level**2  # distance² of the covariance from a multiple of the identity
-        shrinkage = min(1.0, (fourth - square) / n / apart) if apart > 0 else 0.0
-        covariance *= 1 - shrinkage
-        covariance.flat[:: d + 1] += shrinkage * level
-        return cls(means, counts / n, covariance, shrinkage)
+        if shrinkage is None:
+            apart = square - d * level**2  # distance² of the covariance from a multiple of the identity
+            shrinkage = min(1.0, (fourth - square) / n / apart) if apart > 0 else 0.0
+        return cls(means, counts / n, shrunk_covariance(covariance, shrinkage), shrinkage)
 
     def within(self) -> Gaussian:
         """One normal distribution a class."""
@@ -261,101 +287,71 @@ class Gaussian:
     def distances(self, features: Float[np.ndarray, "b d"]) -> Float[np.ndarray, " b"]:
         """Squared Mahalanobis distance to the nearest mean."""
         centre = self.means.mean(0)
-        means = (self.means - centre) @ self.whitening  # (c, r)
-        nearest = np.empty(len(features))
-        for rows in _blocks(len(features), max(self.means.shape)):
-            x = (features[rows] - centre) @ self.whitening  # (b, r)
-            squares = (x**2).sum(1)[:, None] - 2 * x @ means.T + (means**2).sum(1)
-            nearest[rows] = squares.min(1).clip(0)
-        return nearest
+        means, x = (self.means - centre) @ self.whitening, (features - centre) @ self.whitening  # (c, r), (b, r)
+        squares = (x**2).sum(1)[:, None] - 2 * x @ means.T + (means**2).sum(1)
+        return squares.min(1).clip(0)
 
 
-@dataclass(frozen=True)
-class Mahalanobis:
-    """Squared distance to the nearest class, less that to all images together where there is a `background`."""
-
-    classes: Gaussian
-    background: Gaussian | None
-
-    @classmethod
-    def fit(cls, features: np.ndarray, labels: np.ndarray, probe: Linear) -> Mahalanobis:
-        """Of Lee et al.; one class is allowed."""
-        return cls(Scatter.fit(features, labels).within(), None)
-
-    @classmethod
-    def fit_relative(cls, features: np.ndarray, labels: np.ndarray, probe: Linear) -> Mahalanobis:
-        """Of Ren et al.
-
-        Raises:
-            ValueError: all images are of one class, which would be its own background.
-        """
-        if (labels == labels[0]).all():
-            raise ValueError(
-                f"all {len(labels)} training images are of class {labels[0]}, so relative_mahalanobis would give every "
-                "image 0; use mahalanobis"
-            )
-        scatter = Scatter.fit(features, labels)
-        return cls(scatter.within(), scatter.whole())
-
-    def __call__(self, features: Float[np.ndarray, "b d"], logits: np.ndarray) -> Float[np.ndarray, " b"]:
-        features = _checked_features(features, self.classes.means.shape[1])
-        distances = self.classes.distances(features)
-        return distances if self.background is None else distances - self.background.distances(features)
+def fit_mahalanobis(train: Training) -> Scorer:
+    """Squared distance to the nearest class; one class is allowed."""
+    classes = Scatter.fit(train.features, train.labels, train.detectors.shrinkage).within()
+    return lambda features, _: classes.distances(features)
 
 
-@dataclass(frozen=True)
-class Vim:
-    """Virtual-logit matching: the virtual logit α ‖residual‖ against the real ones' log-sum-exp.
+def fit_relative(train: Training) -> Scorer:
+    """Squared distance to the nearest class, less that to all images together.
 
-    Attributes:
-        origin: −W⁺b, where all logits of the probe are nearest to 0.
-        residual: basis of what is orthogonal to the principal space.
-        scale: α, mean largest logit over mean residual length of the training images.
+    Raises:
+        ValueError: all images are of one class, which would be its own background.
     """
-
-    origin: Float[np.ndarray, " d"]
-    residual: Float[np.ndarray, "d q"]
-    scale: float
-
-    @classmethod
-    def fit(cls, features: Float[np.ndarray, "n d"], labels: np.ndarray, probe: Linear) -> Vim:
-        """Principal space and scale.
-
-        Raises:
-            ValueError: the features have a rank below 2, or the mean largest logit is not positive.
-        """
-        n, d = features.shape
-        weight, bias = np.asarray(probe.weight, dtype=np.float64), np.asarray(probe.bias, dtype=np.float64)
-        origin = -np.linalg.pinv(weight) @ bias
-        moment, largest = np.zeros((d, d)), 0.0
-        for rows in _blocks(n, max(d, len(weight))):
-            shifted = features[rows] - origin
-            moment += shifted.T @ shifted / n
-            largest += float((features[rows] @ weight.T + bias).max(1).sum()) / n
-        values, vectors = np.linalg.eigh(moment)  # ascending
-        rank = int((values > values[-1] * d * np.finfo(np.float64).eps).sum())
-        if rank < 2:
-            raise ValueError(
-                f"the features of the {n} training images have rank {rank} about the probe's origin, so vim has no "
-                "space to leave; look at how they were extracted"
-            )
-        if not largest > 0:
-            raise ValueError(
-                f"the largest logits of the training images are {largest:.4g} in the mean; vim scales by it, and needs "
-                "it above 0: look at the probe"
-            )
-        residual = np.ascontiguousarray(vectors[:, : d - principal_channels(d, rank)])
-        length = sum(
-            float(np.linalg.norm((features[rows] - origin) @ residual, axis=1).sum()) / n for rows in _blocks(n, d)
+    if (train.labels == train.labels[0]).all():
+        raise ValueError(
+            f"all {len(train.labels)} training images are of class {train.labels[0]}, so relative_mahalanobis would give "
+            "every image 0; use mahalanobis"
         )
-        return cls(origin, residual, largest / length)
+    scatter = Scatter.fit(train.features, train.labels, train.detectors.shrinkage)
+    classes, background = scatter.within(), scatter.whole()
+    return lambda features, _: classes.distances(features) - background.distances(features)
 
-    def __call__(self, features: Float[np.ndarray, "b d"], logits: Float[np.ndarray, "b c"]) -> np.ndarray:
-        features = _checked_features(features, len(self.origin))
-        length = np.empty(len(features))
-        for rows in _blocks(len(features), len(self.origin)):
-            length[rows] = np.linalg.norm((features[rows] - self.origin) @ self.residual, axis=1)
-        return self.scale * length + energy(logits)
+
+def fit_vim(train: Training) -> Scorer:
+    """Virtual-logit matching: α ‖residual‖ against the real logits' log-sum-exp.
+
+    Raises:
+        ValueError: the features have a rank below 2, or the mean largest logit is not positive.
+    """
+    features, (n, d) = train.features, train.features.shape
+    weight, bias = (np.asarray(values, dtype=np.float64) for values in (train.probe.weight, train.probe.bias))
+    origin = vim_origin(weight, bias)
+    moment, largest = np.zeros((d, d)), 0.0
+    for rows in _blocks(n, max(d, len(weight))):
+        shifted = features[rows] - origin
+        moment += shifted.T @ shifted / n
+        largest += float((features[rows] @ weight.T + bias).max(1).sum()) / n
+    values, vectors = np.linalg.eigh(moment)  # ascending
+    rank = int((values > values[-1] * d * np.finfo(np.float64).eps).sum())
+    if rank < 2:
+        raise ValueError(
+            f"the features of the {n} training images have rank {rank} about the probe's origin, so vim has no space to "
+            "leave; look at how they were extracted"
+        )
+    if not largest > 0:
+        raise ValueError(
+            f"the largest logits of the training images are {largest:.4g} in the mean; vim scales by it, and needs it "
+            "above 0: look at the probe"
+        )
+    residual = np.ascontiguousarray(vectors[:, : d - principal_channels(d, rank)])
+
+    def length(some: Float[np.ndarray, "b d"]) -> Float[np.ndarray, " b"]:
+        return np.linalg.norm((some - origin) @ residual, axis=1)
+
+    scale = largest / (sum(float(length(features[rows]).sum()) for rows in _blocks(n, d)) / n)
+    return lambda features, logits: scale * length(features) + energy(logits)
+
+
+def vim_origin(weight: Float[np.ndarray, "c d"], bias: Float[np.ndarray, " c"]) -> Float[np.ndarray, " d"]:
+    """−W⁺b, where all logits of the probe are nearest to 0."""
+    return -np.linalg.pinv(weight, rcond=RCOND) @ bias
 
 
 def principal_channels(d: int, rank: int) -> int:
@@ -364,32 +360,15 @@ def principal_channels(d: int, rank: int) -> int:
     return min(rank - 1, max(1, round(dimension * rank / d)))
 
 
-@dataclass(frozen=True)
-class React:
-    """Energy of the logits of features clipped from above at `clip`."""
-
-    clip: float
-    weight: Float[np.ndarray, "c d"]
-    bias: Float[np.ndarray, " c"]
-
-    @classmethod
-    def fit(cls, features: Float[np.ndarray, "n d"], labels: np.ndarray, probe: Linear) -> React:
-        """The percentile of the training activations."""
-        n, d = features.shape
-        if n * d > CLIP_VALUES:
-            some = features[np.sort(np.random.default_rng(0).choice(n, CLIP_VALUES // d, replace=False))]
-        else:
-            some = features[:]
-        clip = np.percentile(some.astype(np.float64), CLIP_PERCENTILE)
-        return cls(float(clip), np.asarray(probe.weight, np.float64), np.asarray(probe.bias, np.float64))
-
-    def __call__(self, features: Float[np.ndarray, "b d"], logits: np.ndarray) -> Float[np.ndarray, " b"]:
-        features = _checked_features(features, self.weight.shape[1])
-        scores = np.empty(len(features))
-        for rows in _blocks(len(features), max(self.weight.shape)):
-            clipped = np.minimum(features[rows].astype(np.float64), self.clip)
-            scores[rows] = energy(clipped @ self.weight.T + self.bias)
-        return scores
+def fit_react(train: Training) -> Scorer:
+    """Energy of the logits of features clipped from above at a percentile of the training activations."""
+    features, (n, d) = train.features, train.features.shape
+    some = slice(None)
+    if n * d > CLIP_VALUES:
+        some = np.sort(np.random.default_rng(0).choice(n, CLIP_VALUES // d, replace=False))
+    clip = float(np.percentile(features[some].astype(np.float64), CLIP_PERCENTILE))
+    weight, bias = (np.asarray(values, dtype=np.float64) for values in (train.probe.weight, train.probe.bias))
+    return lambda features, _: energy(np.minimum(features, clip) @ weight.T + bias)
 
 
 LOGIT_DETECTORS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -397,12 +376,12 @@ LOGIT_DETECTORS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "energy": energy,
     "max_logit": max_logit,
 }
-FITTED_DETECTORS: dict[str, Callable[[np.ndarray, np.ndarray, Linear], Scorer]] = {
-    "knn": Knn.fit,
-    "mahalanobis": Mahalanobis.fit,
-    "relative_mahalanobis": Mahalanobis.fit_relative,
-    "vim": Vim.fit,
-    "react": React.fit,
+FITTED_DETECTORS: dict[str, Callable[[Training], Scorer]] = {
+    "knn": fit_knn,
+    "mahalanobis": fit_mahalanobis,
+    "relative_mahalanobis": fit_relative,
+    "vim": fit_vim,
+    "react": fit_react,
 }
 DETECTORS = (*LOGIT_DETECTORS, *FITTED_DETECTORS)
 FEATURES_ONLY = ("knn", "mahalanobis", "relative_mahalanobis")  # the probe's logits play no part
@@ -410,8 +389,7 @@ FEATURES_ONLY = ("knn", "mahalanobis", "relative_mahalanobis")  # the probe's lo
 
 def _blocks(n: int, width: int) -> Iterator[slice]:
     """Rows cut so that a block of them is a bounded number of values."""
-    rows = max(1, CELLS_AT_ONCE // max(1, width))
-    return (slice(start, min(start + rows, n)) for start in range(0, n, rows))
+    return blocks(n, max(1, CELLS_AT_ONCE // max(1, width)))
 
 
 def _unit(features: np.ndarray) -> Float[np.ndarray, "b d"]:

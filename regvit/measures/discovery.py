@@ -20,29 +20,26 @@ arXiv:2309.16588, appendix. Shape letters: b image, p patch, d channel, h head, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from scipy import ndimage
-from torch import Tensor, nn
+from torch import Tensor
 
-from regvit.data.batches import Batches
 from regvit.data.decoding import original_size
-from regvit.data.manifest import Row
-from regvit.data.whole_images import WholeTransform, valid_patches
-from regvit.models.attention import watch_prefix_attention
-from regvit.models.hooks import blocks
-from regvit.models.nan_check import check_finite
-from regvit.models.token_features import Feature, watch_patch_features
-from regvit.models.tokens import TokenLayout
+from regvit.features.dense_set import DenseSet
+from regvit.models.token_features import Feature
+from regvit.stats.accuracy import accuracy
+from regvit.stats.bootstrap import mean_over_images
 from regvit.stats.boxes import HIT, best_iou, true_boxes
+from regvit.stats.figures import Figure
 
 K_PATCHES = 100  # patches of lowest degree that may join the seed; the paper's value
 MASS = 0.6  # share of the CLS attention that the mask of `attention_boxes` keeps; the value of DINO's code
@@ -99,7 +96,6 @@ def lost(
     grid: tuple[int, int],
     bias: float = 0.0,
     k_patches: int = K_PATCHES,
-    valid: Bool[Tensor, "b p"] | None = None,
 ) -> Found:
     """LOST on a batch of images, on the device of the similarities; only the masks are labelled on the CPU.
 
@@ -108,9 +104,8 @@ def lost(
         grid: rows and columns of patches.
         bias: added to every similarity.
         k_patches: how many patches of lowest degree may join the seed; all where there are fewer.
-        valid: False where a patch shows nothing but padding: it takes no part. All are valid when None.
     Raises:
-        ValueError: the similarities do not fit the grid, k_patches is below 1, or an image has no valid patch.
+        ValueError: the similarities do not fit the grid, or k_patches is below 1.
     """
     b, p, _ = similarities.shape
     if p != grid[0] * grid[1]:
@@ -118,21 +113,15 @@ def lost(
     if k_patches < 1:
         raise ValueError(f"k_patches is {k_patches}; expected 1 or more")
     positive = similarities > -bias  # (b, p, p)
-    if valid is not None:
-        if not valid.any(1).all():
-            raise ValueError("an image has no valid patch; check the frame that it was padded in")
-        positive = positive & valid[:, None] & valid[:, :, None]
-    degree = (
-        positive.sum(2, dtype=torch.int32) - positive.diagonal(dim1=1, dim2=2).int()
-    )  # (b, p); int32: 5 times as fast
-    ranked = degree if valid is None else degree.masked_fill(~valid, p)
-    order = ranked.argsort(dim=1, stable=True)
+    own = positive.diagonal(dim1=1, dim2=2).int()
+    degree = positive.sum(2, dtype=torch.int32) - own  # (b, p); int32: 5 times as fast
+    order = degree.argsort(dim=1, stable=True)
     image, seed = torch.arange(b, device=order.device), order[:, 0]
     chosen = torch.zeros_like(positive[:, 0]).scatter_(1, order[:, :k_patches], True) & positive[image, seed]
     chosen[image, seed] = True
     weights = chosen.to(similarities.dtype)  # (b, p)
     summed = torch.einsum("bp,bpq->bq", weights, similarities) + bias * weights.sum(1, keepdim=True)
-    mask = summed > 0 if valid is None else (summed > 0) & valid
+    mask = summed > 0
     mask[image, seed] = True
     isolated = degree[image, seed] == 0
     seeds = seed.cpu().numpy()
@@ -144,7 +133,6 @@ def attention_boxes(
     attention: Float[Tensor, "b p"],
     grid: tuple[int, int],
     mass: float = MASS,
-    valid: Bool[Tensor, "b p"] | None = None,
 ) -> Found:
     """Boxes from the CLS attention of one head, the baseline "DINO-seg" of the LOST paper.
 
@@ -154,7 +142,6 @@ def attention_boxes(
 
     Args:
         attention: of the CLS token to every patch; any positive scale.
-        valid: as in `lost`.
     Raises:
         ValueError: the attention does not fit the grid, or the mass is not in (0, 1].
     """
@@ -163,7 +150,7 @@ def attention_boxes(
         raise ValueError(f"attention to {p} patches does not fit a grid of {grid[0]} x {grid[1]}")
     if not 0 < mass <= 1:
         raise ValueError(f"mass is {mass}; expected a share in (0, 1]")
-    weights = attention.double() if valid is None else attention.double() * valid
+    weights = attention.double()
     ascending, order = weights.sort(dim=1, stable=True)
     reached = ascending.cumsum(1) / ascending.sum(1, keepdim=True).clamp_min(torch.finfo(ascending.dtype).tiny)
     kept = torch.zeros_like(weights, dtype=torch.bool).scatter_(1, order, reached > 1 - mass)
@@ -193,118 +180,7 @@ def boxes_around(masks: Bool[np.ndarray, "b i j"]) -> Int[np.ndarray, "b 4"]:
 
 
 @dataclass(frozen=True)
-class Predicted:
-    """One box an image from every setting, in pixels.
-
-    Attributes:
-        lost: one row a setting.
-        isolated: True where the seed was isolated.
-        heads: from the last block's CLS attention, one row a head; no rows where they were not asked for.
-    """
-
-    lost: Float[np.ndarray, "s b 4"]
-    isolated: Bool[np.ndarray, "s b"]
-    heads: Float[np.ndarray, "h b 4"]
-
-
-def discover(
-    model: nn.Module,
-    images: Float[Tensor, "b 3 y x"],
-    chosen: Sequence[Setting],
-    k_patches: int = K_PATCHES,
-    heads: bool = False,
-    valid: Bool[Tensor, "b p"] | None = None,
-    rows: Sequence[Row] | None = None,
-) -> Predicted:
-    """Boxes of one batch for every setting, from one forward, in pixels of the model's input.
-
-    Args:
-        model: a timm vision transformer, with or without registers; CLS and registers take no part.
-        images: normalised, on the model's device.
-        chosen: settings; those of one feature and normalisation share a similarity matrix where they follow one another.
-        heads: whether boxes are drawn from the CLS attention too.
-        valid: as in `lost`.
-        rows: of the images in their data set, for errors; None where they are in none.
-    Raises:
-        ValueError: a feature or the CLS attention cannot be read, or the patches do not make up the grid of the images.
-        BadFeatures: a feature of an image or its attention is NaN or infinite.
-    """
-    patch = patch_size(model)
-    grid = (images.shape[2] // patch, images.shape[3] // patch)
-    layout = TokenLayout.of(model)
-    if heads and not layout.cls:
-        raise ValueError("this model has no CLS token, so there is no CLS attention to draw boxes from; heads=False")
-    features = list(dict.fromkeys(setting.feature for setting in chosen))
-    last = len(blocks(model)) - 1
-    with (
-        torch.inference_mode(),
-        watch_prefix_attention(model, [last]) if heads else nullcontext() as attention,
-        watch_patch_features(model, features) as seen,
-    ):
-        model.forward_features(images)
-        looked_at = {f"{kind} of block {layer}": seen[Feature(kind, layer)] for kind, layer in features}
-        if heads:
-            looked_at["attention"] = attention[last]
-    check_finite(model, images, looked_at, rows)
-    with torch.inference_mode():
-        found, key, matrix = [], None, None
-        for setting in chosen:
-            if (setting.feature, setting.normalised) != key:
-                key = (setting.feature, setting.normalised)
-                matrix = similarity(seen[setting.feature], setting.normalised)
-            found.append(lost(matrix, grid, setting.bias, k_patches, valid))
-        maps = layout.patches(attention[last][:, :, 0].mT).unbind(2) if heads else ()  # CLS is query 0; (b, p) a head
-        per_head = [attention_boxes(one, grid, valid=valid) for one in maps]
-    b = len(images)
-    return Predicted(
-        np.reshape([one.boxes * float(patch) for one in found], (-1, b, 4)),
-        np.reshape([one.isolated for one in found], (-1, b)).astype(bool),
-        np.reshape([one.boxes * float(patch) for one in per_head], (-1, b, 4)),
-    )
-
-
-def discover_all(
-    model: nn.Module,
-    batches: Batches,
-    chosen: Sequence[Setting],
-    k_patches: int = K_PATCHES,
-    heads: bool = False,
-) -> Predicted:
-    """Boxes of a whole data set, in pixels of its images; besides them, only a batch is held in memory.
-
-    Args:
-        model: on the device of the batches.
-        batches: with a `WholeTransform`, so that nothing of an image is cut off.
-    Raises:
-        ValueError: the transform crops, there are no images, or as `discover`.
-        BadFeatures: as `discover`.
-    """
-    if not isinstance(batches.transform, WholeTransform):
-        raise ValueError("the batches' transform crops, so boxes would not fit; give WholeTransform.of(transform)")
-    if not len(batches.dataset):
-        raise ValueError(f"data set {batches.dataset.name} has no images to look for objects in")
-    patch, start, parts = patch_size(model), 0, []
-    for images in batches:
-        rows = range(start, start + len(images))
-        frames = [batches.transform.frame(*original_size(batches.dataset.image_path(i))) for i in rows]
-        start = rows.stop
-        valid = valid_patches(frames, patch)
-        valid = None if valid is None else valid.to(images.device)
-        part = discover(model, images, chosen, k_patches, heads, valid, batches.dataset.rows[rows.start : rows.stop])
-        parts.append(
-            Predicted(
-                np.stack([frame.to_original(part.lost[:, i]) for i, frame in enumerate(frames)], axis=1),
-                part.isolated,
-                np.stack([frame.to_original(part.heads[:, i]) for i, frame in enumerate(frames)], axis=1),
-            )
-        )
-    return Predicted(
-        *(np.concatenate([getattr(part, field.name) for part in parts], axis=1) for field in fields(Predicted))
-    )
-
-
-@dataclass(frozen=True)
-class Measured:
+class Discovered:
     """How well every setting finds objects in the same images.
 
     Attributes:
@@ -312,7 +188,7 @@ class Measured:
         boxes: in pixels of the images.
         overlaps: intersection over union of each box with its image's best true box.
         isolated: True where the seed was isolated.
-        head_overlaps: of the boxes from the last block's CLS attention, one row a head; no rows if not asked for.
+        head_overlaps: of the boxes from the last block's CLS attention, one row a head; no rows where it was not kept.
     """
 
     settings: tuple[Setting, ...]
@@ -340,16 +216,62 @@ class Measured:
         return self.settings[among[choose(self.overlaps[among])]]
 
 
-def measure(
-    model: nn.Module, batches: Batches, tried: Sequence[Setting], k_patches: int = K_PATCHES, heads: bool = False
-) -> Measured:
-    """Looks for objects in a data set with boxes, and holds what is found against them. Arguments as `discover_all`."""
-    found, truth = discover_all(model, batches, tried, k_patches, heads), true_boxes(batches.dataset)
+def kept_features(dense: DenseSet, kinds: Iterable[str]) -> tuple[Feature, ...]:
+    """The features of some kinds that a store has, kind by kind, layers ascending."""
+    return tuple(Feature(kind, layer) for kind in kinds for layer in dense.store.attributes["inside_layers"])
+
+
+def discover(dense: DenseSet, rows: Sequence[int], tried: Sequence[Setting], k_patches: int = K_PATCHES) -> Discovered:
+    """Looks for objects in images with boxes, and holds what is found against them.
+
+    Besides what is found, only a unit of the store is held in memory.
+
+    Args:
+        rows: of `dense`, ascending.
+        tried: settings; those of one feature and normalisation share a similarity matrix where they follow one another.
+    Raises:
+        KeyError: a feature was not kept.
+    """
+    kinds, layers = dict.fromkeys(one.feature.kind for one in tried), dense.store.attributes["inside_layers"]
+    heads = bool(dense.layout.cls) and "attention" in dense.store.arrays
+    parts = []
+    for own, arrays in dense.batches(rows, *kinds, *(["attention"] if heads else [])):
+        features = {Feature(kind, layer): arrays[kind][:, m] for kind in kinds for m, layer in enumerate(layers)}
+        maps = arrays["attention"][:, -1, :, 0, dense.layout.prefix :] if heads else None  # CLS is query 0; (b, h, p)
+        sizes = np.array([original_size(dense.dataset.image_path(row)) for row in own])
+        scale = np.tile(sizes, 2) / dense.side  # pixels of the image a patch, as images are squashed
+        boxes, isolated, per_head = find_boxes(features, maps, dense.side, tried, k_patches)
+        parts.append((boxes * scale, isolated, per_head * scale))
+    boxes, isolated, per_head = (np.concatenate(every, axis=1) for every in zip(*parts, strict=True))
+    truth = true_boxes(dense.dataset)
+    truth = [truth[row] for row in rows]
     overlaps, head_overlaps = (
-        np.reshape([best_iou(boxes, truth) for boxes in every], (len(every), len(truth)))
-        for every in (found.lost, found.heads)
+        np.reshape([best_iou(one, truth) for one in every], (len(every), len(truth))) for every in (boxes, per_head)
     )
-    return Measured(tuple(tried), found.lost, overlaps, found.isolated, head_overlaps)
+    return Discovered(tuple(tried), boxes, overlaps, isolated, head_overlaps)
+
+
+def find_boxes(
+    features: Mapping[Feature, Float[Tensor, "b p d"]],
+    attention: Float[Tensor, "b h p"] | None,
+    side: int,
+    tried: Sequence[Setting],
+    k_patches: int = K_PATCHES,
+) -> tuple[Float[np.ndarray, "s b 4"], Bool[np.ndarray, "s b"], Float[np.ndarray, "h b 4"]]:
+    """Boxes of one batch from every setting, in patches; where seeds were isolated; and boxes from every head."""
+    found, key, matrix = [], None, None
+    for setting in tried:
+        if (setting.feature, setting.normalised) != key:
+            key = (setting.feature, setting.normalised)
+            matrix = similarity(features[setting.feature], setting.normalised)
+        found.append(lost(matrix, (side, side), setting.bias, k_patches))
+    heads = [] if attention is None else [attention_boxes(one, (side, side)).boxes for one in attention.unbind(1)]
+    b = len(next(iter(features.values())))
+    return (
+        np.reshape([one.boxes for one in found], (-1, b, 4)).astype(float),
+        np.reshape([one.isolated for one in found], (-1, b)).astype(bool),
+        np.reshape(heads, (-1, b, 4)).astype(float),
+    )
 
 
 def choose(overlaps: Float[np.ndarray, "s b"]) -> int:
@@ -366,19 +288,67 @@ def choose(overlaps: Float[np.ndarray, "s b"]) -> int:
     return int(np.lexsort((-np.round(overlaps.mean(1), 9), -(overlaps >= HIT).sum(1)))[0])
 
 
-def patch_size(model: nn.Module) -> int:
-    """Side of the model's square patches in pixels.
+def figures(tried: Discovered, final: Discovered, published: Setting | None, seed: int) -> list[Figure]:
+    """CorLoc of the chosen setting and what stands beside it, each with its interval; the seed is of the bootstrap.
 
-    Raises:
-        ValueError: it is not known, or patches are not square.
+    `corloc_mean` is over every kind and layer, each with its own best setting, so that it does not hang on one choice;
+    `corloc_<kind>` of each kind's own best setting; `corloc_published` of the setting of the published code;
+    `corloc_dino_seg` of the box from the CLS attention of the last block's best head.
+
+    Args:
+        tried: every setting on the images that it is chosen on.
+        final: the chosen ones on the test images.
     """
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    sides = (patch, patch) if isinstance(patch, int) else tuple(patch or ())
-    if len(sides) != 2 or sides[0] != sides[1]:
-        raise ValueError(
-            f"{type(model).__name__} has patches of {patch}; expected square ones at patch_embed.patch_size"
-        )
-    return sides[0]
+    found = [Figure.of("corloc_mean", mean_over_images(mean_hits(tried, final), seed))]
+    for metric, values in {**_hits(tried, final, published), "corloc_chosen_on": tried.hits(tried.best())}.items():
+        found.append(Figure.of(metric, accuracy(values)))
+    isolated = final.isolated[final.settings.index(tried.best())]
+    return [*found, Figure("isolated", float(isolated.mean()), n=len(isolated))]
+
+
+def mean_hits(tried: Discovered, final: Discovered) -> Float[np.ndarray, " b"]:
+    """Share of the features whose own best setting finds an object, per image."""
+    return np.mean([final.hits(one) for one in tried.best_of_each()], axis=0)
+
+
+def _hits(tried: Discovered, final: Discovered, published: Setting | None) -> dict[str, Bool[np.ndarray, " b"]]:
+    kinds = dict.fromkeys(one.feature.kind for one in tried.settings)
+    hits = {"corloc": final.hits(tried.best())} | {f"corloc_{kind}": final.hits(tried.best(kind)) for kind in kinds}
+    if published is not None:
+        hits["corloc_published"] = final.hits(published)
+    if len(tried.head_overlaps):
+        hits["corloc_dino_seg"] = final.head_overlaps[choose(tried.head_overlaps)] >= HIT
+    return hits
+
+
+def image_columns(tried: Discovered, final: Discovered, published: Setting | None) -> dict[str, np.ndarray]:
+    """Of every test image: whether each of `figures` finds an object, and box and overlap of the chosen setting."""
+    winner = final.settings.index(tried.best())
+    columns = {name: hits.astype(int) for name, hits in _hits(tried, final, published).items()}
+    columns |= {"corloc_mean": mean_hits(tried, final), "iou": final.overlaps[winner]}
+    return columns | dict(zip(("x0", "y0", "x1", "y1"), final.boxes[winner].T.round(2), strict=True))
+
+
+def sweep_table(tried: Discovered) -> pd.DataFrame:
+    """Every setting on the images that it is chosen on."""
+    table = _named(tried.settings)
+    return table.assign(
+        corloc=(tried.overlaps >= HIT).mean(1), iou=tried.overlaps.mean(1), isolated=tried.isolated.mean(1)
+    )
+
+
+def feature_table(tried: Discovered, final: Discovered) -> pd.DataFrame:
+    """Every feature with its chosen setting, on the test images; `chosen` marks that of all."""
+    best = tried.best_of_each()
+    estimates = [accuracy(final.hits(one)) for one in best]
+    table = _named(best).assign(**{f"corloc{end}": [getattr(one, end[1:] or "value") for one in estimates]
+                                   for end in ("", "_lo", "_hi")})  # fmt: skip
+    return table.assign(chosen=[int(one == tried.best()) for one in best])
+
+
+def _named(settings: Sequence[Setting]) -> pd.DataFrame:
+    rows = [{**one.feature._asdict(), "normalised": one.normalised, "bias": one.bias} for one in settings]
+    return pd.DataFrame(rows)
 
 
 def _component_of(masks: Bool[np.ndarray, "b i j"], seeds: Int[np.ndarray, " b"]) -> Bool[np.ndarray, "b i j"]:

@@ -6,27 +6,19 @@ Shape letters: b image, i row and j column of the patch grid, p patch, q prefix 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
-from torch import Tensor, nn
 
-from regvit.data.manifest import Dataset
-from regvit.data.transform import Transform
 from regvit.files import replacing
 from regvit.measures.feature_colours import Palette
-from regvit.models.attention import cls_rows, query_names, watch_prefix_attention
-from regvit.models.hooks import blocks, watch_outputs
-from regvit.models.tokens import TokenLayout
 
 OUTLIER = "#00c8e0"  # of outlier patches: cyan, which neither `magma` nor `viridis` has
 
@@ -39,43 +31,6 @@ class Maps:
     norms: Float[np.ndarray, "b i j"]
     attention: Float[np.ndarray, "b i j"] | None
     features: Float[np.ndarray, "b i j d"]
-
-
-def first_images(dataset: Dataset, transform: Transform, count: int) -> UInt8[Tensor, "b 3 s s"]:
-    """The first images of a data set, at most `count`, as they are drawn and normalised."""
-    return torch.stack([transform.load(dataset.image_path(i)) for i in range(min(count, len(dataset)))])
-
-
-def as_picture(pixels: UInt8[Tensor, "b 3 h w"]) -> Float[np.ndarray, "b h w 3"]:
-    """Images with values from 0 to 1 and the channel last, as they are drawn."""
-    return pixels.permute(0, 2, 3, 1).numpy() / 255
-
-
-@torch.inference_mode()
-def token_maps(model: nn.Module, images: Float[Tensor, "b 3 h w"], layer: int, attention_layers: list[int]) -> Maps:
-    """Norm and attention maps on the patch grid.
-
-    Args:
-        images: normalised, on the model's device, square.
-        layer: block whose output norms are taken.
-        attention_layers: blocks over which CLS attention is averaged.
-    """
-    layout = TokenLayout.of(model)
-    norms: list[Tensor] = []
-    attended = watch_prefix_attention(model, attention_layers) if layout.cls else nullcontext({})
-    at = {layer: blocks(model)[layer]}
-    with watch_outputs(at, lambda _, x: norms.append(layout.patches(x).norm(dim=-1))), attended as seen:
-        tokens = model.forward_features(images)
-    side = round(norms[0].shape[1] ** 0.5)
-
-    def grid(values: Float[Tensor, "b p ..."]) -> np.ndarray:
-        return values.unflatten(1, (side, side)).float().cpu().numpy()
-
-    attention = None
-    if layout.cls:
-        row = cls_rows(model, seen, attention_layers).mean(0)[..., None]  # (b, n, 1)
-        attention = grid(layout.patches(row)[..., 0])
-    return Maps(grid(norms[0]), attention, grid(layout.patches(tokens)))
 
 
 def draw_maps(path: Path, images: Float[np.ndarray, "b h w 3"], maps: Mapping[str, Maps], threshold: float) -> None:
@@ -127,27 +82,6 @@ def draw_maps(path: Path, images: Float[np.ndarray, "b h w 3"], maps: Mapping[st
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as beside:
         figure.savefig(beside, dpi=100, metadata={"Software": None})
-
-
-@torch.inference_mode()
-def attention_maps(
-    model: nn.Module, images: Float[Tensor, "b 3 h w"], layers: Sequence[int]
-) -> dict[str, Float[np.ndarray, "b i j"]]:
-    """Attention of each prefix token to the patches, mean over heads and `layers`, by the token's name.
-
-    Args:
-        images: normalised, on the model's device, square.
-    Returns: in the order of `query_names`; empty for a model that has neither CLS nor registers.
-    """
-    layout = TokenLayout.of(model)
-    if not layout.prefix:
-        return {}
-    with watch_prefix_attention(model, list(layers)) as seen:
-        model.forward_features(images)
-    maps = torch.stack([seen[layer] for layer in layers]).mean((0, 2))[..., layout.prefix :]  # (b, q, p)
-    side = round(maps.shape[-1] ** 0.5)
-    maps = maps.unflatten(-1, (side, side)).cpu().numpy()
-    return {name: maps[:, q] for q, name in enumerate(query_names(layout))}
 
 
 def draw_attention(

@@ -13,12 +13,13 @@ Each of these is a forward up to the detection layer, on `CONTROL_IMAGES` images
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float
 from torch import nn
 
+from regvit.measures.tables import mean_figures
 from regvit.models.arithmetic import arithmetic
 from regvit.registers.control_neurons import control_neurons
 from regvit.registers.controls import mlp_widths
@@ -27,19 +28,10 @@ from regvit.registers.norms import LayerNorms
 from regvit.registers.outliers import patch_norms
 from regvit.registers.search import SETTLE_ON, Batches, picked
 from regvit.registers.test_time import add_test_time_registers
-from regvit.stats.bootstrap import mean_with_interval
+from regvit.stats.figures import Figure
 
 BINS = 60
 CONTROL_IMAGES = 512  # the first ones of the search; a fraction of 1 % is then known to about 0.1 %
-
-
-@dataclass(frozen=True)
-class Tables:
-    """Rows for plots, header first: norms by layer, histogram before and after, scores by rank."""
-
-    norms: list[list]
-    histogram: list[list]
-    scores: list[list]
 
 
 def norms_under_treatments(
@@ -69,88 +61,96 @@ def norms_under_treatments(
     return norms
 
 
-def summary(
+def figures(
     found: RegisterNeurons,
     treated: Mapping[str, Float[np.ndarray, "b p"]],
     planted: Mapping[int, Iterable[int]] | None,
     seed: int,
-) -> dict:
-    """Figures of the search, with the interval of the outlier fraction; precision and recall where the truth is known.
+) -> list[Figure]:
+    """Figures of the search, with intervals of the outlier fractions; precision and recall where the truth is known.
 
     Args:
         treated: of `norms_under_treatments`.
         planted: `{layer: [neuron, …]}` of a planted backbone.
         seed: of the bootstrap.
     """
-    layer = -2 if found.detection is None else found.detection.layer
-    metrics = {
-        "outliers_found": found.detection is not None,
-        "detect_layer": None if found.detection is None else layer,
-        "threshold": None if found.detection is None else round(found.detection.threshold, 4),
-        **mean_with_interval("outlier_fraction", found.outlier_fraction, seed),
-    }
-    for name, norms in treated.items():
-        metrics |= mean_with_interval(f"outlier_fraction_{name}", (norms > found.detection.threshold).mean(1), seed)
-    metrics |= {
-        "largest_norm": round(found.norms[layer].max(), 4),
-        "median_norm": round(found.norms[layer].median(), 4),
-        "num_neurons": found.num_selected,
-        "explained": round(found.explained, 6),
+    detection = found.detection
+    norms = found.norms[-2 if detection is None else detection.layer]
+    whole = {
+        "outliers_found": detection is not None,
+        "layer": detection and detection.layer,
+        "threshold": detection and detection.threshold,
+        "largest_norm": norms.max(),
+        "median_norm": norms.median(),
+        "register_neurons": found.num_selected,
+        "explained": found.explained,
     }
     if planted:
         truth, chosen = _pairs(planted), _pairs(found.selected)
-        metrics["precision"] = len(truth & chosen) / len(chosen) if chosen else 0.0
-        metrics["recall"] = len(truth & chosen) / len(truth)
-    return metrics
+        whole["precision"] = len(truth & chosen) / len(chosen) if chosen else 0.0
+        whole["recall"] = len(truth & chosen) / len(truth)
+    fractions = {"outlier_fraction": found.outlier_fraction}
+    fractions |= {f"outlier_fraction_{name}": (v > detection.threshold).mean(1) for name, v in treated.items()}
+    n = len(found.outlier_fraction) or None
+    plain = [Figure(name, None if value is None else float(value), n=n) for name, value in whole.items()]
+    return plain + mean_figures(fractions, seed)
 
 
-def tables(
-    found: RegisterNeurons,
-    treated: Mapping[str, Float[np.ndarray, "b p"]],
-    planted: Mapping[int, Iterable[int]] | None,
-) -> Tables:
-    """Norms by layer, histogram of the norms in the detection layer before and after, scores by rank.
+def norm_table(found: RegisterNeurons) -> pd.DataFrame:
+    """Quantiles of the patch norms, a row a block."""
+    quantiles = {"median": 0.5, "q99": 0.99, "max": 1.0}
+    rows = [{name: values.quantile(q) for name, q in quantiles.items()} for values in found.norms]
+    return pd.DataFrame(rows).assign(max=[values.max() for values in found.norms]).rename_axis("layer").reset_index()
 
-    The histogram counts as many patches before as after: where fewer images were treated, counts before are scaled down.
+
+def histogram_table(found: RegisterNeurons, treated: Mapping[str, Float[np.ndarray, "b p"]]) -> pd.DataFrame:
+    """Patches by norm in the detection layer, before and after one test-time register.
+
+    It counts as many patches before as after: where fewer images were treated, counts before are scaled down.
     """
-    norms = [["layer", "median", "p99", "max"]]
-    for layer, values in enumerate(found.norms):
-        norms.append([layer, *(f"{v:.4f}" for v in (values.median(), values.quantile(0.99), values.max()))])
     before = found.norms[-2 if found.detection is None else found.detection.layer]
     after = LayerNorms.of(treated["after"]) if "after" in treated else before
     logs = [np.log10(cells.middles) for cells in (before, after)]
     edges = np.linspace(min(v.min() for v in logs), max(v.max() for v in logs) + 1e-6, BINS + 1)
     counts = [np.histogram(v, edges, weights=c.counts)[0] for v, c in zip(logs, (before, after), strict=True)]
-    if before.size != after.size:
-        counts[0] = np.rint(counts[0] * (after.size / before.size)).astype(int)
-    histogram = [["log10_norm", "before", "after"]]
-    histogram += [[f"{c:.4f}", *n] for c, *n in zip((edges[:-1] + edges[1:]) / 2, *counts, strict=True)]
+    counts[0] = np.rint(counts[0] * (after.size / before.size)).astype(int)
+    return pd.DataFrame({"log10_norm": (edges[:-1] + edges[1:]) / 2, "before": counts[0], "after": counts[1]})
+
+
+def score_table(found: RegisterNeurons, planted: Mapping[int, Iterable[int]] | None) -> pd.DataFrame:
+    """The best scored neurons by rank, which of them were selected, and which planted."""
     truth, chosen = _pairs(planted or {}), _pairs(found.selected)
-    scores = [["rank", "layer", "neuron", "attribution", "activation", "selected", "planted"]]
-    for rank, n in enumerate(found.neurons, start=1):
-        place = (n.layer, n.neuron)
-        scores.append([rank, *place, n.attribution, n.activation, int(place in chosen), int(place in truth)])
-    return Tables(norms, histogram, scores)
+    table = pd.DataFrame(
+        [vars(neuron) for neuron in found.neurons], columns=["layer", "neuron", "attribution", "activation"]
+    )
+    places = list(zip(table["layer"], table["neuron"], strict=True))
+    table.insert(0, "rank", range(1, len(table) + 1))
+    table["selected"] = [int(place in chosen) for place in places]
+    table["planted"] = [int(place in truth) for place in places]
+    return table
 
 
-def sentence(name: str, found: RegisterNeurons, metrics: Mapping) -> str:
-    """What was found, in one or two lines for a terminal."""
+def sentence(name: str, found: RegisterNeurons, shown: Iterable[Figure]) -> str:
+    """What was found, in one or two lines for a terminal.
+
+    Args:
+        shown: of `figures`.
+    """
+    value = {figure.metric: figure.value for figure in shown}
     if found.detection is None:
         return (
-            f"{name}: no outliers (largest patch norm {metrics['largest_norm']:.3g}, "
-            f"median {metrics['median_norm']:.3g})"
+            f"{name}: no outliers (largest patch norm {value['largest_norm']:.3g}, median {value['median_norm']:.3g})"
         )
     text = (
-        f"{name}: {metrics['outlier_fraction']:.2%} of patches are outliers (norm over {metrics['threshold']:.3g} in "
-        f"block {metrics['detect_layer']}); {found.num_selected} register neurons write {found.explained:.1%} of their "
-        "excess"
+        f"{name}: {value['outlier_fraction']:.2%} of patches are outliers (norm over {value['threshold']:.3g} in "
+        f"block {value['layer']:.0f}); {found.num_selected} register neurons write {found.explained:.1%} of their excess"
     )
     if SETTLE_ON < found.again == len(found.outlier_fraction):
         text += f"; all images were gone through twice, as they contradict the first {SETTLE_ON}"
-    if "recall" in metrics:
-        text += f"; planted: precision {metrics['precision']:g}, recall {metrics['recall']:g}"
+    if "recall" in value:
+        text += f"; planted: precision {value['precision']:g}, recall {value['recall']:g}"
     if found.num_selected:
-        left = {key: f"{metrics[f'outlier_fraction_{key}']:.2%}" for key in ("after", "ablated", "empty", "random")}
+        left = {key: f"{value[f'outlier_fraction_{key}']:.2%}" for key in ("after", "ablated", "empty", "random")}
         text += (
             f"\n  outliers left: {left['after']} with one test-time register, {left['ablated']} with the neurons silenced, "
             f"{left['empty']} with an empty register, {left['random']} with random neurons moved"

@@ -15,23 +15,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from regvit.data.dense_labels import IGNORE, read_mask
-from regvit.measures.dense import (
+from regvit.measures.dense_heads import (
+    Batch,
     DenseHeads,
+    DenseTraining,
     LinearLayer,
     PatchTokens,
     at_pixels,
-    batches,
     best_head,
     pixels_of_patches,
-    statistics,
+    train_heads,
 )
-from regvit.stats.miou import Counts, accuracy, miou, miou_with_interval
+from regvit.stats.bootstrap import mean_over_images
+from regvit.stats.figures import Figure
+from regvit.stats.miou import Counts, accuracy, class_ious_with_interval, image_miou, miou, miou_with_interval
 
 PIXELS = 1024  # drawn of each image of a batch
 
@@ -74,13 +78,7 @@ def train(
     val: PatchTokens,
     mask: Callable[[int], UInt8[np.ndarray, "h w"]],
     n_classes: int,
-    learning_rates: Sequence[float],
-    weight_decays: Sequence[float],
-    steps: int,
-    batch_size: int,
-    seed: int,
-    device: torch.device | str = "cpu",
-    on_step: Callable[[int], None] | None = None,
+    training: DenseTraining,
 ) -> Segmenter:
     """Trains a head for each learning rate and weight decay, and keeps the one of largest mIoU on the validation split.
 
@@ -88,36 +86,26 @@ def train(
         tokens, val: of the training and the validation split.
         mask: of a row of the store, see `read_classes`.
         n_classes: background included.
-        steps, batch_size: updates, and images an update.
-        on_step: called with 1 after each step.
     Raises:
-        ValueError: settings are out of range, or all heads diverged.
+        ValueError: all heads diverged.
     """
-    generator = np.random.default_rng(seed)
-    heads = DenseHeads(statistics(tokens), n_classes, learning_rates, weight_decays, steps, seed, device)
-    drawn = batches(tokens, mask, batch_size, generator, device)
-    for _ in range(steps):
-        batch = next(drawn)
-        heads.step(_losses(heads, batch.patches, batch.targets, generator))
-        if on_step is not None:
-            on_step(1)
+    generator = np.random.default_rng(training.seed)
+    heads = train_heads(tokens, mask, n_classes, training, lambda heads, batch, _: _losses(heads, batch, generator))
     layers = [heads.layer(head) for head in range(len(heads))]
-    mious = [miou(count(layer, val, mask, n_classes, device)) for layer in layers]
+    mious = [miou(count(layer, val, mask, n_classes, training.device)) for layer in layers]
     best = best_head(heads, [-value for value in mious], "segmentation")
     return Segmenter(layers[best], dict(zip(heads.settings, mious, strict=True)))
 
 
-def _losses(
-    heads: DenseHeads, patches: Tensor, masks: list[UInt8[np.ndarray, "h w"]], generator: np.random.Generator
-) -> Float[Tensor, " h"]:
+def _losses(heads: DenseHeads, batch: Batch[np.ndarray], generator: np.random.Generator) -> Float[Tensor, " h"]:
     """Mean cross-entropy of each head over the pixels drawn."""
-    device = patches.device
+    masks, device = batch.targets, batch.patches.device
     sizes = np.array([mask.shape for mask in masks])
     places = generator.integers(0, sizes.prod(1)[:, None], (len(masks), PIXELS))
     rows, columns = places // sizes[:, 1:], places % sizes[:, 1:]
     labels = np.stack([mask[r, c] for mask, r, c in zip(masks, rows, columns, strict=True)]).astype(np.int64)
     rows, columns, sizes, labels = (torch.from_numpy(v).to(device) for v in (rows, columns, sizes, labels))
-    logits = at_pixels(heads(patches), rows, columns, sizes)  # (b, hc, m)
+    logits = at_pixels(heads(batch.patches), rows, columns, sizes)  # (b, hc, m)
     logits = logits.unflatten(1, (len(heads), heads.outputs)).movedim(2, 1)  # (b, c, h, m)
     labels = labels[:, None].expand(-1, len(heads), -1)  # (b, h, m)
     losses = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
@@ -153,27 +141,50 @@ def count(
     return Counts(**{name: np.stack(values) for name, values in found.items()})
 
 
-def summary(
-    segmenter: Segmenter, counts: Counts, outliers: Bool[np.ndarray, "b p"] | None, seed: int = 0
-) -> dict[str, float | int | None]:
-    """What goes into the metrics file; values at outliers are None where the untreated model has none."""
-    where = np.zeros(counts.counted.shape, dtype=bool) if outliers is None else outliers
-    at_outliers = accuracy(counts, where, seed)
+def figures(segmenter: Segmenter, counts: Counts, outliers: Bool[np.ndarray, "b p"], seed: int = 0) -> list[Figure]:
+    """mIoU and pixel accuracy with their intervals over images; without a value at outliers where there is none.
+
+    Args:
+        outliers: patches of the untreated model.
+    """
+    elsewhere = ~outliers & outliers.any(1, keepdims=True)  # in the same images
     found = {
         "miou": miou_with_interval(counts, seed),
-        "accuracy": accuracy(counts, None, seed),
-        "accuracy_at_outliers": at_outliers,
-        "accuracy_elsewhere": None
-        if at_outliers is None
-        else accuracy(counts, ~where & where.any(1, keepdims=True), seed),
+        "pixel_accuracy": accuracy(counts, None, seed),
+        "pixel_accuracy_at_outliers": accuracy(counts, outliers, seed),
+        "pixel_accuracy_elsewhere": accuracy(counts, elsewhere, seed),
     }
-    metrics: dict[str, float | int | None] = {"n": len(counts), "n_with_outliers": int(where.any(1).sum())}
-    for name, estimate in found.items():
-        named = dict.fromkeys((name, f"{name}_lo", f"{name}_hi")) if estimate is None else estimate.named(name)
-        metrics |= {key: None if value is None else round(value, 6) for key, value in named.items()}
     layer = segmenter.layer
-    return metrics | {
-        "val_miou": round(max(segmenter.val_miou.values()), 6),
-        "learning_rate": layer.learning_rate,
-        "weight_decay": layer.weight_decay,
-    }
+    return [
+        *(Figure.of(name, estimate) for name, estimate in found.items()),
+        Figure.of("miou_by_image", mean_over_images(image_miou(counts), seed)),
+        Figure("val_miou", max(segmenter.val_miou.values())),
+        Figure("learning_rate", layer.learning_rate),
+        Figure("weight_decay", layer.weight_decay),
+    ]
+
+
+def image_columns(counts: Counts, outliers: Bool[np.ndarray, "b p"]) -> dict[str, np.ndarray]:
+    """One value an image; `<metric>_weight` is the number of pixels by which an image counts, as pixels are pooled."""
+    columns = {"miou_by_image": image_miou(counts)}
+    for name, where in (("pixel_accuracy", np.ones_like(outliers)), ("pixel_accuracy_at_outliers", outliers)):
+        right, counted = ((values * where).sum(1) for values in (counts.right, counts.counted))
+        columns[name] = np.where(counted > 0, right / np.maximum(counted, 1), np.nan)
+        columns[f"{name}_weight"] = counted
+    return columns
+
+
+def class_table(counts: Counts, names: Sequence[str], seed: int = 0) -> pd.DataFrame:
+    """IoU of each class that occurs, with its interval and the images that have it."""
+    found = zip(names, class_ious_with_interval(counts, seed), strict=True)
+    rows = [(name, e.value, e.lo, e.hi, e.n) for name, e in found if e is not None]
+    return pd.DataFrame(rows, columns=["class", "iou", "iou_lo", "iou_hi", "images"])
+
+
+def pixel_table(counts: Counts, names: Sequence[str], image_ids: Sequence[str]) -> pd.DataFrame:
+    """Pixels of each class in each image, where there are any: with them runs are compared in pairs."""
+    by_class = np.stack([counts.intersection, counts.predicted, counts.actual], axis=2)  # (b, c, 3)
+    image, value = np.nonzero(by_class.any(2))
+    right, predicted, actual = by_class[image, value].T
+    keys = {"image_id": np.array(image_ids)[image], "class": np.array(names)[value], "mask_value": value}
+    return pd.DataFrame({**keys, "right": right, "predicted": predicted, "actual": actual})

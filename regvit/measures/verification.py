@@ -1,13 +1,18 @@
-"""Holding a run against the model before planting: how far outliers spoil it, how far test-time registers cure it."""
+"""What a run does on its own images, for every backbone: outliers left, where CLS looks, norms by block; and, where the
+backbone was planted, how far it is from the model before planting.
+
+Outliers are told by the untreated model's detection, and a second time by the run's own norms, as a run may shift them.
+"""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, UInt8
@@ -16,22 +21,23 @@ from torch import Tensor, nn
 
 from regvit.data.manifest import Dataset
 from regvit.data.transform import Transform
-from regvit.files import cell, write_table
 from regvit.measures.feature_colours import fit_palette
-from regvit.measures.gallery import Maps, as_picture, draw_maps, first_images, save_strip, tile_colours, token_maps
+from regvit.measures.gallery import Maps, draw_maps, save_strip, tile_colours
+from regvit.measures.tables import mean_figures
 from regvit.models.attention import cls_rows, watch_prefix_attention
 from regvit.models.backbones import Backbone, load_backbone, unplanted
-from regvit.models.hooks import blocks
+from regvit.models.hooks import blocks, watch_outputs
 from regvit.models.tokens import TokenLayout
-from regvit.registers.neurons import read_selected
-from regvit.registers.outliers import Detection, patch_norms
-from regvit.registers.runs import open_run
-from regvit.stats.bootstrap import mean_with_interval
+from regvit.registers.neurons_file import read_neurons
+from regvit.registers.outliers import Detection, detect, patch_norms
+from regvit.registers.run_files import read_run
+from regvit.registers.runs import detection_of, open_run
+from regvit.stats.figures import Figure
 
 ROWS = 4  # images of the PNG that has all models in one
 SEARCHED = 48  # images, the first, among which those of the PNG are chosen: some seconds on a CPU
 BATCH = 16  # of these at once; nothing that is drawn depends on it
-TILE = 224  # pixels a side of an image in the folder, at most
+TILE = 224  # pixels a side of an image in the strips, at most
 
 
 @dataclass(frozen=True)
@@ -39,120 +45,183 @@ class Models:
     """A run beside the models that it is held against.
 
     Args:
-        intact: the backbone before planting; the same object as `untreated` where nothing was planted.
-        untreated: the run's backbone without test-time registers.
+        intact: the backbone before planting; None where nothing was planted.
+        untreated: the run's backbone without test-time registers; the same object as `run` where that changes nothing.
         run: the run's backbone.
         detection: layer and threshold of outliers in `untreated`; None where it has none.
         later: blocks after the last register neuron, where outliers draw attention; the later half without any.
     """
 
-    intact: Backbone
+    intact: Backbone | None
     untreated: Backbone
     run: Backbone
     detection: Detection | None
     later: list[int]
 
+    @property
+    def threshold(self) -> float:
+        """Norm above which a patch is an outlier; infinite where there are none."""
+        return np.inf if self.detection is None else self.detection.threshold
 
-@dataclass(frozen=True)
-class Recovery:
-    """One value an image; nan where the image has no outliers in the untreated model.
-
-    Args:
-        outlier_fraction: share of patches over the threshold in the run's model (defined for every image).
-        cls_cosine: cosine of the last layer's CLS to the intact model's.
-        patch_mean_cosine: cosine of the mean of the patches, the readout `patch_mean`.
-        patch_cosine: mean cosine of all patches.
-        outlier_patch_cosine: mean cosine of the patches that are outliers in the untreated model.
-        cls_attention_on_outliers: CLS attention on those patches, mean over heads and the blocks after the neurons.
-        cls_attention_on_registers: CLS attention on test-time registers, likewise.
-        intact_attention_on_outliers: CLS attention of the intact model on those patches, likewise.
-    """
-
-    outlier_fraction: Float[np.ndarray, " b"]
-    cls_cosine: Float[np.ndarray, " b"]
-    patch_mean_cosine: Float[np.ndarray, " b"]
-    patch_cosine: Float[np.ndarray, " b"]
-    outlier_patch_cosine: Float[np.ndarray, " b"]
-    cls_attention_on_outliers: Float[np.ndarray, " b"]
-    cls_attention_on_registers: Float[np.ndarray, " b"]
-    intact_attention_on_outliers: Float[np.ndarray, " b"]
-
-
-@dataclass(frozen=True)
-class Verification:
-    """A run held against the model before planting.
-
-    Args:
-        metrics: for a metrics file.
-        images: one value an image; None where there is nothing to compare with, or no outlier.
-    """
-
-    metrics: dict
-    images: Recovery | None
+    @property
+    def layer(self) -> int:
+        """Block whose output norms tell outliers, and are drawn."""
+        return len(blocks(self.run.model)) - 2 if self.detection is None else self.detection.layer
 
 
 def open_models(run_file: Path, backbones: Path, neurons: Path, device: str = "cpu") -> Models:
     """The models of a run, all on the device.
 
     Args:
-        run_file: the run's `run.json`.
+        run_file: the run's description, `features/runs/<run>.json`.
         backbones: folder that holds one folder a backbone.
-        neurons: folder that holds `<backbone>.json`, the result of the search for outliers.
+        neurons: folder that holds `<backbone>.json`, the result of the search for register neurons.
     Raises:
         ValueError: the backbone is not the one that the run was composed of.
     """
-    run = open_run(run_file, backbones)
-    untreated = load_backbone(backbones / run.name)
-    intact = unplanted(backbones / run.name) if untreated.planted else untreated
+    described, run = read_run(run_file), open_run(run_file, backbones)
+    untreated = run if described["neurons"] is None else load_backbone(backbones / run.name)
+    intact = unplanted(backbones / run.name) if run.planted else None
     for backbone in (intact, untreated, run):
-        backbone.model.to(device)
-    detection, selected = read_selected((neurons / f"{run.name}.json").read_text())
+        if backbone is not None:
+            backbone.model.to(device)
+    selected = read_neurons((neurons / f"{run.name}.json").read_text()).selected
     depth = len(blocks(run.model))
     first = max(selected) + 1 if selected else depth // 2
-    return Models(intact, untreated, run, detection, list(range(min(first, depth - 1), depth)))
+    return Models(intact, untreated, run, detection_of(described), list(range(min(first, depth - 1), depth)))
 
 
-def verify(models: Models, batches: Iterable[Float[Tensor, "b 3 h w"]], seed: int = 0) -> Verification:
-    """Holds a run against the model before planting, as numbers for a metrics file and for a table of images.
+@dataclass(frozen=True)
+class Seen:
+    """One forward of a batch: last-layer tokens; CLS attention, mean over heads and some blocks (None where there is no
+    CLS); and patch norms at every block's output."""
+
+    tokens: Float[Tensor, "b n d"]
+    attention: Float[Tensor, "b n"] | None
+    norms: Float[Tensor, "l b p"]
+
+
+@torch.inference_mode()
+def see(model: nn.Module, images: Float[Tensor, "b 3 h w"], layers: Sequence[int]) -> Seen:
+    """Args: images: normalised, on the model's device. layers: blocks over which attention is averaged."""
+    layout, norms = TokenLayout.of(model), {}
+    watched = dict(enumerate(blocks(model)))
+    with (
+        watch_outputs(watched, lambda layer, x: norms.update({layer: layout.patches(x).float().norm(dim=-1)})),
+        watch_prefix_attention(model, list(layers)) if layout.cls else nullcontext({}) as attended,
+    ):
+        tokens = model.forward_features(images)
+    attention = cls_rows(model, attended, layers).mean(0) if layout.cls else None
+    return Seen(tokens, attention, torch.stack([norms[layer] for layer in watched]))
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a run does on some images.
 
     Args:
-        batches: normalised images; gone through several times, and not at all where there is no ground truth.
-        seed: of the intervals.
+        images: one value an image, nan where it is not defined; see `verify`.
+        norms: of the patches at every block's output.
+        own: layer and threshold of outliers by the run's own norms; None where it has none.
     """
-    if not models.untreated.planted:
-        why = "the backbone is as it came: there is no ground truth to compare with"
-        return Verification({"planted": False, "why": why}, None)
-    if models.detection is None:
-        return Verification({"planted": True, "why": "the search found no outliers in the planted backbone"}, None)
-    outliers = patch_norms(models.untreated.model, batches, [models.detection.layer])[0] > models.detection.threshold
-    recovery = compare_with_intact(
-        models.run.model, models.intact.model, outliers, models.detection, batches, models.later
-    )
-    metrics = {"planted": True, "images": len(outliers), "images_with_outliers": int(outliers.any(1).sum())}
-    for field, values in vars(recovery).items():
-        metrics |= mean_with_interval(field, values, seed)
-    return Verification(metrics, recovery)
+
+    images: dict[str, Float[np.ndarray, " b"]]
+    norms: Float[np.ndarray, "l b p"]
+    own: Detection | None
 
 
-def write_images(path: Path, image_ids: Sequence[str], recovery: Recovery | None) -> None:
-    """Writes a CSV with a row an image and the fields of `Recovery`, by which runs are paired; a cell is empty where its
-    value is not defined, and without a recovery there is a header only.
+@torch.inference_mode()
+def verify(models: Models, batches: Iterable[Float[Tensor, "b 3 h w"]]) -> Verification:
+    """Looks at a run, and holds it against the model before planting where there is one. By image:
 
+    - `outlier_fraction`: share of the run's patches over the untreated model's threshold; `own_outlier_fraction`: over a
+      threshold found in the run's own norms; `untreated_outlier_fraction`: of the untreated model's patches;
+    - `cls_attention_on_registers`, `cls_attention_on_outliers`: CLS attention on registers of either kind, and on the
+      patches that are outliers in the untreated model (where the image has some), mean over heads and the blocks after
+      the neurons; `intact_attention_on_outliers` the same of the model before planting;
+    - cosines to the model before planting, in images that have outliers: `cls_cosine`, `patch_mean_cosine` (of the
+      readout), `patch_cosine` (mean over patches) and `outlier_patch_cosine`.
+
+    Args:
+        batches: normalised images; gone through once.
     Raises:
-        ValueError: there are not as many identifiers as values.
+        ValueError: there are no images.
     """
-    fields = list(Recovery.__annotations__)
-    columns = [] if recovery is None else [getattr(recovery, field) for field in fields]
-    if columns and len(columns[0]) != len(image_ids):
-        raise ValueError(f"{len(image_ids)} images and {len(columns[0])} values; give the images that were compared")
-    cells = [[cell(value) for value in column] for column in columns]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_table(path, ["image_id", *fields], zip(image_ids, *cells, strict=True) if cells else [])
+    parts: list[dict[str, Tensor]] = []
+    norms: list[Tensor] = []
+    device, layout = next(models.run.model.parameters()).device, TokenLayout.of(models.run.model)
+    for images in batches:
+        images = images.to(device)
+        ours = see(models.run.model, images, models.later)
+        of_layer = ours.norms[models.layer]
+        before = of_layer
+        if models.untreated is not models.run and models.detection is not None:
+            before = torch.from_numpy(patch_norms(models.untreated.model, [images], [models.layer])[0]).to(device)
+        outliers = before > models.threshold
+        found = {
+            "outlier_fraction": (of_layer > models.threshold).double().mean(1),
+            "untreated_outlier_fraction": outliers.double().mean(1),
+        }
+        if ours.attention is not None:
+            if layout.num_registers:
+                found["cls_attention_on_registers"] = layout.registers(ours.attention[..., None]).sum((1, 2))
+            found["cls_attention_on_outliers"] = _on(outliers, layout, ours.attention)
+        if models.intact is not None:
+            theirs = see(models.intact.model, images, models.later)
+            found |= _compare(layout, ours, TokenLayout.of(models.intact.model), theirs, outliers)
+        parts.append(found)
+        norms.append(ours.norms.cpu())
+    if not parts:
+        raise ValueError("no images to verify a run on; give at least one batch")
+    columns = {name: torch.cat([part[name] for part in parts]).double().cpu().numpy() for name in parts[0]}
+    every = torch.cat(norms, dim=1).numpy()
+    own = detect(every)
+    over = np.zeros(every.shape[1]) if own is None else (every[own.layer] > own.threshold).mean(1)
+    return Verification(
+        {"outlier_fraction": columns["outlier_fraction"], "own_outlier_fraction": over, **columns}, every, own
+    )
 
 
-def draw_verification(path: Path, title: str, models: Models, dataset: Dataset, pictures: int) -> None:
-    """Writes a PNG of norms and CLS attention before planting, before and after registers, whichever the run has; and
-    beside it, in a folder of the same name, the parts of which the report makes its sliders:
+def _on(outliers: Bool[Tensor, "b p"], layout: TokenLayout, attention: Float[Tensor, "b n"]) -> Float[Tensor, " b"]:
+    """Attention on the outliers of each image, nan where it has none."""
+    share = (layout.patches(attention[..., None])[..., 0] * outliers).sum(1)
+    return torch.where(outliers.any(1), share, torch.nan)
+
+
+def _compare(
+    run: TokenLayout, ours: Seen, base: TokenLayout, theirs: Seen, outliers: Bool[Tensor, "b p"]
+) -> dict[str, Float[Tensor, " b"]]:
+    """A run's tokens held against those of the intact model, in images that have outliers."""
+    ours_patches, base_patches = run.patches(ours.tokens), base.patches(theirs.tokens)
+    cosine = F.cosine_similarity(ours_patches, base_patches, dim=-1)  # (b, p)
+    found = {
+        "patch_mean_cosine": F.cosine_similarity(ours_patches.mean(1), base_patches.mean(1), dim=-1),
+        "patch_cosine": cosine.mean(1),
+        "outlier_patch_cosine": (cosine * outliers).sum(1) / outliers.sum(1).clamp_min(1),
+    }
+    if run.cls:
+        ours_cls, base_cls = run.cls_token(ours.tokens), base.cls_token(theirs.tokens)
+        found["cls_cosine"] = F.cosine_similarity(ours_cls, base_cls, dim=-1)
+        found["intact_attention_on_outliers"] = _on(outliers, base, theirs.attention)
+    return {name: torch.where(outliers.any(1), values, torch.nan) for name, values in found.items()}
+
+
+def figures(found: Verification, seed: int = 0) -> list[Figure]:
+    """Means over images with their intervals, and how many have outliers in the untreated model."""
+    has = found.images["untreated_outlier_fraction"] > 0
+    return [*mean_figures(found.images, seed), Figure("images_with_outliers", float(has.sum()), n=len(has))]
+
+
+def norm_table(found: Verification) -> pd.DataFrame:
+    """Quantiles of the run's patch norms, a row a block."""
+    quantiles = np.quantile(found.norms.reshape(len(found.norms), -1), (0, 0.5, 0.99, 1), axis=1)
+    columns = dict(zip(("min", "median", "q99", "max"), quantiles, strict=True))
+    return pd.DataFrame({"layer": range(len(found.norms)), **columns})
+
+
+def draw_verification(folder: Path, title: str, models: Models, dataset: Dataset, pictures: int) -> None:
+    """Writes `maps.png`, norms and CLS attention before planting, before and after registers, whichever the run has; and
+    beside it the parts of which the report makes its sliders:
 
     - `images.jpg`: the images side by side;
     - `<what>-<model>.png`: a map of each image, `what` being `norms`, `attention` (where there is CLS) or `features`,
@@ -165,43 +234,51 @@ def draw_verification(path: Path, title: str, models: Models, dataset: Dataset, 
     Args:
         title: of the run's columns.
         dataset: whose images are drawn, at twice the run's image size where the model takes it, so that objects show.
-        pictures: how many there are in the folder: the first, the same in every run, as the report lays runs over each
-            other. The PNG has the four with most outliers in the untreated model, see `most_outliers`.
+        pictures: how many there are in the strips: the first, the same in every run, as the report lays runs over each
+            other. `maps.png` has the four with most outliers in the untreated model, see `most_outliers`.
     """
     transform = models.run.transform
     if getattr(models.run.model, "dynamic_img_size", False):
         transform = replace(transform, size=2 * transform.size)
-    device = next(models.run.model.parameters()).device
-    columns = {"intact": models.intact} if models.untreated.planted else {}
-    if getattr(models.run.model, "test_time_registers", None) is not None:
+    columns = {} if models.intact is None else {"intact": models.intact}
+    if models.untreated is not models.run:
         columns["original"] = models.untreated
     columns[title] = models.run
-    layer = len(blocks(models.run.model)) - 2 if models.detection is None else models.detection.layer
-    threshold = np.inf if models.detection is None else models.detection.threshold
 
-    def seen(pixels: UInt8[Tensor, "b 3 s s"]) -> dict[str, Maps]:
-        images = transform.normalise(pixels.to(device))
-        return {name: token_maps(backbone.model, images, layer, models.later) for name, backbone in columns.items()}
+    def maps_of(pixels: UInt8[Tensor, "b 3 s s"]) -> dict[str, Maps]:
+        images = transform.normalise(pixels.to(next(models.run.model.parameters()).device))
+        return {name: token_maps(each.model, images, models.layer, models.later) for name, each in columns.items()}
 
-    chosen = most_outliers(models, dataset, transform, ROWS)
-    pixels = torch.stack([transform.load(dataset.image_path(i)) for i in chosen])
-    draw_maps(path, as_picture(pixels), seen(pixels), threshold)
+    chosen = loaded(dataset, transform, most_outliers(models, dataset, transform, ROWS))
+    draw_maps(folder / "maps.png", as_picture(chosen), maps_of(chosen), models.threshold)
 
-    pixels = first_images(dataset, transform, pictures)
-    maps = seen(pixels)
-    folder = path.with_suffix("")
-    if folder.is_dir():
-        shutil.rmtree(folder)  # a model of an earlier run is not to stay
+    pixels = loaded(dataset, transform, range(min(pictures, len(dataset))))
+    maps = maps_of(pixels)
     untreated = maps.get("original", maps[title])
-    outliers = untreated.norms > threshold
+    outliers = untreated.norms > models.threshold
     reference = maps.get("intact", untreated)
-    normal = reference.norms <= threshold  # the reference's own outliers, not those that were planted
+    normal = reference.norms <= models.threshold  # the reference's own outliers, not those that were planted
     palette = fit_palette(reference.features[normal if normal.any() else np.ones_like(normal)])
-    small = np.stack([_within(image, TILE) for image in pixels])
-    save_strip(folder / "images.jpg", small)
+    save_strip(folder / "images.jpg", np.stack([_within(image, TILE) for image in pixels]))
     enlarged = max(1, TILE // outliers.shape[1])
-    for (what, name), tiles in tile_colours(maps, palette, outliers, threshold).items():
+    for (what, name), tiles in tile_colours(maps, palette, outliers, models.threshold).items():
         save_strip(folder / f"{what}-{name}.png", tiles, enlarged)
+
+
+def token_maps(model: nn.Module, images: Float[Tensor, "b 3 h w"], layer: int, attention_layers: Sequence[int]) -> Maps:
+    """Norms in one block's output, CLS attention averaged over blocks, and last-layer tokens, on the patch grid.
+
+    Args:
+        images: normalised, on the model's device, square.
+    """
+    found, layout = see(model, images, attention_layers), TokenLayout.of(model)
+    side = round(found.norms.shape[2] ** 0.5)
+
+    def grid(values: Float[Tensor, "b p ..."]) -> np.ndarray:
+        return values.unflatten(1, (side, side)).float().cpu().numpy()
+
+    attention = None if found.attention is None else grid(layout.patches(found.attention[..., None])[..., 0])
+    return Maps(grid(found.norms[layer]), attention, grid(layout.patches(found.tokens)))
 
 
 def most_outliers(models: Models, dataset: Dataset, transform: Transform, count: int) -> list[int]:
@@ -216,10 +293,20 @@ def most_outliers(models: Models, dataset: Dataset, transform: Transform, count:
         return list(among[:count])
     device, outliers = next(models.untreated.model.parameters()).device, []
     for start in among[::BATCH]:
-        pixels = torch.stack([transform.load(dataset.image_path(i)) for i in among[start : start + BATCH]])
-        norms = patch_norms(models.untreated.model, [transform.normalise(pixels.to(device))], [models.detection.layer])
-        outliers.append((norms[0] > models.detection.threshold).sum(1))
+        pixels = loaded(dataset, transform, among[start : start + BATCH])
+        norms = patch_norms(models.untreated.model, [transform.normalise(pixels.to(device))], [models.layer])
+        outliers.append((norms[0] > models.threshold).sum(1))
     return np.argsort(-np.concatenate(outliers), kind="stable")[:count].tolist()
+
+
+def loaded(dataset: Dataset, transform: Transform, rows: Iterable[int]) -> UInt8[Tensor, "b 3 s s"]:
+    """Some images of a data set, as they are drawn and normalised."""
+    return torch.stack([transform.load(dataset.image_path(i)) for i in rows])
+
+
+def as_picture(pixels: UInt8[Tensor, "b 3 h w"]) -> Float[np.ndarray, "b h w 3"]:
+    """Images with values from 0 to 1 and the channel last, as they are drawn."""
+    return pixels.permute(0, 2, 3, 1).numpy() / 255
 
 
 def _within(image: UInt8[Tensor, "3 s s"], side: int) -> Float[np.ndarray, "s s 3"]:
@@ -227,63 +314,3 @@ def _within(image: UInt8[Tensor, "3 s s"], side: int) -> Float[np.ndarray, "s s 
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     return np.asarray(picture) / 255
-
-
-@torch.inference_mode()
-def compare_with_intact(
-    model: nn.Module,
-    intact: nn.Module,
-    outliers: Bool[np.ndarray, "b p"],
-    detection: Detection,
-    batches: Iterable[Float[Tensor, "b 3 h w"]],
-    later: list[int],
-) -> Recovery:
-    """Compares a run's model with the intact one on the same images.
-
-    Args:
-        model: the run's model, with or without test-time registers.
-        intact: the model before planting.
-        outliers: which patches are outliers in the planted, untreated model; from `patch_norms` and its threshold.
-        detection: layer and threshold of the untreated model.
-        batches: normalised images in the row order of `outliers`; gone through more than once.
-        later: blocks over which attention is averaged.
-    Raises:
-        ValueError: no image has an outlier.
-    """
-    if not outliers.any():
-        raise ValueError(
-            f"none of {len(outliers)} images has an outlier in the untreated model, so nothing can be compared"
-        )
-    run, base = TokenLayout.of(model), TokenLayout.of(intact)
-    device = next(model.parameters()).device
-    columns: dict[str, list[Tensor]] = {name: [] for name in Recovery.__annotations__ if name != "outlier_fraction"}
-    start = 0
-    for images in batches:
-        images = images.to(device)
-        mask = torch.from_numpy(outliers[start : start + len(images)]).to(device)
-        start += len(images)
-        ours, attention = _tokens_and_attention(model, images, later)
-        theirs, before = _tokens_and_attention(intact, images, later)
-        patch_cosine = F.cosine_similarity(run.patches(ours), base.patches(theirs), dim=-1)  # (b, p)
-        values = {
-            "cls_cosine": F.cosine_similarity(run.cls_token(ours), base.cls_token(theirs), dim=-1),
-            "patch_mean_cosine": F.cosine_similarity(run.patches(ours).mean(1), base.patches(theirs).mean(1), dim=-1),
-            "patch_cosine": patch_cosine.mean(1),
-            "outlier_patch_cosine": (patch_cosine * mask).sum(1) / mask.sum(1).clamp_min(1),
-        }
-        values["cls_attention_on_outliers"] = (run.patches(attention)[..., 0] * mask).sum(1)
-        values["cls_attention_on_registers"] = run.test_time_registers(attention)[..., 0].sum(1)
-        values["intact_attention_on_outliers"] = (base.patches(before)[..., 0] * mask).sum(1)
-        for name, value in values.items():
-            columns[name].append(torch.where(mask.any(1), value, torch.nan).cpu())
-    fraction = (patch_norms(model, batches, [detection.layer])[0] > detection.threshold).mean(1)
-    return Recovery(fraction, **{name: torch.cat(column).numpy() for name, column in columns.items()})
-
-
-def _tokens_and_attention(
-    model: nn.Module, images: Float[Tensor, "b 3 h w"], layers: list[int]
-) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "b n 1"]]:
-    """Last-layer tokens, and CLS attention averaged over heads and `layers`, from one forward."""
-    with watch_prefix_attention(model, layers) as seen:
-        tokens = model.forward_features(images)
-    return tokens, cls_rows(model, seen, layers).mean(0)[..., None]

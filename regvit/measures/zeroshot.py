@@ -12,23 +12,26 @@ Letters: b image, c class, t template, d channel of the backbone, e channel of t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import open_clip
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from regvit.data.batches import Batches
-from regvit.data.manifest import Row
-from regvit.data.progress import progress
+from regvit.data.manifest import Dataset, Row
 from regvit.models.backbones import Backbone
 from regvit.models.nan_check import check_finite
+from regvit.stats.accuracy import accuracy, paired_accuracy_difference, top1_correct
+from regvit.stats.figures import Figure
 
 TEMPLATES = {
     "openai": open_clip.OPENAI_IMAGENET_TEMPLATES,  # the 80 of the CLIP paper
@@ -62,6 +65,12 @@ class Clip:
     tokenizer: Callable[[list[str]], Int[Tensor, "t n"]]
     projection: nn.Module
     image_size: int
+
+    def to(self, device: str) -> Clip:
+        """Itself, moved."""
+        self.model.to(device)
+        self.projection.to(device)
+        return self
 
 
 class _Matrix(nn.Module):
@@ -237,13 +246,11 @@ def class_embeddings(
     device = next(clip.model.parameters()).device
     at_once = max(1, TEXTS_PER_BATCH // len(templates))
     rows = []
-    with progress(len(names), label) as bar:
-        for start in range(0, len(names), at_once):
-            some = names[start : start + at_once]
-            texts = clip.tokenizer([template(name) for name in some for template in templates]).to(device)
-            embedded = F.normalize(clip.model.encode_text(texts), dim=-1)  # (c·t, e)
-            rows.append(F.normalize(embedded.unflatten(0, (len(some), -1)).mean(1), dim=-1))
-            bar.advance(len(some))
+    for start in tqdm(range(0, len(names), at_once), label, mininterval=1):
+        some = names[start : start + at_once]
+        texts = clip.tokenizer([template(name) for name in some for template in templates]).to(device)
+        embedded = F.normalize(clip.model.encode_text(texts), dim=-1)  # (c·t, e)
+        rows.append(F.normalize(embedded.unflatten(0, (len(some), -1)).mean(1), dim=-1))
     embeddings = torch.cat(rows)
     sound = embeddings.isfinite().all(1)
     if not sound.all():
@@ -282,3 +289,42 @@ def among_first(cosines: Float[np.ndarray, "b c"], labels: Int[np.ndarray, " b"]
     own = np.take_along_axis(cosines, labels[:, None], axis=1)
     before = np.arange(cosines.shape[1])[None] < labels[:, None]
     return ((cosines > own) | ((cosines == own) & before)).sum(1) < k
+
+
+def labelled(dataset: Dataset) -> Dataset:
+    """The test images that have a label.
+
+    Raises:
+        ValueError: there are none.
+    """
+    rows = dataset.split_rows("test")
+    rows = rows[dataset.labels()[rows] >= 0]
+    if not len(rows):
+        raise ValueError(f"data set {dataset.name} has no labelled test images; leave it out of zeroshot.datasets")
+    return replace(dataset, rows=dataset.rows.select(rows))
+
+
+def hits(cosines: Float[np.ndarray, "b c"], labels: Int[np.ndarray, " b"]) -> dict[str, Bool[np.ndarray, " b"]]:
+    """`top1`, and `top5` where there are more classes than that: whether an image's own class is among the first."""
+    found = {"top1": top1_correct(cosines, labels)}
+    return found | ({"top5": among_first(cosines, labels)} if cosines.shape[1] > 5 else {})
+
+
+def figures(columns: Mapping[str, Bool[np.ndarray, " b"]], tower_cosine: float | None) -> list[Figure]:
+    """Accuracy by column; `gain` is that of the run over its untreated backbone, paired by image."""
+    found = [Figure.of(name, accuracy(values)) for name, values in columns.items()]
+    if "untreated_top1" in columns:
+        gain = paired_accuracy_difference(columns["top1"], columns["untreated_top1"])
+        found.append(Figure("gain", gain.value, gain.lo, gain.hi, gain.n))
+    return [*found, Figure("tower_cosine", tower_cosine)]
+
+
+def class_table(
+    names: Sequence[str], labels: Int[np.ndarray, " b"], columns: Mapping[str, Bool[np.ndarray, " b"]]
+) -> pd.DataFrame:
+    """Accuracy of every class that has images."""
+    by_class = pd.DataFrame(columns).groupby(labels)
+    table = by_class.mean()
+    table.insert(0, "n", by_class.size())
+    table.insert(0, "class", np.array(names)[table.index])
+    return table

@@ -16,7 +16,20 @@ READOUTS = (
     *("cls", "reg_mean", "patch_mean", "cls_reg", "cls_patch"),
     *("cls_reg_max", "cls_reg_learned", "cls_reg_attn", "cls_noise", "cls_random"),
 )
-RESERVED = ("backbones", "neurons", "runs", "dense", "probes", "baselines", "predictions", "compare", "plots", "report")
+RESERVED = (
+    "backbones",
+    "neurons",
+    "runs",
+    "dense",
+    "probes",
+    "baselines",
+    "predictions",
+    "compare",
+    "plots",
+    "report",
+    "ood",
+    "anomalies",
+)  # and two names that stand for several data sets in the tables
 SOURCES = (  # as regvit.data.sources, which takes seconds to import
     *(f"emoji:{style}" for style in ("twemoji", "openmoji", "openmoji_line", "noto", "flags")),
     *("digits", "textiles", "scenes", "relief", "folder:<path>", "torchvision:<Name>[/<split>]"),
@@ -207,7 +220,8 @@ class Baselines(Block):
 
 class Evaluate(Block):
     detectors: Some[Literal["msp", "energy", "max_logit", "knn", "mahalanobis", "relative_mahalanobis", "vim", "react"]]
-    bootstrap: Count
+    bootstrap: Annotated[int, Ge(2)]
+    shrinkage: Annotated[float | None, Ge(0), Le(1)] = None
 
 
 class Compare(Block):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,125 +15,90 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from regvit.data.progress import progress as Progress
-from regvit.durable import lock_folder, sync, sync_folder
 from regvit.features.stored_readouts import StoredReadout, blocks
+from regvit.files import locked, write_atomic
 
 CHECKPOINT = "checkpoint.safetensors"
 KEY = "regvit_training"
-
-
-class Resumable(Protocol):
-    """A training: how many steps are done, and all of it as tensors."""
-
-    step: int
-
-    def tensors(self) -> dict[str, Tensor]: ...
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> None: ...
+SAVE_EVERY = 30.0  # seconds between two checkpoints: training that takes less pays nothing
 
 
 class Checkpoint:
-    """The checkpoint in a working folder, which it holds locked; without a folder it does nothing.
-
-    The key says what it belongs to: settings, data, code, torch and device. It is a digest over all the features (over
-    their checksums, where they lie in a store), so it is made only when there is a checkpoint to compare with or to
-    write.
+    """The checkpoint of a training in a folder of its own.
 
     Args:
-        work: the folder, made when it is needed; None: no checkpoint.
+        folder: made when it is needed, left to the caller to remove.
         save_every: seconds between two checkpoints.
-        described: plain JSON values, all that decides the training besides data and code; `steps` among them.
-        data: labels, and features by readout.
-        code: files whose bytes decide what a step does.
-        device: of the training.
-        progress: is told of what was resumed and what is safe; None is silent.
-    Raises:
-        FolderLocked: on entering the block, another process trains in `work`.
+        tell: is called with one line on what was resumed, or why not.
     """
 
-    def __init__(
-        self,
-        work: Path | str | None,
-        save_every: float,
-        described: dict,
-        data: Sequence[np.ndarray | Mapping[str, np.ndarray | StoredReadout]],
-        code: Sequence[Path | str],
-        device: str | torch.device,
-        progress: Progress | None,
-    ):
-        self._folder, self._every, self._progress = None if work is None else Path(work), save_every, progress
-        self._described, self._data, self._code, self._device = described, data, code, device
-        self._key: str | None = None
-        self._lock: int | None = None
-        self._saved, self._steps_saved = time.monotonic(), 0
+    def __init__(self, folder: Path | str, save_every: float = SAVE_EVERY, tell: Callable[[str], object] = print):
+        self._path, self._every, self.tell = Path(folder) / CHECKPOINT, save_every, tell
+        self._key: Callable[[], str] = str
+        self._saved = time.monotonic()
 
-    def __enter__(self) -> Checkpoint:
-        if self._folder is not None:
-            self._lock = lock_folder(self._folder)
-        return self
+    @contextmanager
+    def of(self, described: dict, data: Sequence[np.ndarray | Mapping], code: Sequence[Path | str]) -> Iterator[None]:
+        """Holds the folder locked for the block, for a training of
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if self._folder is None:
-            return
-        os.close(self._lock)
-        if kind is not None and issubclass(kind, KeyboardInterrupt):
-            self._tell(f"interrupted: {self._steps_saved} of {self._described['steps']} steps are safe in "
-                       f"{self._folder}; run the same again to go on from there")  # fmt: skip
+        Args:
+            described: plain JSON values, all that decides the training besides data and code.
+            data: labels, and features by readout.
+            code: files whose bytes decide what a step does.
+        Raises:
+            FolderLocked: another process trains there.
+        """
+        made: list[
+            str
+        ] = []  # once, and only if there is a checkpoint to compare with or to write: it reads all features
 
-    def resume(self, state: Resumable) -> None:
-        """Puts the training where the checkpoint is, if there is one of this very training; says so, or why not."""
-        if self._folder is None or not (self._folder / CHECKPOINT).exists():
-            return
+        def key() -> str:
+            if not made:
+                made.append(_digest(described | {"torch": torch.__version__}, data, code))
+            return made[0]
+
+        self._key, self._saved = key, time.monotonic()
+        with locked(self._path.parent):
+            yield
+
+    def resume(self) -> dict[str, Tensor]:
+        """What `save` was given, if it was this very training; else nothing, and a line says why."""
+        if not self._path.exists():
+            return {}
         try:
-            with safe_open(str(self._folder / CHECKPOINT), framework="pt") as file:
-                known = (file.metadata() or {}).get(KEY) == self._make_key()
-                tensors = {name: file.get_tensor(name) for name in file.keys()} if known else {}  # noqa: SIM118
+            with safe_open(str(self._path), framework="pt") as file:
+                if (file.metadata() or {}).get(KEY) == self._key():
+                    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except SafetensorError as error:
-            self._tell(f"started anew: the checkpoint in {self._folder} is damaged ({error})")
-            return
-        if not known:
-            self._tell(f"started anew: the checkpoint in {self._folder} is of other data, settings or code")
-            return
-        state.restore(tensors)
-        self._steps_saved = state.step
-        self._tell(f"resumed: {state.step} of {self._described['steps']} steps were done")
-        if self._progress is not None:
-            self._progress.skip(state.step)
+            self.tell(f"started anew: the checkpoint in {self._path.parent} is damaged ({error})")
+            return {}
+        self.tell(f"started anew: the checkpoint in {self._path.parent} is of other data, settings or code")
+        return {}
 
-    def save_if_due(self, state: Resumable) -> None:
+    def save(self, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
         """Writes the checkpoint in one step, if the last one is old enough."""
-        if self._folder is None or time.monotonic() - self._saved < self._every:
+        if time.monotonic() - self._saved < self._every:
             return
-        path = self._folder / CHECKPOINT
-        new = path.with_name(f"{path.name}.partial")
-        tensors = {name: value.contiguous().cpu() for name, value in state.tensors().items()}
-        save_file(tensors, str(new), metadata={KEY: self._make_key()})
-        sync(new)
-        os.replace(new, path)
-        sync_folder(path.parent)
-        self._saved, self._steps_saved = time.monotonic(), state.step
+        with write_atomic(self._path) as beside:
+            save_file(
+                {name: value.contiguous().cpu() for name, value in tensors().items()},
+                str(beside),
+                metadata={KEY: self._key()},
+            )
+        self._saved = time.monotonic()
 
-    def _make_key(self) -> str:
-        if self._key is None:
-            device = torch.device(self._device)
-            name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-            versions = {"torch": torch.__version__, "device": name}
-            digest = hashlib.sha256(json.dumps(self._described | versions, sort_keys=True).encode())
-            for module in self._code:
-                digest.update(Path(module).read_bytes())
-            for part in self._data:
-                arrays = part.items() if isinstance(part, Mapping) else [("labels", part)]
-                for name, values in arrays:
-                    digest.update(f"{name} {values.shape} {values.dtype}".encode())
-                    if isinstance(values, StoredReadout):
-                        digest.update(values.identity().encode())
-                        continue
-                    for rows in blocks(len(values)):
-                        digest.update(np.ascontiguousarray(values[rows]).data)
-            self._key = digest.hexdigest()
-        return self._key
 
-    def _tell(self, text: str) -> None:
-        if self._progress is not None:
-            self._progress.line(text)
+def _digest(described: dict, data: Sequence[np.ndarray | Mapping], code: Sequence[Path | str]) -> str:
+    """SHA-256 over all of it; of features in a store over their chunks' checksums."""
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+    for module in code:
+        digest.update(Path(module).read_bytes())
+    for part in data:
+        for name, values in part.items() if isinstance(part, Mapping) else [("labels", part)]:
+            digest.update(f"{name} {values.shape} {values.dtype}".encode())
+            if isinstance(values, StoredReadout):
+                digest.update(values.identity().encode())
+                continue
+            for rows in blocks(len(values)):
+                digest.update(np.ascontiguousarray(values[rows]).data)
+    return digest.hexdigest()

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from sklearn.linear_model import LogisticRegression
 
-from regvit.probing.heads import moments
-from regvit.probing.probes import Probe, check_splits
+from regvit.probing.probes import Probe
+from regvit.probing.splits import Split, check_splits
 
 CS = (1e-3, 1e-2, 1e-1)
 TOLERANCE = 1e-6
@@ -28,21 +29,10 @@ MAX_ITERATIONS = 5000
 ABSENT = -1e4  # logit of a class that no training image has: a probability of 0, and still finite
 
 
-def fit_logistic(
-    readout: str,
-    train: Float[np.ndarray, "b d"],
-    train_labels: Int[np.ndarray, " b"],
-    val: Float[np.ndarray, "v d"],
-    val_labels: Int[np.ndarray, " v"],
-    classes: Sequence[str],
-    cs: Sequence[float] = CS,
-) -> Probe:
-    """The fit with the best validation accuracy over a grid of C; of equals the one of the smallest C.
+def fit_logistic(readout: str, train: Split, val: Split, classes: Sequence[str], cs: Sequence[float] = CS) -> Probe:
+    """The fit of one readout with the best validation accuracy over a grid of C; of equals the one of the smallest C.
 
     Args:
-        readout: name, for the probe and for messages.
-        train, val: features.
-        train_labels, val_labels: class index of each image.
         classes: class names, in the order of the indices.
         cs: inverse regularisations; each fit starts where the one before ended.
     Raises:
@@ -51,22 +41,23 @@ def fit_logistic(
     grid = sorted(float(c) for c in cs)
     if not grid or len(set(grid)) < len(grid) or not all(math.isfinite(c) and c > 0 for c in grid):
         raise ValueError(f"cs are {list(cs)}; expected at least one finite number above 0, each once")
-    check_splits({readout: train}, train_labels, {readout: val}, val_labels, classes)
-    train, val = train[:], val[:]  # all of it: this solver knows no blocks
-    found = moments({"as it stands": train})["as it stands"]  # registers side by side, not pooled
-    mean, scale = found.mean, found.scale
-    z, v = ((values - mean) / scale for values in (train, val))  # float64: float32 stops early, by 1e-3 of the weights
+    train, val = (replace(part, features={readout: part.features[readout][:]}) for part in (train, val))  # all of it:
+    check_splits(train, val, classes)  # this solver knows no blocks
+    values = train.features[readout].astype(np.float64)  # float32 stops early, by 1e-3 of the weights
+    mean = values.mean(0)
+    scale = math.sqrt(values.var(0).mean()) or 1.0
+    z, v = ((part.features[readout] - mean) / scale for part in (train, val))
     model = LogisticRegression(tol=TOLERANCE, max_iter=MAX_ITERATIONS, warm_start=True)
     best, best_correct, best_c = None, -1, grid[0]
     for c in grid:
-        model.set_params(C=c).fit(z, train_labels)
+        model.set_params(C=c).fit(z, train.labels)
         weight, bias = _all_classes(model, len(classes))
-        correct = int(((v @ weight.T + bias).argmax(1) == val_labels).sum())
+        correct = int(((v @ weight.T + bias).argmax(1) == val.labels).sum())
         if correct > best_correct:
             best, best_correct, best_c = (weight, bias), correct, c
     weight, bias = best[0] / scale, best[1]
     bias = (bias - weight @ mean).astype(np.float32)
-    return Probe(readout, weight.astype(np.float32), bias, None, best_correct, seed=None, C=best_c)
+    return Probe(readout, weight.astype(np.float32), bias, best_correct, C=best_c)
 
 
 def _all_classes(model: LogisticRegression, n_classes: int) -> tuple[Float[np.ndarray, "c d"], Float[np.ndarray, " c"]]:

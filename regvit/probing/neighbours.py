@@ -1,14 +1,14 @@
-"""Weighted k nearest neighbours, as DINOv2 evaluates features without training anything (arXiv:2304.07193).
+"""Nearest neighbours: the search, and weighted votes of the k nearest, as DINOv2 evaluates features (arXiv:2304.07193).
 
 For an image with unit feature x and its k most similar training images, of unit features xᵢ and classes yᵢ:
 
     wᵢ = exp(x · xᵢ / T) / Σⱼ exp(x · xⱼ / T),    p(c) = Σ wᵢ [yᵢ = c],    logit(c) = log max(p(c), floor)
 
-The softmax of the logits is p (up to the floor), so that detectors which take logits work on neighbours as well.
+The softmax of the logits is p (up to the floor), so that detectors which take logits work on neighbours as well. The search
+is also that of the detector `knn`.
 
 Similarities are computed block by block and only the k best are kept: of some thousand images at a time, over all the
-training images in blocks, which are read as often as that where they lie in a store (`stored`). Memory grows with
-neither set.
+training images in blocks, which are read as often as that where they lie in a store. Memory grows with neither set.
 
 Shape letters: b image, n training image, d channel, c class, k neighbour.
 """
@@ -16,7 +16,6 @@ Shape letters: b image, n training image, d channel, c class, k neighbour.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from regvit.features.stored_readouts import blocks
+from regvit.probing.probes import Neighbours
 
 K = (10, 20, 100, 200)  # and the temperature: DINOv2's protocol
 TEMPERATURE = 0.07
@@ -33,48 +33,55 @@ VOTES_AT_ONCE = 1 << 24  # images × neighbours × classes: 192 MiB
 TEST_ROWS_A_PASS = 1 << 14  # images whose neighbours are looked for in one pass over the training images
 
 
-@dataclass(frozen=True)
-class Neighbours:
-    """How many neighbours vote, and how sharply their similarity weighs.
+def nearest(
+    train: Float[np.ndarray, "n d"], test: Float[np.ndarray, "b d"], k: int, device: str | torch.device = "cpu"
+) -> Iterator[tuple[slice, Float[Tensor, "b k"], Int[Tensor, "b k"]]]:
+    """The k most similar training images of each image, best first: rows of `test`, cosines, and rows of `train`.
 
-    Attributes:
-        k: number of neighbours.
-        temperature: T.
-        val_correct: validation images that they get right; None where k was not chosen on any.
+    Args:
+        train, test: features, arrays or `StoredReadout`; made of unit length here. One of zeros is similar to nothing.
+        device: where to compute; the training features are copied there block by block.
     """
-
-    k: int
-    temperature: float
-    val_correct: int | None = None
+    for part in blocks(len(test), TEST_ROWS_A_PASS):
+        places = [
+            slice(part.start + rows.start, part.start + rows.stop) for rows in blocks(part.stop - part.start, TEST_ROWS)
+        ]
+        queries = [_unit(test[rows], device) for rows in places]
+        best = [
+            (query.new_empty(len(query), 0), query.new_empty(len(query), 0, dtype=torch.int64)) for query in queries
+        ]
+        for block in blocks(len(train), TRAIN_ROWS):
+            some = _unit(train[block], device)
+            for i, query in enumerate(queries):
+                new, columns = (query @ some.T).topk(min(k, len(some)), dim=1)
+                similarity, rows = (
+                    torch.cat(pair, 1) for pair in zip(best[i], (new, columns + block.start), strict=True)
+                )
+                similarity, kept = similarity.topk(min(k, similarity.shape[1]), dim=1)
+                best[i] = similarity, rows.gather(1, kept)
+        yield from ((rows, *found) for rows, found in zip(places, best, strict=True))
 
 
 def knn_logit_blocks(
     train: Float[np.ndarray, "n d"],
     labels: Int[np.ndarray, " n"],
     test: Float[np.ndarray, "b d"],
-    k: int,
-    temperature: float,
+    neighbours: Neighbours,
     n_classes: int,
     device: str | torch.device = "cpu",
 ) -> Iterator[tuple[slice, Float[np.ndarray, "b c"]]]:
-    """Logarithm of the weighted share of votes of each class, float32, finite; block by block, as for many images and
-    classes it does not fit into memory: rows of the images to classify, in their order, and their logits.
+    """Logarithm of the weighted share of votes of each class, float32, finite: rows of `test`, and their logits.
 
     Args:
-        train: features of the training images, an array or `stored.StoredReadout`; they are normalised here.
         labels: class index of each training image.
-        test: features of the images to classify.
-        device: where to compute; the training features are copied there block by block.
     Raises:
         ValueError: shapes, labels, k or temperature do not fit; the message gives value and cure. It comes when the first
             block is asked for.
     """
+    k, temperature = neighbours.k, neighbours.temperature
     _check(train, labels, test, k, temperature, n_classes)
-    start = 0
-    for votes in _votes(train, labels, test, (k,), temperature, n_classes, device):
-        stop = start + votes.shape[1]
-        yield slice(start, stop), votes[0].clamp_min(FLOOR).log().cpu().numpy()
-        start = stop
+    for rows, votes in _votes(train, labels, test, (k,), temperature, n_classes, device):
+        yield rows, votes[0].clamp_min(FLOOR).log().cpu().numpy()
 
 
 def choose_neighbours(
@@ -102,11 +109,9 @@ def choose_neighbours(
     _check(train, labels, val, allowed[-1], temperature, n_classes)
     if len(val_labels) != len(val):
         raise ValueError(f"val has {len(val)} rows and {len(val_labels)} labels; expected one label a row")
-    correct, start = np.zeros(len(allowed), dtype=np.int64), 0
-    for votes in _votes(train, labels, val, allowed, temperature, n_classes, device):  # (ks, b, c)
-        predicted = votes.argmax(-1).cpu().numpy()
-        correct += (predicted == val_labels[start : start + predicted.shape[1]]).sum(1)
-        start += predicted.shape[1]
+    correct = np.zeros(len(allowed), dtype=np.int64)
+    for rows, votes in _votes(train, labels, val, allowed, temperature, n_classes, device):  # (ks, b, c)
+        correct += (votes.argmax(-1).cpu().numpy() == val_labels[rows]).sum(1)
     best = int(correct.argmax())  # the first of equals
     return Neighbours(allowed[best], float(temperature), int(correct[best]))
 
@@ -119,53 +124,22 @@ def _votes(
     temperature: float,
     n_classes: int,
     device: str | torch.device,
-) -> Iterator[Float[Tensor, "ks b c"]]:
-    """Vote shares for each k (ascending), block by block of the test images."""
+) -> Iterator[tuple[slice, Float[Tensor, "ks b c"]]]:
+    """Vote shares of the first k neighbours for each k (ascending), block by block of the test images."""
     labels = torch.from_numpy(np.asarray(labels, dtype=np.int64)).to(device)
-    for part in blocks(len(test), TEST_ROWS_A_PASS):
-        queries = [_unit(test[start : min(start + TEST_ROWS, part.stop)], device)
-                   for start in range(part.start, part.stop, TEST_ROWS)]  # fmt: skip
-        for similarity, nearest in _nearest(queries, train, ks[-1], device):  # (b, k)
-            for rows in blocks(len(similarity), max(1, VOTES_AT_ONCE // (ks[-1] * n_classes))):
-                yield _shares(similarity[rows], labels[nearest[rows]], ks, temperature, n_classes)
-
-
-def _shares(
-    similarity: Float[Tensor, "b k"],
-    classes: Int[Tensor, "b k"],
-    ks: tuple[int, ...],
-    temperature: float,
-    n_classes: int,
-) -> Float[Tensor, "ks b c"]:
-    """Vote shares of the first k neighbours, for each k."""
-    shares = torch.zeros(len(ks), len(similarity), n_classes, device=similarity.device)
-    for i, k in enumerate(ks):
-        weights = (similarity[:, :k] / temperature).softmax(1)
-        one_hot = torch.nn.functional.one_hot(classes[:, :k], n_classes).to(weights.dtype)  # (b, k, c)
-        shares[i] = torch.einsum("bk,bkc->bc", weights, one_hot)  # no scatter: its sum has no order on a GPU
-    return shares
-
-
-def _nearest(
-    queries: list[Float[Tensor, "b d"]], train: np.ndarray, k: int, device: str | torch.device
-) -> list[tuple[Float[Tensor, "b k"], Int[Tensor, "b k"]]]:
-    """Similarity and row of the k most similar training images, best first, for each block of images."""
-    best = [(torch.empty(len(each), 0, device=device), torch.empty(len(each), 0, dtype=torch.int64, device=device))
-            for each in queries]  # fmt: skip
-    for block in blocks(len(train), TRAIN_ROWS):
-        some = _unit(train[block], device)
-        for i, query in enumerate(queries):
-            found = query @ some.T
-            new, columns = found.topk(min(k, found.shape[1]), dim=1)
-            similarity, rows = (torch.cat(pair, 1) for pair in zip(best[i], (new, columns + block.start), strict=True))
-            similarity, kept = similarity.topk(min(k, similarity.shape[1]), dim=1)
-            best[i] = similarity, rows.gather(1, kept)
-    return best
+    for part, similarity, rows in nearest(train, test, ks[-1], device):
+        for some in blocks(len(rows), max(1, VOTES_AT_ONCE // (ks[-1] * n_classes))):
+            one_hot = torch.nn.functional.one_hot(labels[rows[some]], n_classes).float()  # (b, k, c)
+            # no scatter: its sum has no order on a GPU
+            shares = [
+                torch.einsum("bk,bkc->bc", (similarity[some, :k] / temperature).softmax(1), one_hot[:, :k]) for k in ks
+            ]
+            yield slice(part.start + some.start, part.start + some.stop), torch.stack(shares)
 
 
 def _unit(values: np.ndarray, device: str | torch.device) -> Float[Tensor, "b d"]:
     values = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).to(device)
-    return torch.nn.functional.normalize(values, dim=1)  # a row of zeros stays one, similar to nothing
+    return torch.nn.functional.normalize(values, dim=1)
 
 
 def _check(train: np.ndarray, labels: np.ndarray, test: np.ndarray, k: int, temperature: float, n_classes: int) -> None:

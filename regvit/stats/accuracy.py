@@ -67,7 +67,9 @@ def class_indices(classes: Sequence[str], known: Sequence[str]) -> Int[np.ndarra
     return np.array([place[name] for name in classes], dtype=np.int64)
 
 
-def accuracy(correct: Bool[np.ndarray, " b"] | Bool[np.ndarray, "s b"]) -> Estimate:
+def accuracy(
+    correct: Bool[np.ndarray, " b"] | Bool[np.ndarray, "s b"], groups: Shaped[np.ndarray, " b"] | None = None
+) -> Estimate:
     """Share of True with a 95 % interval over images and probe seeds (`intervals`); with one seed, Wilson's own.
 
     It does not use that splits are stratified by class, and so is a little too wide where the accuracy differs much
@@ -75,13 +77,18 @@ def accuracy(correct: Bool[np.ndarray, " b"] | Bool[np.ndarray, "s b"]) -> Estim
 
     Args:
         correct: one row a seed, all on the same images; or the single row.
+        groups: of images that are not independent (one emoji in several drawing styles); None: every image for itself.
     Raises:
         ValueError: there is no image, or `correct` is not boolean.
     """
     correct = _correctness(correct, "correct")
-    n = correct.shape[1]
-    together, single = float(correct.mean(0).var()) / n, float(correct.var(1).mean()) / n
-    return fraction(float(correct.mean()), Variance.of_seeds(correct.mean(1), together, single), n)
+    n, value = correct.shape[1], float(correct.mean())
+    totals, sizes = _by_group(correct.astype(np.float64), groups)
+    together, single = (
+        float(((each - sizes * share) ** 2).sum(-1).mean()) / n**2
+        for each, share in ((totals.mean(0), value), (totals, correct.mean(1, keepdims=True)))
+    )
+    return fraction(value, Variance.of_seeds(correct.mean(1), together, single), n, len(sizes))
 
 
 def paired_accuracy_difference(
@@ -113,11 +120,7 @@ def paired_accuracy_difference(
         raise ValueError(f"correct_a has {a.shape[0]} seeds and correct_b {b.shape[0]}; pair the same seeds")
     differences = a.astype(np.int64) - b  # (s, b)
     n = differences.shape[1]
-    groups = np.arange(n) if groups is None else np.asarray(groups)
-    if groups.shape != (n,):
-        raise ValueError(f"groups have shape {groups.shape}; expected one for each of the {n} images")
-    _, place, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    of_groups = np.stack([np.bincount(place, of_seed) for of_seed in differences])  # (s, g)
+    of_groups, sizes = _by_group(differences.astype(np.float64), groups)  # (s, g)
     value = float(differences.mean())
     centre = value * n / (n + 2)
     added = (1 - centre) ** 2 + (1 + centre) ** 2  # of the two images more
@@ -128,6 +131,19 @@ def paired_accuracy_difference(
     found = difference(value, Variance.of_seeds(differences.mean(1), together, single), n, centre)
     only_a, only_b = int((differences > 0).sum()), int((differences < 0).sum())
     return PairedDifference(found.value, found.lo, found.hi, found.p, n, only_a, only_b)
+
+
+def _by_group(
+    values: Float[np.ndarray, "s b"], groups: Shaped[np.ndarray, " b"] | None
+) -> tuple[Float[np.ndarray, "s g"], Int[np.ndarray, " g"]]:
+    """Sums over the images of each group, and how many they are."""
+    n = values.shape[1]
+    if groups is None:
+        return values, np.ones(n, dtype=np.int64)
+    if np.shape(groups) != (n,):
+        raise ValueError(f"groups have shape {np.shape(groups)}; expected one for each of the {n} images")
+    _, place, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    return np.stack([np.bincount(place, row) for row in values]), sizes
 
 
 def _correctness(values: np.ndarray, name: str) -> Bool[np.ndarray, "s b"]:

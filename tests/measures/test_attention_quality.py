@@ -1,22 +1,22 @@
-import csv
-
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from dense_example import dense_set
 from PIL import Image
 from scipy.stats import entropy as scipy_entropy
 from scipy.stats import pearsonr
 from sklearn.metrics import roc_auc_score
 
-from regvit.data.manifest import Row, read_dataset, write_dataset
-from regvit.data.transform import Transform
-from regvit.measures.anatomy import Subject
+from regvit.data.manifest import Row
 from regvit.measures.attention_quality import (
     METRICS,
     AttentionQuality,
-    Measured,
+    attention_maps,
     distance_correlation,
     entropy,
+    figures,
+    image_columns,
     later_blocks,
     measure_attention,
     morans_i,
@@ -24,23 +24,14 @@ from regvit.measures.attention_quality import (
     object_iou,
     object_shares,
     qualities,
-    summary,
     write_tables,
 )
-from regvit.models.attention import prefix_attention
-from regvit.models.backbones import Backbone
 from regvit.models.tokens import TokenLayout
-from regvit.registers.outliers import Detection, patch_norms
-from regvit.registers.test_time import add_test_time_registers
 
 
 def random_maps(*shape: int, seed: int = 0) -> torch.Tensor:
     maps = torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return maps / maps.sum(-1, keepdim=True)
-
-
-def wrapped(model: torch.nn.Module) -> Backbone:
-    return Backbone("tiny", model, Transform(64, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), "0" * 64, None, {})
 
 
 def test_entropy_of_an_even_map_is_the_logarithm_of_its_patches_and_of_a_single_peak_zero():
@@ -139,40 +130,20 @@ def test_a_mask_without_objects_has_no_auroc():
     assert found["object_auroc"].isnan().all() and found["object_lift"].isnan().all()
 
 
-def test_outliers_are_those_of_the_untreated_model_before_and_after_registers(tiny_vit, noise_images):
-    plain, treated, images = tiny_vit(), tiny_vit(), noise_images(5)
-    add_test_time_registers(treated, {2: (3, 9)}, 1)
-    norms = patch_norms(plain, [images], [3])[0]
-    detection = Detection(3, float(np.quantile(norms, 0.9)), 0.0)
-    found = measure_attention(Subject(wrapped(treated), wrapped(plain), detection), images.split(2), [3, 4, 5])
-    expected = norms > detection.threshold
-    assert np.array_equal(found.run.outliers, expected) and np.array_equal(found.untreated.outliers, expected)
-    assert found.run.queries == ("cls", "register_0") and found.untreated.queries == ("cls",)
-    weights = prefix_attention(plain, images)[:, :, :, 0, 1:].permute(1, 0, 2, 3).double().numpy()  # (b, l, h, p)
-    on_outliers = (weights * expected[:, None, None]).sum(-1)
-    on_outliers[~expected.any(1)] = np.nan
-    assert np.allclose(found.untreated.heads["on_outliers"][..., 0], on_outliers, atol=1e-6, equal_nan=True)
-    assert np.allclose(found.untreated.maps["on_outliers"][:, 0], on_outliers[:, 3:].mean((1, 2)), equal_nan=True)
-    metrics = summary(found)
-    change = metrics["heads"]["morans_i"] - metrics["untreated"]["heads"]["morans_i"]
-    assert metrics["change"]["heads"]["morans_i"] == pytest.approx(change, abs=2e-6)
-
-
-def test_a_run_that_changes_nothing_has_no_model_before(tiny_vit, noise_images):
-    backbone = wrapped(tiny_vit())
-    found = measure_attention(Subject(backbone, backbone, None), [noise_images(2)], [5])
-    assert found.untreated is None and not found.run.outliers.any()
-    metrics = summary(found)
-    assert metrics["heads"]["on_outliers"] is None and metrics["heads"]["entropy"] > 0
-    assert metrics["n"] == 2 and metrics["n_with_outliers"] == 0 and "change" not in metrics
-
-
-def read(path) -> list[dict]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-IMAGES = [f"image {i}" for i in range(4)]
+def test_attention_is_measured_image_by_image_in_the_places_of_the_untreated_models_outliers(tmp_path):
+    attention, outliers = random_maps(6, 4, 2, 2, 18).numpy(), np.zeros((6, 16), dtype=bool)
+    outliers[[1, 4], 3] = outliers[4, 9] = True
+    dense = dense_set(tmp_path / "set", {"attention": attention, "outliers": outliers})
+    found = measure_attention(dense, [1, 2, 4], [2, 3])
+    assert found.queries == ("cls", "register_0") and found.outliers.sum(1).tolist() == [1, 0, 2]
+    on_outliers = (attention[[1, 4]][..., 2:] * outliers[[1, 4], None, None, None]).sum(-1)  # (b, l, h, q)
+    assert np.allclose(found.heads["on_outliers"][[0, 2]], on_outliers, atol=1e-3)
+    assert np.allclose(found.maps["on_outliers"][[0, 2]], on_outliers[:, 2:].mean((1, 2)), atol=1e-3)
+    assert np.isnan(found.heads["on_outliers"][1]).all() and np.isnan(found.heads["object_auroc"]).all()
+    columns = image_columns(found)
+    assert np.allclose(columns["on_registers"], attention[[1, 2, 4]][:, 2:, :, 0, 1].mean((1, 2)), atol=1e-3)
+    maps = attention_maps(dense, [2], [2, 3])
+    assert np.allclose(maps["register_0"][0].ravel(), attention[2, 2:, :, 1, 2:].mean((0, 1)), atol=1e-3)
 
 
 def made_quality() -> AttentionQuality:
@@ -180,75 +151,40 @@ def made_quality() -> AttentionQuality:
     heads["entropy"][:, 1:, :, 0] = np.array([1.0, 2.0, 3.0, 4.0])[:, None, None]
     heads["entropy"][:, 1, 0, 0] -= 0.5
     heads["on_outliers"][:] = np.nan
+    heads["on_outliers"][:2, 0] = 0.25
     maps = {name: np.full((4, 2), 7.0) for name in METRICS}
     return AttentionQuality(("cls", "register_0"), (1, 2), heads, maps, np.zeros((4, 9), dtype=bool))
 
 
-def test_the_summary_is_over_later_blocks_and_heads_of_the_first_query_and_its_interval_over_images():
-    metrics = summary(Measured(made_quality(), None))
-    assert metrics["heads"]["entropy"] == pytest.approx(2.5 - 0.5 / 4)
-    assert metrics["heads"]["entropy_lo"] < 2.0 and metrics["heads"]["entropy_hi"] > 2.8  # images differ, blocks hardly
-    assert metrics["heads"]["largest_lo"] == metrics["heads"]["largest_hi"] == 9
-    assert metrics["map"]["largest"] == 7 and metrics["query"] == "cls" and metrics["later_blocks"] == [1, 2]
+def test_figures_are_over_later_blocks_and_heads_of_the_first_query_and_their_intervals_over_images():
+    found = {one.metric: one for one in figures(made_quality())}
+    one = found["entropy"]
+    assert one.value == pytest.approx(2.5 - 0.5 / 4) == image_columns(made_quality())["entropy"].mean()
+    assert one.lo < 2.0 and one.hi > 2.8 and one.n == 4  # images differ, blocks hardly
+    assert found["map_largest"].value == 7 and found["on_outliers"].value is None
 
 
-def test_tables_have_a_row_a_block_and_head_with_empty_cells_for_what_is_not_defined(tmp_path):
-    write_tables(tmp_path, made_quality(), IMAGES)
-    rows = read(tmp_path / "heads.csv")
-    assert [(row["layer"], row["head"]) for row in rows[:3]] == [("0", "0"), ("0", "1"), ("1", "0")]
-    assert len(rows) == 3 * 2
-    assert float(rows[2]["entropy"]) == 2.0 and float(rows[2]["entropy_lo"]) < 2 < float(rows[2]["entropy_hi"])
-    assert {row["on_outliers"] + row["on_outliers_lo"] for row in rows} == {""}
-    by_layer = read(tmp_path / "layers.csv")
-    assert len(by_layer) == 3 and "head" not in by_layer[0]
-    assert float(by_layer[1]["entropy"]) == 2.25  # mean of 2.0 and 2.5
-    registers = read(tmp_path / "registers.csv")
-    assert len(registers) == 3 * 2 and {row["query"] for row in registers} == {"register_0"}
+def test_tables_have_a_row_a_query_block_and_head_with_empty_cells_for_what_is_not_defined(tmp_path):
+    write_tables(tmp_path, made_quality())
+    heads, layers = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("heads", "layers"))
+    assert len(heads) == 2 * 3 * 2 and heads["query"].tolist() == ["cls"] * 6 + ["register_0"] * 6
+    assert heads[["layer", "head"]].values[:3].tolist() == [[0, 0], [0, 1], [1, 0]]
+    assert heads["entropy"][2] == 2.0 and heads["entropy_lo"][2] < 2 < heads["entropy_hi"][2]
+    assert heads.loc[0, ["on_outliers", "on_outliers_lo", "on_outliers_hi"]].tolist() == [0.25] * 3  # of two images
+    assert np.isnan(heads["on_outliers"][2])
+    assert len(layers) == 3 and "head" not in layers and layers["entropy"][1] == 2.25  # mean of 2.0 and 2.5
 
 
-def test_the_table_of_images_has_what_the_summary_is_the_mean_of(tmp_path):
-    quality = made_quality()
-    quality.heads["on_outliers"][:2] = 0.25
-    write_tables(tmp_path, quality, IMAGES)
-    rows, metrics = read(tmp_path / "images.csv"), summary(Measured(quality, None))
-    assert [row["image_id"] for row in rows] == IMAGES
-    assert [row["on_outliers"] for row in rows] == ["0.25", "0.25", "", ""]
-    assert np.mean([float(row["entropy"]) for row in rows]) == pytest.approx(metrics["heads"]["entropy"], rel=1e-5)
-
-
-def test_intervals_of_the_tables_leave_out_images_without_a_value(tmp_path):
-    quality = made_quality()
-    quality.heads["on_outliers"][:2] = 0.25
-    write_tables(tmp_path, quality, IMAGES)
-    row = read(tmp_path / "heads.csv")[0]
-    assert [float(row[f"on_outliers{end}"]) for end in ("", "_lo", "_hi")] == [0.25] * 3
-
-
-def test_without_a_quality_the_tables_have_headers_only(tmp_path):
-    write_tables(tmp_path, None, IMAGES)
-    assert (tmp_path / "heads.csv").read_text().startswith("layer,head,entropy,entropy_lo,entropy_hi,")
-    assert len((tmp_path / "layers.csv").read_text().splitlines()) == 1
-
-
-def test_object_shares_follow_the_geometry_of_the_transform(tmp_path):
-    mask = np.zeros((8, 12), dtype=np.uint8)
-    mask[0:4, 2:6] = 3  # the centre crop takes columns 2 to 9: the upper left quarter of it
-    Image.fromarray(mask).save(tmp_path / "mask.png")
-    Image.fromarray(np.zeros((8, 12, 3), dtype=np.uint8)).save(tmp_path / "image.png")
-    rows = [Row("a", "image.png", "", "test", mask="mask.png"), Row("b", "image.png", "", "test")]
-    write_dataset(tmp_path, "made", rows, [], {})
-    transform = Transform(16, (0, 0, 0), (1, 1, 1))
-    shares = object_shares(read_dataset(tmp_path), transform, 8)
-    assert shares[0].tolist() == [1, 0, 0, 0]
-    assert np.isnan(shares[1]).all()
-    with pytest.raises(ValueError, match="images of 16 px do not divide into patches of 5 px"):
-        object_shares(read_dataset(tmp_path), transform, 5)
-
-
-def test_a_set_without_masks_has_no_object_shares(tmp_path):
-    Image.fromarray(np.zeros((8, 8, 3), dtype=np.uint8)).save(tmp_path / "image.png")
-    write_dataset(tmp_path, "made", [Row("a", "image.png", "", "test")], [], {})
-    assert object_shares(read_dataset(tmp_path), Transform(16, (0, 0, 0), (1, 1, 1)), 8) is None
+def test_object_shares_are_of_the_whole_squashed_image(tmp_path):
+    mask = np.zeros((8, 16), dtype=np.uint8)
+    mask[0:4, 0:8], mask[4:] = 3, 255  # the upper left quarter; below nothing is known
+    (tmp_path / "set").mkdir()
+    Image.fromarray(mask).save(tmp_path / "set/mask.png")
+    rows = [Row("a", "a.png", "", "test", mask="mask.png"), Row("b", "b.png", "", "test")]
+    dense = dense_set(tmp_path / "set", {"cls": np.zeros((2, 1))}, rows, sizes=[(16, 8), (16, 8)], side=2)
+    shares = object_shares(dense, [0, 1])
+    assert shares[0].tolist() == [1, 0, 0, 0] and np.isnan(shares[1]).all()
+    assert object_shares(dense, [1]) is None
 
 
 def test_later_blocks_are_the_second_half_or_begin_where_told():
@@ -257,5 +193,3 @@ def test_later_blocks_are_the_second_half_or_begin_where_told():
     )
     with pytest.raises(ValueError, match=r"first layer 12 is out of range: the model has 12 blocks \(0 to 11\)"):
         later_blocks(12, 12)
-    with pytest.raises(ValueError, match="no images to measure attention on"):
-        measure_attention(Subject(wrapped(torch.nn.Linear(1, 1)), None, None), [], [1])

@@ -6,29 +6,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from dense_example import patch_store
 
-from regvit.features.store import FeatureStore
-from regvit.features.store_writer import write_store
-from regvit.measures.dense import LinearLayer, PatchTokens
+from regvit.measures.dense_heads import DenseTraining, LinearLayer, PatchTokens
 from regvit.measures.depth import (
+    DepthBins,
     DepthModel,
-    Range,
-    abs_rel_within,
     errors,
+    figures,
+    image_columns,
     losses,
     measure,
-    rmse_within,
-    summary,
     train,
 )
 
 SIDE = 4
-INDOORS = Range(0.5, 5.0)
-
-
-def store_of(folder, patches):
-    write_store(folder / "made.zarr", {"patches": patches}, {}, 8)
-    return FeatureStore.open(folder / "made.zarr")
+INDOORS = DepthBins(0.5, 5.0, bins=32)
 
 
 def world(images=32, seed=0):
@@ -41,11 +34,10 @@ def world(images=32, seed=0):
     return patches, truth
 
 
-def learn(folder, patches, truth, **changes):
-    store = store_of(folder, patches)
-    options = {"learning_rates": [1e-5, 0.03], "weight_decays": [0.01], "steps": 150, "batch_size": 8, "seed": 0, "n_bins": 32} | changes  # fmt: skip
+def learn(folder, patches, truth, bins=INDOORS, steps=150):
+    store = patch_store(folder, patches)
     tokens = [PatchTokens(store, range(*ends)) for ends in ((0, 16), (16, 24), (24, 32))]
-    return train(*tokens[:2], truth.__getitem__, INDOORS, **options), tokens[2]
+    return train(*tokens[:2], truth.__getitem__, bins, DenseTraining([1e-5, 0.03], [0.01], steps, 8)), tokens[2]
 
 
 def test_depth_that_patches_tell_is_learned_and_the_better_rate_is_chosen(tmp_path):
@@ -60,14 +52,14 @@ def test_depth_that_patches_tell_is_learned_and_the_better_rate_is_chosen(tmp_pa
 
 def test_upsampling_before_depth_is_made_is_learned_as_well(tmp_path):
     patches, truth = world()
-    model, test = learn(tmp_path, patches, truth, upsample=2, steps=60)
+    model, test = learn(tmp_path, patches, truth, dataclasses.replace(INDOORS, upsample=2), 60)
     constant = np.sqrt(((truth[24:] - truth[:16].mean()) ** 2).mean((1, 2))).mean()
     assert measure(model, test, truth.__getitem__).errors.rmse.mean() < 0.8 * constant
 
 
 def test_depth_is_the_mean_of_the_bins_under_the_normalised_outputs_upsampled():
     layer = LinearLayer(torch.tensor([[1.0], [0.0], [-1.0]]), torch.zeros(3), 0.1, 0.0)
-    model = DepthModel(layer, Range(1.0, 3.0), 1, {})
+    model = DepthModel(layer, DepthBins(1.0, 3.0), {})
     patches = torch.tensor([[[0.4], [-0.9], [0.0], [0.4]]])
     # bins 1, 2, 3 m with weights relu(±z) + 0.1: (0.5, 0.1, 0.1), (0.1, 0.1, 1.0), equal
     grid = torch.tensor([[(0.5 + 0.2 + 0.3) / 0.7, (0.1 + 0.2 + 3.0) / 1.2], [2.0, (0.5 + 0.2 + 0.3) / 0.7]])
@@ -128,57 +120,55 @@ def test_errors_are_those_worked_by_hand():
 
 
 def test_eigens_crop_is_that_of_nyu_and_in_proportion_elsewhere():
-    known = Range(0.001, 10.0, "eigen").known(np.ones((480, 640), np.float32))
+    known = DepthBins(0.001, 10.0, "eigen").known(np.ones((480, 640), np.float32))
     rows, columns = np.flatnonzero(known.any(1)), np.flatnonzero(known.any(0))
     assert (rows[0], rows[-1], columns[0], columns[-1]) == (45, 470, 41, 600)
     assert known.sum() == 426 * 560
-    half = Range(0.001, 10.0, "eigen").known(np.ones((240, 320), np.float32))
+    half = DepthBins(0.001, 10.0, "eigen").known(np.ones((240, 320), np.float32))
     assert half.sum() == pytest.approx(426 * 560 / 4, rel=0.01)
 
 
 def test_unknown_and_far_pixels_do_not_count_and_predictions_are_clipped(tmp_path):
     patches = np.zeros((3, SIDE**2, 2))
     layer = LinearLayer(torch.zeros(8, 2), torch.zeros(8), 0.1, 0.0)  # every bin alike: 2.75 m everywhere
-    model = DepthModel(layer, INDOORS, 1, {})
+    model = DepthModel(layer, INDOORS, {})
     truth = np.full((3, 16, 16), 2.0, np.float32)
     truth[0, :8], truth[0, 8:, :8] = 0, 20  # a quarter of the first image counts
     truth[2] = 0
-    found = measure(model, PatchTokens(store_of(tmp_path, patches), range(3)), truth.__getitem__)
+    found = measure(model, PatchTokens(patch_store(tmp_path, patches), range(3)), truth.__getitem__)
     np.testing.assert_allclose(found.errors.rmse, [0.75, 0.75, np.nan], rtol=1e-6)
     assert found.counted.sum(1).tolist() == [64, 256, 0]
     assert found.counted[0].reshape(4, 4).tolist() == [[0] * 4] * 2 + [[0, 0, 16, 16]] * 2
     where = np.zeros((3, 16), bool)
     where[:, 0] = True
-    np.testing.assert_allclose(rmse_within(found, where), [np.nan, 0.75, np.nan], rtol=1e-6)
-    np.testing.assert_allclose(abs_rel_within(found, ~where), [0.375, 0.375, np.nan], rtol=1e-6)
+    columns = image_columns(found, where)
+    np.testing.assert_allclose(columns["rmse_at_outliers"], [np.nan, 0.75, np.nan], rtol=1e-6)
+    np.testing.assert_allclose(columns["abs_rel_elsewhere"], [0.375, 0.375, np.nan], rtol=1e-6)
 
 
-def test_the_summary_holds_every_error_and_what_it_is_at_outliers(tmp_path):
+def test_the_figures_hold_every_error_and_what_it_is_at_outliers(tmp_path):
     patches, truth = world()
     model, test = learn(tmp_path, patches, truth, steps=5)
     measured = measure(model, test, truth.__getitem__)
     outliers = np.zeros((8, 16), bool)
     outliers[:3, 5] = True
-    found = summary(model, measured, outliers)
-    assert found["rmse"] == pytest.approx(measured.errors.rmse.mean(), abs=1e-6)
+    found = {one.metric: one for one in figures(model, measured, outliers)}
+    assert found["rmse"].value == pytest.approx(measured.errors.rmse.mean()) and found["rmse"].n == 8
     expected = [np.sqrt(measured.squared[i, 5] / measured.counted[i, 5]) for i in range(3)]
-    assert found["rmse_at_outliers"] == pytest.approx(np.mean(expected), abs=1e-6)
-    assert found["n"] == 8 and found["n_with_outliers"] == 3
-    assert found["delta1_lo"] <= found["delta1"] <= found["delta1_hi"]
-    assert summary(model, measured, None)["rmse_at_outliers"] is None
-    assert summary(model, measured, None)["rmse_elsewhere"] is None
+    assert found["rmse_at_outliers"].value == pytest.approx(np.mean(expected)) and found["rmse_at_outliers"].n == 3
+    assert found["delta1"].lo <= found["delta1"].value <= found["delta1"].hi
+    without = {one.metric: one.value for one in figures(model, measured, np.zeros((8, 16), bool))}
+    assert without["rmse_at_outliers"] is None and without["rmse_elsewhere"] is None
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"min_depth": 2.0, "max_depth": 1.0}, "0 < min_depth < max_depth"), ({"crop": "garg"}, "one of none, eigen")],
+    [
+        ({"min_depth": 2.0, "max_depth": 1.0}, "0 < min_depth < max_depth"),
+        ({"crop": "garg"}, "one of none, eigen"),
+        ({"bins": 1}, "bins is 1"),
+    ],
 )
 def test_a_range_that_makes_no_sense_is_refused(values, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(Range(), **values)
-
-
-def test_settings_that_make_no_sense_are_refused(tmp_path):
-    patches, truth = world()
-    with pytest.raises(ValueError, match="n_bins is 1"):
-        learn(tmp_path, patches, truth, n_bins=1)
+        dataclasses.replace(DepthBins(), **values)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import logsumexp
-from sklearn.covariance import LedoitWolf
+from sklearn.covariance import LedoitWolf, empirical_covariance, ledoit_wolf
 from sklearn.neighbors import NearestNeighbors
 
 from regvit.measures import detectors
@@ -18,12 +18,14 @@ from regvit.measures.detectors import (
     FEATURES_ONLY,
     FITTED_DETECTORS,
     LOGIT_DETECTORS,
+    Detectors,
     Scatter,
     energy,
     fit,
     max_logit,
     msp,
     principal_channels,
+    vim_origin,
 )
 
 logits = st.lists(st.lists(st.floats(-30, 30), min_size=3, max_size=3), min_size=1, max_size=5).map(np.array)
@@ -220,8 +222,11 @@ def test_what_is_not_finite_or_not_logits_is_refused(name):
 
 
 def test_the_neighbour_counted_is_one_in_a_thousand_but_at_least_the_tenth():
-    line = np.column_stack([np.ones(12_000), np.linspace(0, 1, 12_000)])
-    assert [fit("knn", line[:n], np.zeros(n, int), PLAIN).k for n in (3, 200, 10_600, 12_000)] == [3, 10, 11, 12]
+    line = np.column_stack([np.ones(12_000), np.linspace(0, 1000, 12_000)])
+    unit = line / np.linalg.norm(line, axis=1, keepdims=True)
+    for n, k in ((3, 3), (200, 10), (10_600, 11), (12_000, 12)):
+        found = fit("knn", line[:n], np.zeros(n, int), PLAIN)(line[:1], np.zeros((1, 2)))
+        assert found == pytest.approx([np.linalg.norm(unit[:n] - unit[0], axis=1)[k - 1]], abs=1e-7)
 
 
 def test_the_distance_to_a_neighbour_is_worked_by_hand():
@@ -244,6 +249,19 @@ def test_more_channels_than_images_are_shrunk_and_many_images_are_not():
     few, many = (made(n=n, d=60, seed=2)[:2] for n in (40, 40_000))
     assert 0.1 < Scatter.fit(*few).shrinkage < 1 and Scatter.fit(*many).shrinkage < 0.01
     assert Scatter.fit(*few).within().whitening.shape == (60, 60)
+
+
+@pytest.mark.parametrize("shape", ["many images", "more channels than images"])
+def test_shrinkage_is_scikit_learns_or_the_one_that_is_asked_for(shape):
+    train, labels, probe, test = made(**SHAPES[shape])
+    means = np.stack([train[labels == label].astype(np.float64).mean(0) for label in range(4)])
+    covariance, shrinkage = ledoit_wolf(train - means[labels], assume_centered=True)
+    found = Scatter.fit(train, labels)
+    assert found.shrinkage == pytest.approx(shrinkage) and found.covariance == pytest.approx(covariance)
+    plain = Scatter.fit(train, labels, 0)
+    assert plain.covariance == pytest.approx(empirical_covariance(train - means[labels], assume_centered=True))
+    score = fit("mahalanobis", train, labels, probe, Detectors(("mahalanobis",), shrinkage=0))
+    assert score(test, np.zeros((50, 4))) == pytest.approx(plain.within().distances(test))
 
 
 def test_within_and_between_the_classes_add_up_to_the_covariance_of_all_images():
@@ -285,9 +303,19 @@ def test_the_principal_space_has_the_papers_dimension_and_its_share_of_a_lower_r
 
 def test_training_images_keep_a_residual_where_there_are_fewer_than_channels():
     train, labels, probe, _ = made(n=60, d=90)
-    score = fit("vim", train, labels, probe)
-    assert np.isfinite(score.scale) and score.scale > 0
-    assert np.linalg.norm((train - score.origin) @ score.residual, axis=1).min() > 0.1
+    zero = np.zeros((60, 4))
+    assert (fit("vim", train, labels, probe)(train, zero) - energy(zero)).min() > 0.1  # α · length
+
+
+def test_the_origin_of_vim_does_not_invert_rounding_noise():
+    rng = np.random.default_rng(0)
+    weight, bias = rng.normal(size=(5, 12)), rng.normal(size=5)
+    weight, bias = weight - weight.mean(0), bias - bias.mean()  # as a trained probe: the rows sum to nothing
+    clean = vim_origin(weight, bias)
+    assert np.linalg.norm(weight @ clean + bias) < 1e-9
+    noisy = (weight + 1e-7 * rng.normal(size=(5, 12))).astype(np.float32)
+    assert vim_origin(noisy.astype(np.float64), bias + 1e-6) == pytest.approx(clean, abs=1e-4)
+    assert np.abs(np.linalg.pinv(noisy.astype(np.float64)) @ (bias + 1e-6)).max() > 1  # what it was
 
 
 def test_react_clips_from_above_only():
@@ -299,11 +327,11 @@ def test_react_clips_from_above_only():
 
 def test_reacts_percentile_of_very_many_activations_is_that_of_some_of_the_images(monkeypatch):
     train, labels, probe, _ = made(n=4000, d=8)
-    exact = fit("react", train, labels, probe).clip
+    exact = scores_of("react", train, labels, probe, train)
     monkeypatch.setattr(detectors, "CLIP_VALUES", 8 * 1000)
-    some = fit("react", train, labels, probe).clip
-    assert some != exact and abs(some - exact) < 0.3
-    assert fit("react", train, labels, probe).clip == some
+    some = scores_of("react", train, labels, probe, train)
+    assert not np.array_equal(some, exact) and np.abs(some - exact).max() < 1.5
+    assert np.array_equal(scores_of("react", train, labels, probe, train), some)
 
 
 # --- refused
@@ -362,3 +390,5 @@ def test_features_labels_and_probe_must_fit(name):
 def test_an_unknown_detector_is_refused_with_the_nearest_name():
     with pytest.raises(ValueError, match=r"detector 'enrgy' is unknown; did you mean 'energy'\? Known are msp, energy"):
         fit("enrgy", *made()[:3])
+    with pytest.raises(ValueError, match="detector 'mps' is unknown; did you mean 'msp'"):
+        Detectors(("energy", "mps"))

@@ -1,32 +1,27 @@
-import json
-
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from dense_example import dense_set
 from scipy.ndimage import gaussian_filter, label
 
-from regvit.data.batches import Batches
-from regvit.data.manifest import Row, read_dataset, write_dataset
-from regvit.data.transform import Transform
-from regvit.data.whole_images import WholeTransform
+from regvit.data.manifest import Row
 from regvit.measures.discovery import (
+    Discovered,
     Setting,
     attention_boxes,
     boxes_around,
     choose,
     discover,
-    discover_all,
+    feature_table,
+    figures,
+    image_columns,
+    kept_features,
     lost,
-    measure,
-    patch_size,
     settings,
     similarity,
+    sweep_table,
 )
-from regvit.models.token_features import Feature, patch_features
-from regvit.registers.test_time import add_test_time_registers
-
-TRANSFORM = Transform(64, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+from regvit.models.token_features import Feature
 
 
 def published(features, grid, k=100):
@@ -125,24 +120,11 @@ def test_the_bias_is_measured_by_the_median_patch():
     assert similarity(features, normalised=True)[0].diagonal().tolist() == [1.0, 1.0, 1.0]
 
 
-def test_padding_takes_no_part():
-    features = structured(20, (8, 6))
-    padded = torch.randn(20, 8, 8, 16, generator=torch.Generator().manual_seed(0))
-    padded[:, :, :6] = features.reshape(20, 8, 6, 16)
-    valid = torch.zeros(20, 8, 8, dtype=torch.bool)
-    valid[:, :, :6] = True
-    alone = lost(similarity(features, normalised=True), (8, 6), -0.1)
-    found = lost(similarity(padded.reshape(20, 64, 16), normalised=True), (8, 8), -0.1, valid=valid.reshape(20, 64))
-    assert found.boxes.tolist() == alone.boxes.tolist()
-
-
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="similarities of 9 patches do not fit a grid of 2 x 4"):
         lost(torch.ones(1, 9, 9), (2, 4))
     with pytest.raises(ValueError, match="k_patches is 0; expected 1 or more"):
         lost(torch.ones(1, 9, 9), (3, 3), k_patches=0)
-    with pytest.raises(ValueError, match="an image has no valid patch"):
-        lost(torch.ones(1, 9, 9), (3, 3), valid=torch.zeros(1, 9, dtype=torch.bool))
 
 
 def test_attention_keeps_the_patches_with_most_of_the_mass():
@@ -183,66 +165,62 @@ def test_settings_of_a_feature_stand_together():
     assert [one.feature.kind for one in made] == ["k"] * 4 + ["v"] * 4
 
 
-def test_registers_are_never_counted_as_patches(tiny_vit, noise_images):
-    # A test-time register that moves no neuron is a token more; boxes must be those of the plain patches' features.
-    model, images = tiny_vit(registers=2), noise_images(6)
-    tried = settings([Feature("k", 5), Feature("token", 4)], [True], [0.0, -0.3])
-    with add_test_time_registers(model, {3: (1, 2)}, 3):
-        found = discover(model, images, tried, heads=True)
-        for i, one in enumerate(tried):
-            features = patch_features(model, images, [one.feature])[one.feature]
-            assert features.shape == (6, 64, 64)
-            expected = lost(similarity(features, one.normalised), (8, 8), one.bias).boxes * 8
-            assert found.lost[i].tolist() == expected.tolist()
-    assert found.heads.shape == (4, 6, 4)
-    assert (found.lost >= 0).all() and (found.lost <= 64).all() and (found.heads <= 64).all()
-
-
-def test_discovery_leaves_no_trace_on_the_model(tiny_vit, noise_images):
-    model, images = tiny_vit(), noise_images(2)
-    before = model.forward_features(images)
-    discover(model, images, settings([Feature("q", 5)], [True], [0.0]), heads=True)
-    assert torch.equal(model.forward_features(images), before)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-
-
-def test_a_model_without_cls_has_no_attention_to_draw_boxes_from(tiny_vit, noise_images):
-    with pytest.raises(ValueError, match="no CLS token, so there is no CLS attention"):
-        discover(tiny_vit(cls=False, registers=1), noise_images(1), (), heads=True)
-
-
-def test_the_patch_size_is_the_models(tiny_vit):
-    assert patch_size(tiny_vit()) == 8
-    with pytest.raises(ValueError, match="Linear has patches of None"):
-        patch_size(torch.nn.Linear(2, 2))
-
-
 @pytest.fixture
-def folder(tmp_path):
-    """Three images of different shapes, the last without a box."""
-    rng, rows = np.random.default_rng(0), []
-    for i, size in enumerate([(64, 64), (128, 64), (40, 80)]):
-        Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
-        boxes = json.dumps([[0, 0, size[0], size[1]], [0, 0, 8, 8]]) if i < 2 else ""
-        rows.append(Row(f"{i}", f"{i}.png", "", "test", boxes))
-    write_dataset(tmp_path, "few", rows, (), {})
-    return read_dataset(tmp_path)
+def dense(tmp_path):
+    """Six images of different shapes, all but the last with boxes; keys of two blocks, attention of CLS and a register."""
+    sizes = [(64, 64), (128, 64), (40, 80)] * 2
+    boxes = [f"[[0, 0, {width}, {height}], [0, 0, 8, 8]]" for width, height in sizes[:5]]
+    splits = ["train", "val", "test"] * 2
+    rows = [Row(f"{i}", f"{i}.png", "", splits[i], each) for i, each in enumerate([*boxes, ""])]
+    keys = structured(12, (4, 4)).reshape(6, 2, 16, 16).numpy()
+    attention = np.random.default_rng(0).uniform(size=(6, 3, 2, 2, 18))
+    return dense_set(tmp_path / "few", {"k": keys, "attention": attention}, rows, sizes, inside_layers=[1, 2])
 
 
-def test_boxes_of_a_data_set_are_in_pixels_of_its_images(tiny_vit, folder):
-    model, tried = tiny_vit(), settings([Feature("k", 5)], [True], [0.0, -0.5])
-    for fit in ("squash", "pad"):
-        batches = Batches(folder, WholeTransform.of(TRANSFORM, fit), 2, label=None)
-        found = discover_all(model, batches, tried, heads=True)
-        assert found.lost.shape == (2, 3, 4) and found.heads.shape == (4, 3, 4) and found.isolated.shape == (2, 3)
-        assert (found.lost[:, 1] <= [128, 64, 128, 64]).all() and (found.lost[:, 2] <= [40, 80, 40, 80]).all()
-        measured = measure(model, batches, tried)
-        assert measured.overlaps.shape == (2, 3) and (measured.overlaps[:, 2] == 0).all()
-        assert measured.head_overlaps.shape == (0, 3)
-        assert measured.best() in tried and measured.best_of_each() == (measured.best("k"),)
-        assert measured.hits(tried[1]).tolist() == (measured.overlaps[1] >= 0.5).tolist()
+def test_boxes_are_those_of_each_images_own_features_in_its_pixels(dense):
+    tried = settings(kept_features(dense, ["k"]), [True], [0.0, -0.3])
+    rows = dense.rows("train", "val", having="boxes")
+    found = discover(dense, rows, tried)
+    assert rows == [0, 1, 3, 4] and found.boxes.shape == (4, 4, 4) and found.head_overlaps.shape == (2, 4)
+    for i, one in enumerate(tried):
+        keys = torch.from_numpy(dense.read("k", rows)[:, one.feature.layer - 1])
+        expected = lost(similarity(keys, True), (4, 4), one.bias).boxes
+        assert np.allclose(found.boxes[i, 0], expected[0] * 16)
+        assert np.allclose(found.boxes[i, 1], expected[1] * [32, 16, 32, 16])  # of 128 x 64
+    maps = torch.from_numpy(dense.read("attention", rows)[:, -1, :, 0, 2:])
+    first = attention_boxes(maps[:, 0], (4, 4)).boxes[0]
+    covered = (first[2] - first[0]) * (first[3] - first[1]) / 16  # the first true box is the whole image
+    assert found.head_overlaps[0, 0] >= covered - 1e-6
+    assert found.best() in tried and found.best_of_each()[0].feature == Feature("k", 1)
+    assert found.hits(tried[1]).tolist() == (found.overlaps[1] >= 0.5).tolist()
 
 
-def test_a_transform_that_crops_is_refused(tiny_vit, folder):
-    with pytest.raises(ValueError, match=r"give WholeTransform\.of\(transform\)"):
-        discover_all(tiny_vit(), Batches(folder, TRANSFORM, 2, label=None), ())
+def test_the_setting_is_chosen_on_some_images_and_its_corloc_is_of_others():
+    tried = settings([Feature("k", 1), Feature("v", 1)], [True], [0.0, -0.5])
+    overlaps = np.array([[0.6, 0.1], [0.6, 0.7], [0.1, 0.1], [0.1, 0.6]])
+    learned = Discovered(
+        tried, np.zeros((4, 2, 4)), overlaps, np.zeros((4, 2), bool), np.array([[0.1, 0.2], [0.6, 0.1]])
+    )
+    kept = (tried[1], tried[3], tried[0])
+    final = Discovered(
+        kept,
+        np.arange(36.0).reshape(3, 3, 4),
+        np.array([[0.9, 0.1, 0.2], [0.6, 0.6, 0.1], [0.0, 0.0, 0.9]]),
+        np.array([[True, False, False]] * 3),
+        np.array([[0.9, 0.9, 0.9], [0.9, 0.1, 0.1]]),
+    )
+    found = {one.metric: one for one in figures(learned, final, tried[0], seed=0)}
+    expected = {"corloc": 1 / 3, "corloc_k": 1 / 3, "corloc_v": 2 / 3, "corloc_published": 1 / 3, "corloc_mean": 1 / 2}
+    expected |= {"corloc_dino_seg": 1 / 3, "corloc_chosen_on": 1, "isolated": 1 / 3}
+    assert {name: one.value for name, one in found.items()} == pytest.approx(expected)
+    assert (
+        found["corloc"].n == 3 and found["corloc"].lo < 1 / 3 < found["corloc"].hi and found["corloc_chosen_on"].n == 2
+    )
+    columns = image_columns(learned, final, tried[0])
+    assert columns["corloc"].tolist() == [1, 0, 0] and columns["corloc_mean"].tolist() == [1, 0.5, 0]
+    assert columns["iou"].tolist() == [0.9, 0.1, 0.2] and columns["x1"].tolist() == [2, 6, 10]
+    sweep = sweep_table(learned)
+    assert sweep["corloc"].tolist() == [0.5, 1, 0, 0.5] and list(sweep["bias"]) == [0.0, -0.5] * 2
+    features = feature_table(learned, final)
+    assert features["kind"].tolist() == ["k", "v"] and features["chosen"].tolist() == [1, 0]
+    assert features["corloc"].tolist() == pytest.approx([1 / 3, 2 / 3])

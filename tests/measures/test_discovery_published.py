@@ -118,17 +118,6 @@ def test_a_seed_outside_of_its_mask_raises_as_published():
         published_lost(torch.zeros(9, 2), (3, 3))
 
 
-def test_padding_is_kept_from_the_published_algorithm():
-    features = structured(12)
-    padded = torch.randn(12, 14, 14, 24, generator=torch.Generator().manual_seed(0))
-    padded[:, :12] = features.reshape(12, *GRID, 24)
-    valid = torch.zeros(12, 14, 14, dtype=torch.bool)
-    valid[:, :12] = True
-    agreement, found = compare(padded.reshape(12, -1, 24), (14, 14), valid=valid.reshape(12, -1))
-    assert agreement.same_stably == 12
-    assert [one.box for one in found] == [published_lost(one, GRID).box for one in features]
-
-
 def test_counts_add_up_and_are_said_as_shares():
     total = Agreement(8, 6, 8, 5, 7, 2) + Agreement(2, 2, 1, 2, 1, 0)
     assert total == Agreement(10, 8, 9, 7, 8, 2)

@@ -1,13 +1,18 @@
-import csv
 import dataclasses
-import io
 
 import numpy as np
 import pytest
 
 from regvit import find_register_neurons
 from regvit.measures import identification
-from regvit.measures.identification import norms_under_treatments, sentence, summary, tables
+from regvit.measures.identification import (
+    figures,
+    histogram_table,
+    norm_table,
+    norms_under_treatments,
+    score_table,
+    sentence,
+)
 from regvit.registers.planting import plant
 
 
@@ -33,35 +38,34 @@ def test_outliers_go_with_the_neurons_and_stay_with_an_empty_register_or_random_
         assert fraction(found, treated[control]) == pytest.approx(before, rel=0.15)
 
 
-def test_the_summary_has_each_fraction_with_its_interval_and_the_truth(searched):
+def test_the_figures_have_each_fraction_with_its_interval_and_the_truth(searched):
     found, treated, truth = searched
-    metrics = summary(found, treated, truth, seed=0)
-    assert metrics["precision"] == metrics["recall"] == 1
+    shown = {one.metric: one for one in figures(found, treated, truth, seed=0)}
+    assert shown["precision"].value == shown["recall"].value == shown["outliers_found"].value == 1
     for name in ("", "_ablated", "_after", "_empty", "_random"):
-        key = f"outlier_fraction{name}"
-        assert metrics[f"{key}_lo"] <= metrics[key] <= metrics[f"{key}_hi"]
-    assert metrics["outlier_fraction"] == pytest.approx(found.outlier_fraction.mean(), abs=1e-6)
+        one = shown[f"outlier_fraction{name}"]
+        assert one.lo <= one.value <= one.hi
+    assert shown["outlier_fraction"].value == pytest.approx(found.outlier_fraction.mean())
     half = {layer: [*units[:1], 63] for layer, units in truth.items()}
-    assert summary(found, treated, half, seed=0)["recall"] == 0.5
+    assert {one.metric: one.value for one in figures(found, treated, half, seed=0)}["recall"] == 0.5
 
 
 def test_the_tables_count_every_patch_and_mark_selected_and_planted_neurons(searched):
     found, treated, truth = searched
-    made = tables(found, treated, truth)
-    assert [row[0] for row in made.norms[1:]] == list(range(len(found.norms)))
-    counts = np.array([row[1:] for row in made.histogram[1:]])
-    assert counts.sum(0).tolist() == [found.norms[0].size] * 2
-    marked = [row for row in made.scores[1:] if row[5]]
-    assert len(marked) == found.num_selected and all(row[6] for row in marked)
-    text = io.StringIO()
-    csv.writer(text).writerows(made.scores)
-    assert text.getvalue().startswith("rank,layer,neuron,attribution,activation,selected,planted")
+    assert norm_table(found)["layer"].tolist() == list(range(len(found.norms)))
+    assert norm_table(found)["max"].tolist() == [each.max() for each in found.norms]
+    histogram = histogram_table(found, treated)
+    assert histogram[["before", "after"]].sum().tolist() == [found.norms[0].size] * 2
+    scores = score_table(found, truth)
+    assert list(scores) == ["rank", "layer", "neuron", "attribution", "activation", "selected", "planted"]
+    marked = scores[scores["selected"] == 1]
+    assert len(marked) == found.num_selected and marked["planted"].all()
 
 
 def test_controls_see_no_more_than_the_first_images_and_the_histogram_counts_as_many_before(
     searched, tiny_vit, noise_images, monkeypatch
 ):
-    found, treated, truth = searched
+    found, treated, _ = searched
     monkeypatch.setattr(identification, "CONTROL_IMAGES", 12)
     model, images = tiny_vit(1), noise_images(48)
     plant(model, images, seed_layer=2, amplifier_layer=3, fraction=0.05, edit_keys=True)
@@ -69,23 +73,23 @@ def test_controls_see_no_more_than_the_first_images_and_the_histogram_counts_as_
     for name, norms in few.items():
         assert norms.shape == (12, 64)
         assert np.allclose(norms, treated[name][:12], rtol=1e-5)
-    counts = np.array([row[1:] for row in tables(found, few, truth).histogram[1:]])
-    assert counts[:, 1].sum() == 12 * 64
-    assert counts[:, 0].sum() == pytest.approx(12 * 64, abs=10)  # each of 60 bins is rounded
+    counts = histogram_table(found, few)
+    assert counts["after"].sum() == 12 * 64
+    assert counts["before"].sum() == pytest.approx(12 * 64, abs=10)  # each of 60 bins is rounded
 
 
 def test_a_search_that_went_through_all_images_twice_says_so(searched):
     found, treated, truth = searched
-    metrics = summary(found, treated, truth, seed=0)
-    assert "twice" not in sentence("tiny", found, metrics)  # 48 images, no more than are looked at first
+    shown = figures(found, treated, truth, seed=0)
+    assert "twice" not in sentence("tiny", found, shown)  # 48 images, no more than are looked at first
     found = dataclasses.replace(found, again=100, outlier_fraction=np.full(100, 0.01))
-    text = sentence("tiny", found, metrics)
+    text = sentence("tiny", found, shown)
     assert "all images were gone through twice, as they contradict the first 64" in text
 
 
 def test_the_sentence_says_what_is_left_under_each_treatment(searched):
     found, treated, truth = searched
-    text = sentence("tiny", found, summary(found, treated, truth, seed=0))
+    text = sentence("tiny", found, figures(found, treated, truth, seed=0))
     assert "register neurons write" in text and "precision 1, recall 1" in text
     assert "outliers left: 0.00% with one test-time register, 0.00% with the neurons silenced" in text
 
@@ -94,9 +98,10 @@ def test_a_model_without_outliers_gets_no_treatment_and_says_so(tiny_vit, noise_
     model, images = tiny_vit(1), noise_images(8)
     found = find_register_neurons(model, images)
     assert norms_under_treatments(model, [images], found, seed=0) == {}
-    metrics = summary(found, {}, None, seed=0)
-    assert metrics["outliers_found"] is False and metrics["threshold"] is None and "recall" not in metrics
-    assert sentence("plain", found, metrics).startswith("plain: no outliers (largest patch norm")
-    made = tables(found, {}, None)
-    assert len(made.scores) == 1  # the header
-    assert all(row[1] == row[2] for row in made.histogram[1:])  # nothing was treated
+    shown = figures(found, {}, None, seed=0)
+    values = {one.metric: one.value for one in shown}
+    assert values["outliers_found"] == 0 and values["threshold"] is None and "recall" not in values
+    assert sentence("plain", found, shown).startswith("plain: no outliers (largest patch norm")
+    assert len(score_table(found, None)) == 0
+    histogram = histogram_table(found, {})
+    assert (histogram["before"] == histogram["after"]).all()  # nothing was treated

@@ -4,14 +4,23 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from dense_example import patch_store
 from PIL import Image
 from sklearn.metrics import jaccard_score
 
 from regvit.data.decoding import UnreadableImage
-from regvit.features.store import FeatureStore
-from regvit.features.store_writer import write_store
-from regvit.measures.dense import LinearLayer, PatchTokens
-from regvit.measures.segmentation import Segmenter, count, read_classes, summary, train
+from regvit.measures import segmentation
+from regvit.measures.dense_heads import Batch, DenseHeads, DenseTraining, LinearLayer, PatchTokens, Statistics
+from regvit.measures.segmentation import (
+    Segmenter,
+    class_table,
+    count,
+    figures,
+    image_columns,
+    pixel_table,
+    read_classes,
+    train,
+)
 from regvit.stats.miou import (
     Counts,
     accuracy,
@@ -26,11 +35,6 @@ from regvit.stats.miou import (
 SIDE, CLASSES = 4, 3
 
 
-def store_of(folder, patches):
-    write_store(folder / "made.zarr", {"patches": patches}, {}, 8)
-    return FeatureStore.open(folder / "made.zarr")
-
-
 def world(images, seed=0, noise=0.3):
     """Patches that say their class linearly, and masks of 32 px whose squares are of that class."""
     rng = np.random.default_rng(seed)
@@ -41,11 +45,11 @@ def world(images, seed=0, noise=0.3):
     return patches, masks
 
 
-def learned(folder, masks, patches, seed=0, **changes):
-    store = store_of(folder, patches)
-    options = {"learning_rates": [0.001, 0.05], "weight_decays": [0.0], "steps": 60, "batch_size": 4} | changes
+def learned(folder, masks, patches, seed=0, steps=60):
+    store = patch_store(folder, patches)
     tokens = PatchTokens(store, range(16)), PatchTokens(store, range(16, 24)), PatchTokens(store, range(24, 32))
-    return train(*tokens[:2], masks.__getitem__, CLASSES, seed=seed, **options), tokens[2]
+    training = DenseTraining([0.001, 0.05], [0.0], steps, 4, seed)
+    return train(*tokens[:2], masks.__getitem__, CLASSES, training), tokens[2]
 
 
 def counts_of(rng, images=12, classes=4, patches=5, extra=0):
@@ -100,17 +104,14 @@ def test_ignored_pixels_neither_teach_nor_count(tmp_path):
 
 
 def test_the_loss_is_the_cross_entropy_of_upsampled_logits_over_the_pixels_drawn(monkeypatch):
-    from regvit.measures import segmentation
-    from regvit.measures.dense import DenseHeads, Statistics
-
     monkeypatch.setattr(segmentation, "PIXELS", 20_000)  # of 24 x 40: the mean over all pixels but for chance
     rng = np.random.default_rng(0)
     patches = torch.from_numpy(rng.normal(size=(2, 16, 6)).astype(np.float32))
     masks = [rng.integers(0, 3, (24, 40)).astype(np.uint8), rng.integers(0, 3, (24, 40)).astype(np.uint8)]
     masks[0][:5] = 255
-    heads = DenseHeads(Statistics(torch.zeros(6), torch.ones(6)), 3, [0.1, 0.2], [0.0], 5, seed=0)
+    heads = DenseHeads(Statistics(torch.zeros(6), torch.ones(6)), 3, DenseTraining([0.1, 0.2], [0.0], 5, 1))
     heads.weights[1].data *= 50
-    found = segmentation._losses(heads, patches, masks, rng)
+    found = segmentation._losses(heads, Batch(patches, masks), rng)
     logits = heads(patches).unflatten(1, (2, 3))
     whole = torch.from_numpy(np.stack(masks)).long()
     for head in range(2):
@@ -127,7 +128,7 @@ def test_counts_are_those_of_the_upsampled_argmax_at_the_masks_own_size(tmp_path
     patches = rng.normal(size=(3, 16, 6)).astype(np.float16).astype(np.float32)
     masks = [rng.integers(0, 3, size).astype(np.uint8) for size in ((20, 31), (7, 9), (16, 16))]
     layer = LinearLayer(torch.from_numpy(rng.normal(size=(3, 6)).astype(np.float32)), torch.zeros(3), 0.1, 0.0)
-    counts = count(layer, PatchTokens(store_of(tmp_path, patches), range(3)), masks.__getitem__, 3)
+    counts = count(layer, PatchTokens(patch_store(tmp_path, patches), range(3)), masks.__getitem__, 3)
     for image, mask in enumerate(masks):
         logits = (torch.from_numpy(patches[image]) @ layer.weight.T).T.reshape(1, 3, 4, 4)
         guess = F.interpolate(logits, mask.shape, mode="bilinear")[0].argmax(0).numpy()
@@ -204,18 +205,40 @@ def test_accuracy_at_some_patches_looks_at_their_pixels_alone():
         accuracy(counts, np.zeros((3, 5), bool))
 
 
-def test_the_summary_has_no_value_at_outliers_where_there_are_none():
+def test_there_is_no_figure_at_outliers_where_there_are_none():
     counts = counts_of(np.random.default_rng(0))
     segmenter = Segmenter(LinearLayer(torch.zeros(4, 2), torch.zeros(4), 0.1, 0.0), {(0.1, 0.0): 0.25})
-    without = summary(segmenter, counts, None)
-    assert without["accuracy_at_outliers"] is None and without["accuracy_elsewhere_hi"] is None
-    assert without["n"] == 12 and without["val_miou"] == 0.25 and without["n_with_outliers"] == 0
+    without = {one.metric: one.value for one in figures(segmenter, counts, np.zeros((12, 5), bool))}
+    assert without["pixel_accuracy_at_outliers"] is None and without["pixel_accuracy_elsewhere"] is None
+    assert without["val_miou"] == 0.25 and without["miou"] == pytest.approx(miou(counts))
     outliers = np.zeros((12, 5), bool)
     outliers[:4, 0] = True
-    found = summary(segmenter, counts, outliers)
-    assert found["accuracy_at_outliers"] == pytest.approx(counts.right[:4, 0].sum() / 400, abs=1e-6)
-    assert found["accuracy_elsewhere"] == pytest.approx(counts.right[:4, 1:].sum() / 1600, abs=1e-6)  # same images
-    assert found["n_with_outliers"] == 4
+    found = {one.metric: one for one in figures(segmenter, counts, outliers)}
+    at, elsewhere = found["pixel_accuracy_at_outliers"], found["pixel_accuracy_elsewhere"]
+    assert at.value == pytest.approx(counts.right[:4, 0].sum() / 400) and at.n == 4
+    assert elsewhere.value == pytest.approx(counts.right[:4, 1:].sum() / 1600)  # of the same images
+
+
+def test_columns_of_images_weighed_by_their_pixels_give_the_figures_again():
+    counts = counts_of(np.random.default_rng(0))
+    outliers = np.zeros((12, 5), bool)
+    outliers[:4, 0] = outliers[1, 2] = True
+    columns = image_columns(counts, outliers)
+    for name, where in (("pixel_accuracy", None), ("pixel_accuracy_at_outliers", outliers)):
+        has = ~np.isnan(columns[name])
+        mean = np.average(columns[name][has], weights=columns[f"{name}_weight"][has])
+        assert mean == pytest.approx(accuracy(counts, where).value)
+    assert np.isnan(columns["pixel_accuracy_at_outliers"]).sum() == 8
+
+
+def test_the_pixels_of_each_class_give_the_miou_again():
+    counts = counts_of(np.random.default_rng(0), images=3)
+    table = pixel_table(counts, ["background", "a", "b", "c"], ["x", "y", "z"])
+    sums = table.groupby("mask_value")[["right", "predicted", "actual"]].sum()
+    ious = sums["right"] / (sums["predicted"] + sums["actual"] - sums["right"])
+    assert ious.mean() == pytest.approx(miou(counts))
+    assert list(table.columns) == ["image_id", "class", "mask_value", "right", "predicted", "actual"]
+    assert class_table(counts, ["background", "a", "b", "c"])["iou"].tolist() == pytest.approx(ious.tolist())
 
 
 # Masks

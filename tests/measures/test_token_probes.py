@@ -1,46 +1,35 @@
-import json
-
 import numpy as np
 import pytest
 import torch
+from dense_example import dense_set
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import Ridge
 
 from regvit.measures import token_probes
-from regvit.measures.anatomy import Look
 from regvit.measures.token_probes import (
-    PatchErrors,
+    ClassProbe,
+    by_kind,
+    chance,
     class_from_token,
-    class_summary,
-    fit_classes,
     fit_patch_probes,
-    logistic_regression,
+    kinds_of_tokens,
     patch_pixels,
-    patch_summary,
     read_patches,
+    tokens_and_pixels,
 )
-from regvit.models.tokens import TokenLayout
 
 SIDE, SIZE = 3, 2  # patches a side, pixels a side of a patch
-LAYOUT = TokenLayout(1, 0, 1)
+PATCHES = SIDE**2
 
 
-def look(tokens: torch.Tensor, images: torch.Tensor, outliers: torch.Tensor | None = None) -> Look:
-    patches = tokens.shape[1] - LAYOUT.prefix
-    if outliers is None:
-        outliers = torch.zeros(len(tokens), patches, dtype=torch.bool)
-    return Look(images, tokens, torch.zeros(1, len(tokens), patches), outliers)
-
-
-def random_look(count: int, seed: int = 0, d: int = 20) -> Look:
-    """Patch tokens that mix position and pixels linearly, and noise."""
+def random_patches(count: int, seed: int = 0, d: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
+    """Patch tokens that mix position and pixels linearly, and noise; and the pixels."""
     g = torch.Generator().manual_seed(seed)
-    images = torch.randn(count, 3, SIDE * SIZE, SIDE * SIZE, generator=g)
+    pixels = patch_pixels(torch.randn(count, 3, SIDE * SIZE, SIDE * SIZE, generator=g), PATCHES)
     mix = torch.Generator().manual_seed(99)
-    places, of_pixels = torch.randn(SIDE**2, d, generator=mix), torch.randn(3 * SIZE**2, d, generator=mix)
-    patches = places + 0.3 * patch_pixels(images, SIDE**2) @ of_pixels
-    patches = patches + 0.3 * torch.randn(patches.shape, generator=g)
-    return look(torch.cat([torch.randn(count, 2, d, generator=g), patches], dim=1), images)
+    places, of_pixels = torch.randn(PATCHES, d, generator=mix), torch.randn(3 * SIZE**2, d, generator=mix)
+    patches = places + 0.3 * pixels @ of_pixels
+    return (patches + 0.3 * torch.randn(patches.shape, generator=g)).double(), pixels.double()
 
 
 def test_pixels_of_a_patch_stand_channel_by_channel_in_the_order_of_the_tokens():
@@ -53,10 +42,10 @@ def test_pixels_of_a_patch_stand_channel_by_channel_in_the_order_of_the_tokens()
 
 
 def test_pixels_are_read_by_ridge_regression_without_a_penalty_on_the_bias():
-    seen = random_look(40)
-    probes = fit_patch_probes(LAYOUT, [seen])
-    x = LAYOUT.patches(seen.tokens).flatten(0, 1).double().numpy()
-    y = patch_pixels(seen.images, 9).flatten(0, 1).double().numpy()
+    seen = random_patches(40)
+    probes = fit_patch_probes([seen])
+    x = seen[0].flatten(0, 1).numpy()
+    y = seen[1].flatten(0, 1).numpy()
     penalty = token_probes.RIDGE * ((x - x.mean(0)) ** 2).sum(0).mean()
     reference = Ridge(alpha=penalty).fit(x, y)
     assert np.allclose(probes.pixels.weight, reference.coef_, atol=1e-8)
@@ -66,47 +55,53 @@ def test_pixels_are_read_by_ridge_regression_without_a_penalty_on_the_bias():
 
 def test_position_is_read_by_a_linear_discriminant(monkeypatch):
     monkeypatch.setattr(token_probes, "RIDGE", 0.0)
-    seen, test = random_look(60), random_look(20, seed=1)
-    x = LAYOUT.patches(seen.tokens).flatten(0, 1).double().numpy()
+    seen, test = random_patches(60), random_patches(20, seed=1)
+    x = seen[0].flatten(0, 1).numpy()
     reference = LinearDiscriminantAnalysis(solver="lsqr").fit(x, np.tile(np.arange(9), 60))
-    probes = fit_patch_probes(LAYOUT, [seen])
-    tested = LAYOUT.patches(test.tokens).double()
+    probes = fit_patch_probes([seen])
+    tested = test[0]
     expected = reference.decision_function(tested.flatten(0, 1).numpy()).reshape(20, 9, 9)
     found = probes.position(tested).numpy()
     # scikit-learn divides the covariance by the number of tokens, here it is that less the number of places
     scale = (60 * 9 - 9) / (60 * 9)
     centred = found - found.mean(-1, keepdims=True)
     assert np.allclose(centred, scale * (expected - expected.mean(-1, keepdims=True)), atol=1e-5)
-    assert read_patches(probes, LAYOUT, test).correct.mean() > 0.9
+    assert read_patches(probes, [test])["position_top1"].mean() > 0.9
 
 
 def test_batches_may_be_cut_anywhere():
-    whole = random_look(12)
-    parts = [look(whole.tokens[:5], whole.images[:5]), look(whole.tokens[5:], whole.images[5:])]
-    a, b = fit_patch_probes(LAYOUT, [whole]), fit_patch_probes(LAYOUT, iter(parts))
+    x, y = random_patches(12)
+    a, b = fit_patch_probes([(x, y)]), fit_patch_probes(iter([(x[:5], y[:5]), (x[5:], y[5:])]))
     assert torch.allclose(a.position.weight, b.position.weight) and torch.allclose(a.pixels.bias, b.pixels.bias)
 
 
-def test_one_image_cannot_teach_where_a_patch_lies():
-    with pytest.raises(ValueError, match=r"1 training image\(s\) cannot teach"):
-        fit_patch_probes(LAYOUT, [random_look(1)])
-    with pytest.raises(ValueError, match=r"0 training image\(s\) cannot teach"):
-        fit_patch_probes(LAYOUT, [])
+@pytest.mark.parametrize("images", [0, 1])
+def test_fewer_than_two_images_cannot_teach_where_a_patch_lies(images):
+    with pytest.raises(ValueError, match=rf"{images} training image\(s\) cannot teach"):
+        fit_patch_probes([random_patches(1)][:images])
+
+
+def test_tokens_stand_beside_the_pixels_under_them(tmp_path):
+    patches = np.random.default_rng(0).normal(size=(5, 16, 3))
+    dense = dense_set(tmp_path / "set", {"patches": patches})
+    (x, y), (last, _) = tokens_and_pixels(dense, [0, 2, 4])
+    assert np.allclose(x, patches[[0, 2]], atol=1e-2) and np.allclose(last, patches[[4]], atol=1e-2)
+    image = dense.images([2])[0]
+    assert torch.equal(y[1, 6], image[:, 4:8, 8:12].flatten().double())  # row 1, column 2
 
 
 def test_errors_are_distances_on_the_grid_and_norms_over_pixels():
-    test = random_look(1)
+    x, y = random_patches(1)
     probes = token_probes.PatchProbes(
-        position=token_probes.Linear(torch.zeros(9, 20).double(), torch.eye(9)[8].double()),  # always the last place
-        pixels=token_probes.Linear(torch.zeros(12, 20).double(), torch.ones(12).double()),
+        position=token_probes.Affine(torch.zeros(9, 20).double(), torch.eye(9)[8].double()),  # always the last place
+        pixels=token_probes.Affine(torch.zeros(12, 20).double(), torch.ones(12).double()),
         mean_pixels=torch.zeros(12).double(),
     )
-    found = read_patches(probes, LAYOUT, test)
-    assert found.correct[0].tolist() == [0] * 8 + [1]
-    assert found.distance[0, 0] == pytest.approx(np.hypot(2, 2)) and found.distance[0, 7] == 1
-    y = patch_pixels(test.images, 9)[0].double()
-    assert np.allclose(found.pixel_error[0], (y - 1).norm(dim=1))
-    assert np.allclose(found.mean_patch_error[0], y.norm(dim=1))
+    found = read_patches(probes, [(x, y)])
+    assert found["position_top1"][0].tolist() == [0] * 8 + [1]
+    assert found["position_distance"][0, 0] == pytest.approx(np.hypot(2, 2)) and found["position_distance"][0, 7] == 1
+    assert np.allclose(found["pixels_l2"][0], (y[0] - 1).norm(dim=1))
+    assert np.allclose(found["pixels_guess_l2"][0], y[0].norm(dim=1))
 
 
 def test_outliers_are_compared_with_normal_patches_and_within_their_own_images():
@@ -114,89 +109,67 @@ def test_outliers_are_compared_with_normal_patches_and_within_their_own_images()
     outliers[0, :2] = outliers[1, 0] = True
     correct = np.ones((3, 9))
     correct[0, 0], correct[1, 0], correct[1, 1:5] = 0, 0, 0
-    errors = PatchErrors(correct, correct, correct, correct, outliers)
-    found = patch_summary([errors])
-    assert found["position"]["outlier"]["top1"] == pytest.approx(0.25) and found["position"]["outlier"]["n"] == 2
-    assert found["position"]["normal"]["top1"] == pytest.approx((1 + 0.5 + 1) / 3, abs=1e-6)
-    assert found["position"]["difference"]["top1"] == pytest.approx((0.5 - 1 + 0 - 0.5) / 2)
-    assert found["position"]["chance"]["top1"] == pytest.approx(1 / 9, abs=1e-6)
-    halves = [PatchErrors(*(column[part] for column in vars(errors).values())) for part in (slice(2), slice(2, 3))]
-    assert patch_summary(halves) == found
+    found = by_kind({"position_top1": correct}, outliers)
+    np.testing.assert_allclose(found["position_top1_outlier"], [0.5, 0, np.nan])
+    np.testing.assert_allclose(found["position_top1_normal"], [1, 0.5, 1])
+    np.testing.assert_allclose(found["position_top1_difference"], [-0.5, -0.5, np.nan])
 
 
 def test_chance_is_the_mean_distance_of_two_places_drawn_at_random():
-    errors = PatchErrors(*(np.ones((1, 4)) for _ in range(4)), np.zeros((1, 4), dtype=bool))
-    found = patch_summary([errors])
-    assert found["position"]["chance"]["distance"] == pytest.approx((2 + 2**0.5) / 4, abs=1e-6)  # 0, 1, 1, sqrt 2
-    assert found["pixels"]["outlier"] == {
-        **dict.fromkeys(("l2", "l2_lo", "l2_hi", "guess_l2", "guess_l2_lo", "guess_l2_hi")),
-        "n": 0,
-    }
-    json.dumps(found, allow_nan=False)
+    expected = {"position_top1_chance": 1 / 4, "position_distance_chance": (2 + 2**0.5) / 4}  # 0, 1, 1, sqrt 2
+    assert chance(4) == pytest.approx(expected)
 
 
 def test_logistic_regression_is_at_the_minimum_of_its_objective_on_tokens_as_they_are():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 90)
     x = 5 + 3 * (rng.normal(size=(90, 6)) + np.eye(3, 6)[labels])
-    found = logistic_regression(x, labels, 0.05)
-    sd = np.sqrt(np.square(x - x.mean(0)).mean())
-    weight = (found.weight * sd).requires_grad_()
-    bias = (found.bias + found.weight @ torch.from_numpy(x.mean(0))).requires_grad_()
-    z = torch.from_numpy((x - x.mean(0)) / sd)
+    found = ClassProbe(x, labels, [0.05])
+    z = torch.from_numpy((x - x.mean(0)) / np.sqrt(np.square(x - x.mean(0)).mean()))
+    weight, bias = (torch.from_numpy(part).requires_grad_() for part in (found.fit.coef_, found.fit.intercept_))
     loss = torch.nn.functional.cross_entropy(z @ weight.T + bias, torch.from_numpy(labels))
     (loss + 0.05 / 2 * weight.square().sum()).backward()
     assert weight.grad.abs().max() < 1e-3 and bias.grad.abs().max() < 1e-3
-    assert found(torch.from_numpy(x)).argmax(1).eq(torch.from_numpy(labels)).double().mean() > 0.6
+    assert (found.predict(x) == labels).mean() > 0.6
 
 
-def test_classes_that_do_not_occur_are_never_predicted_and_two_classes_are_enough():
-    rng = np.random.default_rng(0)
+def test_two_classes_of_more_are_enough():
     labels = np.repeat([1, 3], 20)
-    x = rng.normal(size=(40, 4)) + 4 * (labels == 3)[:, None]
-    found = fit_classes(x, labels)
-    assert found.weight.shape == (4, 4)
-    assert found(torch.from_numpy(x)).argmax(1).tolist() == labels.tolist()
+    x = np.random.default_rng(0).normal(size=(40, 4)) + 4 * (labels == 3)[:, None]
+    assert ClassProbe(x, labels).predict(x).tolist() == labels.tolist()
 
 
-def labelled_looks(count: int, seed: int) -> tuple[list[Look], np.ndarray]:
-    """CLS, register and outliers carry the class; normal patches are noise. Every second image has two outliers."""
-    g = torch.Generator().manual_seed(seed)
-    labels = torch.arange(count) % 3
-    tokens = 0.1 * torch.randn(count, 11, 8, generator=g)
-    outliers = torch.zeros(count, 9, dtype=torch.bool)
-    outliers[::2, 3] = outliers[::2, 7] = True
-    signal = torch.eye(3, 8)[labels]
-    tokens[:, :2] += signal[:, None]
-    tokens[:, 2:] += outliers[..., None] * signal[:, None]
-    images = torch.zeros(count, 3, 6, 6)
-    order = torch.randperm(count, generator=g)
-    looked = [look(tokens[part], images[part], outliers[part]) for part in order.split(7)]
-    return looked, labels[order].numpy()
+def labelled_set(folder, count: int, seed: int, outlier_share: float = 0.5):
+    """CLS, register and outliers carry the class; normal patches are noise. Some images have two outliers."""
+    rng = np.random.default_rng(seed)
+    labels, outliers = np.arange(count) % 3, np.zeros((count, 9), dtype=bool)
+    outliers[: round(count * outlier_share), [3, 7]] = True
+    signal, noise = np.eye(3, 8)[labels], lambda *shape: 0.1 * rng.normal(size=(count, *shape, 8))
+    patches = noise(9) + outliers[..., None] * signal[:, None]
+    arrays = {
+        "cls": signal + noise(),
+        "registers": signal[:, None] + noise(1),
+        "patches": patches,
+        "outliers": outliers,
+    }
+    return kinds_of_tokens(dense_set(folder, arrays, side=3), range(count)), labels
 
 
-def test_a_class_is_read_from_the_tokens_that_carry_it_and_not_from_the_others():
-    (train, train_labels), (test, test_labels) = labelled_looks(60, 0), labelled_looks(40, 1)
-    found = class_from_token(LAYOUT, train, train_labels, test, test_labels)
-    assert found.keys() == {"cls", "register", "normal", "normal_beside", "outlier"}
+def test_a_class_is_read_from_the_tokens_that_carry_it_and_not_from_the_others(tmp_path):
+    train, test = labelled_set(tmp_path / "a", 60, 0), labelled_set(tmp_path / "b", 40, 1)
+    found = {name.removeprefix("class_top1_"): values for name, values in class_from_token(*train, *test).items()}
+    assert found.keys() == {"cls", "register", "normal", "normal_beside", "outlier", "difference"}
     assert found["cls"].mean() == found["register"].mean() == 1
     assert np.nanmean(found["outlier"]) == 1 and np.isnan(found["outlier"]).sum() == 20
     assert abs(found["normal"].mean() - 1 / 3) < 0.15
     assert np.array_equal(np.isnan(found["normal_beside"]), np.isnan(found["outlier"]))
-    metrics = class_summary(found)
-    assert metrics["outlier"]["n"] == metrics["difference"]["n"] == 20 and metrics["difference"]["top1"] > 0.5
+    assert np.nanmean(found["difference"]) > 0.5
 
 
-def test_a_kind_of_token_that_is_nowhere_is_null():
-    (train, train_labels), (test, test_labels) = labelled_looks(30, 0), labelled_looks(12, 1)
-    train, test = ([look(seen.tokens, seen.images) for seen in looked] for looked in (train, test))
-    metrics = class_summary(class_from_token(LAYOUT, train, train_labels, test, test_labels))
-    assert metrics["outlier"] == {"top1": None, "top1_lo": None, "top1_hi": None, "n": 0}
-    assert metrics["normal"]["n"] == 12
-
-
-def test_images_without_a_label_are_refused():
-    (train, train_labels), (test, test_labels) = labelled_looks(30, 0), labelled_looks(12, 1)
-    test_labels[3] = -1
+def test_a_kind_of_token_that_is_nowhere_has_no_value_and_images_without_a_label_are_refused(tmp_path):
+    train, test = labelled_set(tmp_path / "a", 30, 0, 0.0), labelled_set(tmp_path / "b", 12, 1, 0.0)
+    found = class_from_token(*train, *test)
+    assert np.isnan(found["class_top1_outlier"]).all() and not np.isnan(found["class_top1_normal"]).any()
+    test[1][3] = -1
     with pytest.raises(ValueError, match="1 test images have no label; leave them out"):
-        class_from_token(LAYOUT, train, train_labels, test, test_labels)
+        class_from_token(*train, *test)

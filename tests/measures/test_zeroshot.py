@@ -1,15 +1,15 @@
 """Zero-shot with a small open_clip model of random weights, saved as open_clip saves its own."""
 
-import csv
 import dataclasses
-import importlib
 import json
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
+import pandas as pd
 import pytest
 import timm
 import torch
@@ -32,9 +32,11 @@ from regvit.measures.zeroshot import (
     open_text_tower,
 )
 from regvit.models.backbones import load_backbone, save_backbone
+from regvit.pipeline import params
 from regvit.registers.run_files import Variant
 from regvit.registers.test_time import add_test_time_registers
 from regvit.stats.accuracy import accuracy, paired_accuracy_difference
+from regvit.stats.figures import read_figures
 
 ROOT = Path(__file__).parents[2]
 SIZE, WIDTH, DEPTH = 64, 64, 3
@@ -253,16 +255,17 @@ def test_the_stage_gives_accuracy_with_and_without_registers_and_the_paired_diff
     for name, variant in {"plain": ("none", 0), "cured": ("test_time", 1)}.items():
         run_file, selected = tmp_path / f"features/runs/{name}.json", {0: (1, 2), 1: (3, 5)}
         write_run(run_file, tmp_path / "data/backbones" / backbone.name, Variant(*variant, scale=100.0), selected)
-    options = {"text": {"tower": f"folder:{clip_folder}"}, "templates": "simple"}
+    options = SimpleNamespace(text={"tower": f"folder:{clip_folder}"}, templates="simple")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("REGVIT_DEVICE", "cpu")
-    monkeypatch.syspath_prepend(ROOT / "stages")
-    monkeypatch.setattr(importlib.import_module("params"), "load_params", lambda: {"zeroshot": options})
-    found = {}
+    monkeypatch.setattr(params, "load_params", lambda: SimpleNamespace(zeroshot=options))
+    found, images = {}, {}
     for name in ("plain", "cured"):
         monkeypatch.setattr(sys, "argv", ["zeroshot.py", name, "mine"])
         runpy.run_path(str(ROOT / "stages/zeroshot.py"), run_name="__main__")
-        found[name] = json.loads((tmp_path / f"metrics/zeroshot/{name}/mine.json").read_text())
+        folder = tmp_path / f"metrics/runs/{name}/zeroshot/mine"
+        found[name] = read_figures(folder / "figures.csv").set_index("metric")
+        images[name] = pd.read_csv(folder / "images.csv")
 
     # By open_clip itself, on pixels of the transform's arithmetic (the images have its size: no resizing).
     whole = open_clip.create_model(f"local-dir:{clip_folder}").eval()
@@ -278,17 +281,20 @@ def test_the_stage_gives_accuracy_with_and_without_registers_and_the_paired_diff
         moved = torch.nn.functional.normalize(backbone.model(x) @ whole.visual.proj, dim=-1)
         right_moved = (moved @ classes).argmax(1).numpy() == labels
 
-    assert found["plain"]["n"] == 32
-    assert found["plain"]["text"] == "folder:text"
-    assert "untreated_top1" not in found["plain"]
-    expected = accuracy(right).named("top1")
-    assert {key: found["plain"][key] for key in expected} == {k: round(v, 6) for k, v in expected.items()}
-    assert found["cured"]["untreated_top1"] == found["plain"]["top1"]
-    assert found["cured"]["top1"] == round(right_moved.mean(), 6)
-    paired = paired_accuracy_difference(right_moved, right)
-    assert (found["cured"]["gain"], found["cured"]["gain_lo"]) == (round(paired.value, 6), round(paired.lo, 6))
+    plain, cured = found["plain"].loc["top1"], found["cured"].loc["top1"]
+    assert plain["n"] == 32 and "untreated_top1" not in found["plain"].index
+    expected = accuracy(right)
+    assert [plain[end] for end in ("value", "lo", "hi")] == pytest.approx(
+        [expected.value, expected.lo, expected.hi], abs=1e-6
+    )
+    assert found["cured"].loc["untreated_top1", "value"] == plain["value"]
+    assert cured["value"] == pytest.approx(right_moved.mean(), abs=1e-6)
+    gain, paired = found["cured"].loc["gain"], paired_accuracy_difference(right_moved, right)
+    assert (gain["value"], gain["lo"]) == pytest.approx((paired.value, paired.lo), abs=1e-6)
     assert (right != right_moved).any()  # the register did change an answer
-    with open(tmp_path / "metrics/zeroshot/cured/mine/classes.csv", newline="") as file:
-        table = list(csv.DictReader(file))
-    assert sum(int(row["n"]) for row in table) == 32
-    assert float(table[0]["top1"]) == pytest.approx(right_moved[labels == 0].mean(), abs=1e-6)
+    assert (
+        images["plain"]["top1"].tolist() == right.tolist() and images["cured"]["top1"].tolist() == right_moved.tolist()
+    )
+    table = pd.read_csv(tmp_path / "metrics/runs/cured/zeroshot/mine/classes.csv")
+    assert table["n"].sum() == 32 and table["class"].tolist() == NAMES
+    assert table["top1"][0] == pytest.approx(right_moved[labels == 0].mean(), abs=1e-6)

@@ -1,7 +1,5 @@
 """An image whose tokens turn to NaN in a block stops whatever looks at it, with the image, the array and the layer named."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import timm
@@ -11,16 +9,13 @@ from PIL import Image
 from regvit.data.batches import Batches
 from regvit.data.manifest import Row, read_dataset, write_dataset
 from regvit.data.transform import Transform
-from regvit.data.whole_images import WholeTransform
-from regvit.features.extraction import Options, extract
-from regvit.measures.anatomy import Subject
-from regvit.measures.attention_quality import measure_attention
-from regvit.measures.discovery import discover, measure, settings
+from regvit.features.dense_features import DenseArrays
+from regvit.features.extraction import Options, extract, fill_store
+from regvit.features.forward import Forward
 from regvit.measures.zeroshot import classify
 from regvit.models.backbones import Backbone
 from regvit.models.nan_check import BadFeatures, check_finite, where_it_begins
-from regvit.models.token_features import Feature
-from regvit.registers.outliers import Detection
+from regvit.models.token_features import Feature, patch_features
 
 COUNT, BAD, LAYER, SIZE = 4, 1, 3, 32
 IMAGE = r"image 'id 1' \(images/1\.png\): array "
@@ -95,40 +90,19 @@ def test_extraction_stops_wherever_it_is_computed(tmp_path, backbone, dataset, p
     assert not (tmp_path / "x.zarr").exists()
 
 
-@pytest.mark.parametrize("detection", [None, Detection(4, 1.0, 0.9)])
-def test_attention_stops_instead_of_leaving_the_image_out(backbone, dataset, detection):
-    subject = Subject(backbone, backbone, detection)
-    with pytest.raises(
-        BadFeatures, match=rf"{IMAGE}'attention' is NaN or infinite; {LAYER_SAID}; check the weights, or"
-    ):
-        measure_attention(subject, batches(dataset, backbone), [4, 5])
-    with pytest.raises(BadFeatures, match=rf"image 1: array 'attention' .*{LAYER_SAID}"):
-        measure_attention(subject, [images_of(dataset, backbone)[i : i + 1] for i in range(COUNT)], [4, 5])
-
-
-def test_patch_norms_of_the_last_block_count_as_well_where_they_decide_on_outliers(backbone, dataset):
-    look = Look()
-    clean = timm.create_model("test_vit", pretrained=False, img_size=SIZE, num_classes=0).eval().requires_grad_(False)
-    clean.patch_embed.register_forward_pre_hook(look)
-    clean.blocks[5].register_forward_hook(Spoil(look))  # after all attention
-    backbone = replace(backbone, model=clean)
-    with pytest.raises(BadFeatures, match=rf"{IMAGE}'patch norms' is NaN or infinite; it begins in layer 5"):
-        measure_attention(Subject(backbone, backbone, Detection(5, 1.0, 0.9)), batches(dataset, backbone), [5])
-
-
 @pytest.mark.parametrize(
-    ("heads", "layer", "array"), [(False, 4, "k of block 4"), (False, 3, "token of block 3"), (True, 2, "attention")]
+    ("groups", "array"),
+    [(("attention",), "attention"), (("norms",), "norms"), (("inside",), "k"), (("patches",), "cls")],
 )
-def test_discovery_stops_instead_of_drawing_a_box(backbone, dataset, heads, layer, array):
-    chosen = settings([Feature(array.split()[0] if not heads else "k", layer)], [False], [0.0])
-    whole = batches(dataset, backbone, WholeTransform.of(backbone.transform, "squash"))
-    with pytest.raises(BadFeatures, match=rf"{IMAGE}'{array}' is NaN or infinite; {LAYER_SAID}"):
-        measure(backbone.model, whole, chosen, heads=heads)
+def test_what_measurements_read_is_not_kept_of_such_an_image(tmp_path, backbone, dataset, groups, array):
+    with pytest.raises(BadFeatures, match=rf"{IMAGE}'{array}', row 1: nan is not a finite number; {LAYER_SAID}"):
+        forward = Forward(backbone, DenseArrays(groups, layers=2))
+        fill_store(tmp_path / "x.zarr", dataset, forward, {}, Options(batch_size=2))
 
 
-def test_features_from_before_the_layer_are_sound(backbone, dataset):
-    chosen = settings([Feature("k", LAYER)], [False], [0.0])  # of its input
-    assert discover(backbone.model, images_of(dataset, backbone), chosen).lost.shape == (1, COUNT, 4)
+def test_features_from_before_the_layer_are_sound(tmp_path, backbone, dataset):
+    found = patch_features(backbone.model, images_of(dataset, backbone), [Feature("k", LAYER)])  # of its input
+    assert found[Feature("k", LAYER)].isfinite().all()
 
 
 def test_zero_shot_stops_with_the_image_and_the_layer(backbone, dataset):

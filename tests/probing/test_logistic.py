@@ -7,8 +7,13 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
 from regvit.probing.logistic import fit_logistic
+from regvit.probing.splits import Split
 
 CLASSES = ("a", "b", "c")
+
+
+def split(x, y):
+    return Split({"cls": x}, y)
 
 
 def clouds(n, seed, classes=3):
@@ -20,7 +25,7 @@ def clouds(n, seed, classes=3):
 
 def test_the_weights_minimise_the_penalised_loss_of_the_raw_features():
     (x, y), c = clouds(120, 1), 0.1
-    probe = fit_logistic("cls", x, y, x, y, CLASSES, [c])
+    probe = fit_logistic("cls", split(x, y), split(x, y), CLASSES, [c])
     z = (x.astype(np.float64) - x.mean(0, dtype=np.float64)) / np.sqrt(x.var(0, dtype=np.float64).mean())
 
     def objective(values):
@@ -43,17 +48,17 @@ def test_c_is_chosen_on_validation_and_of_equals_the_smallest():
     for c in grid:
         model = make_pipeline(standardise, LogisticRegression(C=c, tol=1e-8, max_iter=5000)).fit(x, y)
         right[c] = int((model.predict(v) == w).sum())
-    probe = fit_logistic("cls", x, y, v, w, CLASSES, grid)
+    probe = fit_logistic("cls", split(x, y), split(v, w), CLASSES, grid)
     assert max(sorted(right), key=right.get) == probe.C and abs(probe.val_correct - right[probe.C]) <= 1
     assert (probe.logits(v).argmax(1) == w).sum() == pytest.approx(probe.val_correct, abs=1)
     assert (probe.readout, probe.learning_rate, probe.seed, probe.pool) == ("cls", None, None, None)
     easy, labels = np.repeat(np.eye(3, dtype=np.float32), 20, axis=0), np.repeat([0, 1, 2], 20)
-    assert fit_logistic("cls", easy, labels, easy, labels, CLASSES, (0.1, 0.01)).C == 0.01
+    assert fit_logistic("cls", split(easy, labels), split(easy, labels), CLASSES, (0.1, 0.01)).C == 0.01
 
 
 def test_two_classes_get_a_row_each():
     x, y = clouds(100, 1, classes=2)
-    probe = fit_logistic("cls", x, y, x, y, "ab", [0.1])
+    probe = fit_logistic("cls", split(x, y), split(x, y), "ab", [0.1])
     model = LogisticRegression(C=0.1, tol=1e-8, max_iter=5000)
     z = (x - x.mean(0)) / np.sqrt(x.var(0).mean())
     logits = probe.logits(x)
@@ -62,7 +67,7 @@ def test_two_classes_get_a_row_each():
 
 def test_a_class_without_training_images_is_never_predicted_and_stays_finite():
     x, y = clouds(100, 1)
-    probe = fit_logistic("cls", x, y * 2, x, y * 2, "abcdef", [0.1])
+    probe = fit_logistic("cls", split(x, y * 2), split(x, y * 2), "abcdef", [0.1])
     logits = probe.logits(x)
     assert np.isfinite(logits).all() and set(logits.argmax(1).tolist()) == {0, 2, 4}
     assert logits[:, 1].max() < -1000
@@ -72,12 +77,12 @@ def test_a_class_without_training_images_is_never_predicted_and_stays_finite():
 def test_a_grid_that_is_none_is_refused(grid):
     x, y = clouds(20, 1)
     with pytest.raises(ValueError, match="expected at least one finite number above 0, each once"):
-        fit_logistic("cls", x, y, x, y, CLASSES, grid)
+        fit_logistic("cls", split(x, y), split(x, y), CLASSES, grid)
 
 
 def test_unusable_images_are_refused():
     x, y = clouds(20, 1)
     with pytest.raises(ValueError, match="all 20 training images are of class 0"):
-        fit_logistic("cls", x, y * 0, x, y, CLASSES)
+        fit_logistic("cls", split(x, y * 0), split(x, y), CLASSES)
     with pytest.raises(ValueError, match="the val split has label 3; a probe needs class indices 0 to 2"):
-        fit_logistic("cls", x, y, x[:1], np.array([3]), CLASSES)
+        fit_logistic("cls", split(x, y), split(x[:1], np.array([3])), CLASSES)

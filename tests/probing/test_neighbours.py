@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
 from regvit.probing import neighbours
-from regvit.probing.neighbours import Neighbours, choose_neighbours, knn_logit_blocks
+from regvit.probing.neighbours import choose_neighbours, knn_logit_blocks, nearest
+from regvit.probing.probes import Neighbours
 
 
 def clouds(n, seed, spread=1.0):
@@ -17,7 +18,7 @@ def clouds(n, seed, spread=1.0):
 def knn_logits(train, labels, test, k, temperature, n_classes):
     """Of all images at once."""
     logits = np.full((len(test), n_classes), np.nan, dtype=np.float32)
-    for rows, found in knn_logit_blocks(train, labels, test, k, temperature, n_classes):
+    for rows, found in knn_logit_blocks(train, labels, test, Neighbours(k, temperature), n_classes):
         assert found.dtype == np.float32
         logits[rows] = found
     return logits
@@ -30,6 +31,17 @@ def test_votes_are_worked_out_by_hand():
     share = np.exp(2) / (np.exp(2) + 1)
     np.testing.assert_allclose(np.exp(logits), [[share, 1 - share, 0]], rtol=1e-5, atol=1e-9)
     assert np.isfinite(logits).all()
+
+
+def test_the_nearest_are_those_of_sklearn_best_first(monkeypatch):
+    monkeypatch.setattr(neighbours, "TEST_ROWS_A_PASS", 50)
+    monkeypatch.setattr(neighbours, "TEST_ROWS", 20)
+    (x, _), (v, _) = clouds(300, 1), clouds(120, 2)
+    found = list(nearest(x, v, 5))
+    assert [rows.start for rows, _, _ in found] == [0, 20, 40, 50, 70, 90, 100]
+    distances, rows = NearestNeighbors(n_neighbors=5, metric="cosine").fit(x).kneighbors(v)
+    np.testing.assert_array_equal(np.concatenate([each.numpy() for _, _, each in found]), rows)
+    np.testing.assert_allclose(np.concatenate([each.numpy() for _, each, _ in found]), 1 - distances, atol=1e-5)
 
 
 @pytest.mark.parametrize("k", [1, 7, 50])
@@ -59,7 +71,7 @@ def test_logits_come_in_blocks_of_which_none_is_large(monkeypatch):
     monkeypatch.setattr(neighbours, "TEST_ROWS", 50)
     whole = knn_logits(x, y, v, 20, 0.07, 4)
     monkeypatch.setattr(neighbours, "VOTES_AT_ONCE", 30 * 20 * 4)
-    found = list(knn_logit_blocks(x, y, v, 20, 0.07, 4))
+    found = list(knn_logit_blocks(x, y, v, Neighbours(20, 0.07), 4))
     assert [(rows.start, rows.stop) for rows, _ in found] == [(0, 30), (30, 50), (50, 80), (80, 100), (100, 120)]
     np.testing.assert_array_equal(np.concatenate([logits for _, logits in found]), whole)
 

@@ -21,32 +21,58 @@ c output of a head.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from regvit.features.store import FeatureStore
-from regvit.files import replacing
 
 HELD = 256  # images: 50 MB (ViT-S/14 at 224 px) to 0.7 GB (ViT-L/14 at 518 px) of float16
 WARM_UP = 0.05  # share of the steps; mmsegmentation's schedules have 1,500 of 40,000
 START = 0.01  # standard deviation of the first weights (mmsegmentation); zero would leave a ReLU without gradient
 
-FORMAT = "regvit image values 1"
-
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DenseTraining:
+    """How heads are trained.
+
+    Args:
+        learning_rates, weight_decays: AdamW's, a head for each pair; the decay does not touch the bias.
+        steps: after which the learning rate has fallen to 0.
+        batch_size: images a step.
+        seed: of the first weights, which all heads share, and of the order of the images.
+        label: what the progress line says.
+    Raises:
+        ValueError: a setting is missing, repeated or out of range.
+    """
+
+    learning_rates: Sequence[float]
+    weight_decays: Sequence[float]
+    steps: int
+    batch_size: int
+    seed: int = 0
+    device: str = "cpu"
+    label: str = "heads"
+
+    def __post_init__(self):
+        rates, decays = self.learning_rates, self.weight_decays
+        if not rates or len(set(rates)) < len(rates) or min(rates) <= 0:
+            raise ValueError(f"learning_rates are {list(rates)}; expected numbers above 0, each once")
+        if not decays or len(set(decays)) < len(decays) or min(decays) < 0:
+            raise ValueError(f"weight_decays are {list(decays)}; expected numbers of at least 0, each once")
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}; expected at least 1")
 
 
 @dataclass(frozen=True)
@@ -86,7 +112,7 @@ class PatchTokens:
     def __init__(self, store: FeatureStore, rows: Sequence[int]):
         if "patches" not in store.arrays:
             held = ", ".join(store.arrays)
-            raise KeyError(f"{store.path} holds {held} and no patches; extract it with arrays=('patches',)")
+            raise KeyError(f"{store.path} holds {held} and no patches; add patches to its arrays in extract_dense")
         count, self.channels = store.arrays["patches"]
         if not len(rows):
             raise ValueError(f"no rows of {store.path} are wanted; give the data set images of every split")
@@ -194,28 +220,14 @@ class DenseHeads:
     Args:
         statistics: of the training patches.
         outputs: c of each head.
-        learning_rates, weight_decays: AdamW's; the decay does not touch the bias.
-        steps: after which the learning rate has fallen to 0.
-        seed: of the first weights, which all heads share.
-    Raises:
-        ValueError: a setting is missing, repeated or out of range.
     """
 
-    def __init__(
-        self,
-        statistics: Statistics,
-        outputs: int,
-        learning_rates: Sequence[float],
-        weight_decays: Sequence[float],
-        steps: int,
-        seed: int,
-        device: torch.device | str = "cpu",
-    ):
-        _check(learning_rates, weight_decays, steps)
-        self.settings = [(float(rate), float(decay)) for rate, decay in product(learning_rates, weight_decays)]
-        self.outputs, self.steps, self._taken = outputs, steps, 0
+    def __init__(self, statistics: Statistics, outputs: int, training: DenseTraining):
+        device = training.device
+        self.settings = [(float(r), float(d)) for r, d in product(training.learning_rates, training.weight_decays)]
+        self.outputs, self.steps, self._taken = outputs, training.steps, 0
         self.mean, self.std = statistics.mean.to(device), statistics.std.to(device)
-        first = torch.randn(len(self.mean), outputs, generator=torch.Generator().manual_seed(seed)) * START
+        first = torch.randn(len(self.mean), outputs, generator=torch.Generator().manual_seed(training.seed)) * START
         self.weights = [nn.Parameter(first.to(device, copy=True)) for _ in self.settings]
         self.biases = [nn.Parameter(torch.zeros(outputs, device=device)) for _ in self.settings]
         self._optimizer = torch.optim.AdamW(
@@ -256,6 +268,26 @@ class DenseHeads:
     def is_finite(self, head: int) -> bool:
         """Whether the head has not diverged."""
         return bool(self.weights[head].isfinite().all() and self.biases[head].isfinite().all())
+
+
+def train_heads(
+    tokens: PatchTokens,
+    target: Callable[[int], T],
+    outputs: int,
+    training: DenseTraining,
+    losses: Callable[[DenseHeads, Batch[T], int], Float[Tensor, " h"]],
+) -> DenseHeads:
+    """Heads after the last step.
+
+    Args:
+        target: what is to be predicted in a row of the store.
+        losses: of each head on a batch in a step.
+    """
+    heads = DenseHeads(statistics(tokens), outputs, training)
+    drawn = batches(tokens, target, training.batch_size, np.random.default_rng(training.seed), training.device)
+    for step in tqdm(range(training.steps), training.label, unit="steps", mininterval=1):
+        heads.step(losses(heads, next(drawn), step))
+    return heads
 
 
 def schedule(step: int, steps: int) -> float:
@@ -305,63 +337,3 @@ def pixels_of_patches(values: np.ndarray, height: int, width: int) -> np.ndarray
     side = math.isqrt(len(values))
     rows, columns = np.arange(height) * side // height, np.arange(width) * side // width
     return values.reshape(side, side)[rows[:, None], columns]
-
-
-@dataclass(frozen=True)
-class ImageValues:
-    """What was measured of each image, for comparing runs in pairs.
-
-    Attributes:
-        values: arrays whose first axis is the image.
-        outliers: which patches are outliers in the untreated model; None where it has none.
-        about: plain JSON values that say what was measured.
-    """
-
-    values: dict[str, np.ndarray]
-    outliers: Bool[np.ndarray, "b p"] | None
-    about: dict
-
-
-def save_image_values(path: Path | str, kind: str, measured: ImageValues) -> None:
-    """Writes them as safetensors; the same values give the same bytes.
-
-    Args:
-        kind: what they are, such as `segmentation`; `load_image_values` asks for it.
-    """
-    tensors = {name: np.ascontiguousarray(values) for name, values in measured.values.items()}
-    if measured.outliers is not None:
-        tensors["outliers"] = np.ascontiguousarray(measured.outliers, dtype=np.uint8)
-    about = json.dumps({**measured.about, "format": FORMAT, "kind": kind}, sort_keys=True)
-    with replacing(path) as beside:
-        save_file(tensors, str(beside), metadata={"about": about})
-
-
-def load_image_values(path: Path | str, kind: str) -> ImageValues:
-    """Reads what `save_image_values` wrote.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds something else.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist; run the stage that measures {kind}")
-    try:
-        with safe_open(str(path), framework="numpy") as file:
-            about = json.loads((file.metadata() or {}).get("about", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no whole safetensors file ({error}); measure {kind} again") from error
-    found = about.get("format"), about.get("kind")
-    if found != (FORMAT, kind):
-        raise ValueError(f"{path} holds {found}, expected {(FORMAT, kind)}; measure {kind} again")
-    outliers = tensors.pop("outliers", None)
-    return ImageValues(tensors, None if outliers is None else outliers.astype(bool), about)
-
-
-def _check(learning_rates: Sequence[float], weight_decays: Sequence[float], steps: int) -> None:
-    if not learning_rates or len(set(learning_rates)) < len(learning_rates) or min(learning_rates) <= 0:
-        raise ValueError(f"learning_rates are {list(learning_rates)}; expected numbers above 0, each once")
-    if not weight_decays or len(set(weight_decays)) < len(weight_decays) or min(weight_decays) < 0:
-        raise ValueError(f"weight_decays are {list(weight_decays)}; expected numbers of at least 0, each once")
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; expected at least 1")

@@ -5,33 +5,26 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from dense_example import patch_store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regvit.features.store import FeatureStore
 from regvit.features.store_writer import write_store
-from regvit.measures import dense
-from regvit.measures.dense import (
+from regvit.measures import dense_heads
+from regvit.measures.dense_heads import (
     DenseHeads,
-    ImageValues,
+    DenseTraining,
     PatchTokens,
     Statistics,
     at_pixels,
     batches,
     best_head,
-    load_image_values,
     on_grid,
     pixels_of_patches,
-    save_image_values,
     schedule,
     statistics,
 )
-
-
-def store_of(folder, patches, rows_per_unit=4):
-    """A finished store of these patch tokens."""
-    write_store(folder / "made.zarr", {"patches": patches}, {}, rows_per_unit)
-    return FeatureStore.open(folder / "made.zarr")
 
 
 def numbered(images, side=2, channels=3):
@@ -45,7 +38,7 @@ def numbered(images, side=2, channels=3):
 
 
 def test_rows_of_a_split_come_in_order_whatever_units_they_lie_in(tmp_path):
-    tokens = PatchTokens(store_of(tmp_path, numbered(11)), [9, 0, 3, 5])
+    tokens = PatchTokens(patch_store(tmp_path, numbered(11)), [9, 0, 3, 5])
     parts = list(tokens.in_order())
     assert [row for rows, _ in parts for row in rows] == tokens.rows == [0, 3, 5, 9]
     assert torch.cat([patches[:, 0, 0] for _, patches in parts]).tolist() == [0, 3, 5, 9]
@@ -54,24 +47,24 @@ def test_rows_of_a_split_come_in_order_whatever_units_they_lie_in(tmp_path):
 
 def test_the_number_of_patches_must_be_a_square(tmp_path):
     with pytest.raises(ValueError, match=r"has 6 patches an image, expected a square"):
-        PatchTokens(store_of(tmp_path, np.zeros((4, 6, 2))), [0])
+        PatchTokens(patch_store(tmp_path, np.zeros((4, 6, 2))), [0])
 
 
 def test_a_store_without_patches_is_refused_by_what_it_holds(tmp_path):
-    write_store(tmp_path / "a.zarr", {"cls": np.zeros((2, 3))}, {})
+    write_store(tmp_path / "made.zarr", {"cls": np.zeros((2, 3))}, {})
     with pytest.raises(KeyError, match="holds cls and no patches"):
-        PatchTokens(FeatureStore.open(tmp_path / "a.zarr"), [0])
+        PatchTokens(FeatureStore.open(tmp_path / "made.zarr"), [0])
 
 
 def test_a_split_without_images_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no rows of"):
-        PatchTokens(store_of(tmp_path, numbered(4)), [])
+        PatchTokens(patch_store(tmp_path, numbered(4)), [])
 
 
 def test_statistics_are_those_of_all_patches_of_the_rows(tmp_path):
     patches = numbered(9)
     patches[..., 2] = 1000.0  # constant, and far from 0
-    found = statistics(PatchTokens(store_of(tmp_path, patches), [0, 2, 5, 6, 8]))
+    found = statistics(PatchTokens(patch_store(tmp_path, patches), [0, 2, 5, 6, 8]))
     expected = patches[[0, 2, 5, 6, 8]].astype(np.float16).astype(np.float64).reshape(-1, 3)
     np.testing.assert_allclose(found.mean, expected.mean(0), rtol=1e-6)
     np.testing.assert_allclose(found.std[:2], expected.std(0)[:2], rtol=1e-6)
@@ -87,13 +80,13 @@ def take(tokens, count, size, seed=0):
 
 
 def test_every_target_stands_beside_its_own_tokens(tmp_path):
-    for batch in take(PatchTokens(store_of(tmp_path, numbered(11)), range(1, 10)), 12, 4):
+    for batch in take(PatchTokens(patch_store(tmp_path, numbered(11)), range(1, 10)), 12, 4):
         assert batch.patches[:, 0, 0].tolist() == batch.targets
         assert len(batch.targets) == 4
 
 
 def test_a_set_that_fits_is_read_once_and_every_image_is_drawn(tmp_path, monkeypatch):
-    tokens = PatchTokens(store_of(tmp_path, numbered(11)), range(11))
+    tokens = PatchTokens(patch_store(tmp_path, numbered(11)), range(11))
     read = []
     monkeypatch.setattr(tokens, "read", lambda unit, rows: read.append(unit) or PatchTokens.read(tokens, unit, rows))
     drawn = [row for batch in take(tokens, 10, 5) for row in batch.targets]
@@ -102,8 +95,8 @@ def test_a_set_that_fits_is_read_once_and_every_image_is_drawn(tmp_path, monkeyp
 
 
 def test_a_larger_set_is_gone_through_in_groups_of_units_and_every_image_comes_once_a_round(tmp_path, monkeypatch):
-    monkeypatch.setattr(dense, "HELD", 8)
-    tokens = PatchTokens(store_of(tmp_path, numbered(16)), range(16))
+    monkeypatch.setattr(dense_heads, "HELD", 8)
+    tokens = PatchTokens(patch_store(tmp_path, numbered(16)), range(16))
     drawn = [batch.targets for batch in take(tokens, 4, 4)]
     assert sorted(itertools.chain(*drawn)) == list(range(16))
     assert len({row // 4 for row in drawn[0] + drawn[1]}) == 2  # two units are held
@@ -112,7 +105,7 @@ def test_a_larger_set_is_gone_through_in_groups_of_units_and_every_image_comes_o
 
 
 def test_fewer_images_than_a_batch_make_smaller_batches(tmp_path):
-    tokens = PatchTokens(store_of(tmp_path, numbered(5)), [1, 4])
+    tokens = PatchTokens(patch_store(tmp_path, numbered(5)), [1, 4])
     assert [sorted(batch.targets) for batch in take(tokens, 3, 16)] == [[1, 4]] * 3
 
 
@@ -122,7 +115,9 @@ def test_fewer_images_than_a_batch_make_smaller_batches(tmp_path):
 def test_a_layer_takes_raw_tokens_and_says_what_its_head_said_of_them():
     torch.manual_seed(0)
     x = torch.randn(2, 9, 5) * 3 + 7
-    heads = DenseHeads(Statistics(x.mean((0, 1)), x.std((0, 1))), 4, [0.1, 0.2], [0.0, 0.5], 10, seed=3)
+    heads = DenseHeads(
+        Statistics(x.mean((0, 1)), x.std((0, 1))), 4, DenseTraining([0.1, 0.2], [0.0, 0.5], 10, 1, seed=3)
+    )
     for weight, bias in zip(heads.weights, heads.biases, strict=True):
         weight.data, bias.data = torch.randn(5, 4), torch.randn(4)
     together = heads(x).unflatten(1, (4, 4))
@@ -137,7 +132,7 @@ def test_heads_trained_side_by_side_are_those_trained_alone():
     plain = Statistics(torch.zeros(5), torch.ones(5))
 
     def trained(rates, decays):
-        heads = DenseHeads(plain, 3, rates, decays, 7, seed=0)
+        heads = DenseHeads(plain, 3, DenseTraining(rates, decays, 7, 1))
         for _ in range(7):
             out = heads(x).unflatten(1, (len(heads), 3))
             heads.step((out - target[:, None]).square().mean((0, 2, 3, 4)))
@@ -154,7 +149,7 @@ def test_a_step_is_adamw_with_the_scheduled_rate():
         torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0)),
         Statistics(torch.zeros(5), torch.ones(5)),
     )
-    heads = DenseHeads(plain, 2, [0.1], [0.2], 4, seed=0)
+    heads = DenseHeads(plain, 2, DenseTraining([0.1], [0.2], 4, 1))
     reference = torch.nn.Linear(5, 2)
     reference.weight.data, reference.bias.data = heads.weights[0].data.T.clone(), heads.biases[0].data.clone()
     groups = [{"params": [reference.weight], "weight_decay": 0.2}, {"params": [reference.bias], "weight_decay": 0.0}]
@@ -178,7 +173,7 @@ def test_the_rate_warms_up_and_falls_to_nothing():
 
 
 def test_a_head_that_diverged_is_not_chosen():
-    heads = DenseHeads(Statistics(torch.zeros(2), torch.ones(2)), 2, [0.1, 0.2, 0.3], [0.0], 1, seed=0)
+    heads = DenseHeads(Statistics(torch.zeros(2), torch.ones(2)), 2, DenseTraining([0.1, 0.2, 0.3], [0.0], 1, 1))
     heads.weights[1].data[0, 0] = math.inf
     assert best_head(heads, [0.5, 0.1, 0.4], "depth") == 2
     assert best_head(heads, [0.5, 0.1, math.nan], "depth") == 0
@@ -197,7 +192,7 @@ def test_a_head_that_diverged_is_not_chosen():
 )
 def test_settings_that_make_no_sense_are_refused(rates, decays, steps, message):
     with pytest.raises(ValueError, match=message):
-        DenseHeads(Statistics(torch.zeros(2), torch.ones(2)), 2, rates, decays, steps, seed=0)
+        DenseTraining(rates, decays, steps, 1)
 
 
 # The grid and the pixels
@@ -225,29 +220,3 @@ def test_single_pixels_are_those_of_torchs_bilinear_upsampling(height, width, si
 def test_each_pixel_has_the_value_of_the_patch_that_it_lies_in():
     squares = pixels_of_patches(np.arange(4), 4, 6)
     assert squares.tolist() == [[0, 0, 0, 1, 1, 1]] * 2 + [[2, 2, 2, 3, 3, 3]] * 2
-
-
-# Values of images
-
-
-def test_values_of_images_come_back_as_they_were_saved(tmp_path):
-    outliers = np.array([[True, False], [False, False]])
-    measured = ImageValues({"right": np.array([[1, 2], [3, 4]], np.int32)}, outliers, {"run": "original"})
-    for name in ("a", "b"):
-        save_image_values(tmp_path / name, "segmentation", measured)
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    found = load_image_values(tmp_path / "a", "segmentation")
-    assert found.values["right"].tolist() == [[1, 2], [3, 4]] and found.about["run"] == "original"
-    assert found.outliers.tolist() == outliers.tolist()
-
-
-def test_values_of_another_kind_and_broken_files_are_refused(tmp_path):
-    save_image_values(tmp_path / "a", "depth", ImageValues({"rmse": np.zeros(2)}, None, {}))
-    assert load_image_values(tmp_path / "a", "depth").outliers is None
-    with pytest.raises(ValueError, match=r"holds .*'depth'.*, expected .*'segmentation'"):
-        load_image_values(tmp_path / "a", "segmentation")
-    (tmp_path / "b").write_bytes(b"torn")
-    with pytest.raises(ValueError, match="no whole safetensors file"):
-        load_image_values(tmp_path / "b", "depth")
-    with pytest.raises(FileNotFoundError, match="run the stage that measures depth"):
-        load_image_values(tmp_path / "c", "depth")

@@ -1,0 +1,352 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from regvit.probing import training as module
+from regvit.probing.checkpoints import CHECKPOINT, Checkpoint
+from regvit.probing.heads import INITIAL, standards_of
+from regvit.probing.probes import save_probes
+from regvit.probing.splits import Split
+from regvit.probing.training import DINOV2_RATES, Settings, batch_rows, train_probes
+
+CLASSES = tuple("abcdefg")
+RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
+
+
+def clouds(n, d, seed, spread=1.0):
+    """Seven overlapping classes in d correlated, shifted channels of very different variance."""
+    rng = np.random.default_rng(0)
+    centres, mixing = rng.normal(size=(7, 12)), rng.normal(size=(12, d)) * np.geomspace(3, 0.1, 12)[:, None]
+    shift = rng.normal(size=d) * 5
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(7, size=n)
+    latent = centres[labels] + spread * rng.normal(size=(n, 12))
+    return (latent @ mixing + 0.3 * rng.normal(size=(n, d)) + shift).astype(np.float32), labels
+
+
+@pytest.fixture(scope="module")
+def splits():
+    def made(n, seed):
+        x, y = clouds(n, 24, seed)
+        features = {"cls": x, "patch_mean": x[:, ::-1] * 2, "cls_patch": np.concatenate([x, x**2], 1)}
+        features |= dict.fromkeys(("cls_reg_learned", "cls_reg_attn"), x)  # CLS and two registers of 8 channels
+        return Split(features, y, channels=8)
+
+    return made(300, 1), made(150, 2)
+
+
+def only(splits, *names):
+    return [Split({name: part.features[name] for name in names}, part.labels, part.channels) for part in splits]
+
+
+def first_weights(d, n_classes, seed=0):
+    return INITIAL * torch.randn(d, n_classes, generator=torch.Generator().manual_seed(seed)).double()
+
+
+# --- the arithmetic
+
+
+def test_accuracy_is_within_a_point_of_logistic_regression():
+    (x, y), (v, w), (t, u) = (clouds(n, 384, seed) for n, seed in ((700, 1), (1000, 2), (4000, 3)))
+    mean, scale = x.mean(0), np.sqrt(x.var(0).mean())
+    models = [LogisticRegression(C=c, tol=1e-6, max_iter=2000).fit((x - mean) / scale, y) for c in (1e-3, 1e-2, 1e-1)]
+    best = max(models, key=lambda model: model.score((v - mean) / scale, w))
+    settings = Settings((3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), steps=600)
+    (probe,) = train_probes(Split({"cls": x}, y), Split({"cls": v}, w), CLASSES, settings).probes["cls"]
+    reference = best.score((t - mean) / scale, u)
+    assert 0.5 < reference < 0.95  # hard enough to tell
+    assert (probe.logits(t).argmax(1) == u).mean() >= reference - 0.01
+
+
+def test_a_head_is_trained_as_torchs_own_sgd_and_schedule_would(splits):
+    train, val = only(splits, "cls")
+    x, steps = train.features["cls"].astype(np.float64), 40
+    mean, scale = x.mean(0), np.sqrt(x.var(0).mean())
+    z, labels = torch.from_numpy((x - mean) / scale), torch.from_numpy(train.labels)
+    weight, bias = first_weights(24, 7).requires_grad_(), torch.zeros(7, dtype=torch.float64, requires_grad=True)
+    groups = [{"params": [weight], "weight_decay": 0.01}, {"params": [bias], "weight_decay": 0}]
+    sgd = torch.optim.SGD(groups, lr=0.05, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, steps)
+    for _ in range(steps):  # a batch of all the rows: their order plays no part
+        sgd.zero_grad()
+        torch.nn.functional.cross_entropy(z @ weight + bias, labels).backward()
+        sgd.step()
+        schedule.step()
+    expected = (torch.from_numpy((val.features["cls"] - mean) / scale) @ weight + bias).detach().numpy()
+    (probe,) = train_probes(train, val, CLASSES, Settings((0.05,), steps, 300, 0.01)).probes["cls"]
+    expected -= expected.mean(1, keepdims=True)  # what all classes share is left out
+    np.testing.assert_allclose(probe.logits(val.features["cls"]), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_published_protocol_on_raw_features_is_torchs_plain_sgd(splits):
+    train, val = only(splits, "cls")
+    train = Split({"cls": train.features["cls"] / 10}, train.labels)
+    weight, bias = first_weights(24, 7).requires_grad_(), torch.zeros(7, dtype=torch.float64, requires_grad=True)
+    sgd, x = torch.optim.SGD([weight, bias], lr=0.01), torch.from_numpy(train.features["cls"]).double()
+    for _ in range(30):
+        sgd.zero_grad()
+        torch.nn.functional.cross_entropy(x @ weight + bias, torch.from_numpy(train.labels)).backward()
+        sgd.step()
+    settings = Settings((0.01,), 30, 300, momentum=0.0, schedule="constant", standardise=False)
+    (found,) = train_probes(train, val, CLASSES, settings).probes["cls"]
+    weight = (weight - weight.mean(1, keepdim=True)).detach().numpy().T
+    np.testing.assert_allclose(found.weight, weight, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(found.bias, (bias - bias.mean()).detach().numpy(), rtol=1e-3, atol=1e-5)
+
+
+def test_dinov2s_thirteen_rates_are_those_it_publishes():
+    assert len(DINOV2_RATES) == 13 and min(DINOV2_RATES) == 1e-5 and max(DINOV2_RATES) == 0.1
+    assert [round(rate / 10 ** np.floor(np.log10(rate) + 1e-9)) for rate in DINOV2_RATES] == [1, 2, 5] * 4 + [1]
+
+
+def test_heads_trained_together_are_those_trained_one_by_one(splits):
+    settings = Settings((0.003, 0.03), 60, 32, 1e-3, seeds=(3, 8))
+    together = train_probes(*splits, CLASSES, settings)
+    for name, probes in together.probes.items():
+        for probe in probes:
+            alone = Settings((probe.learning_rate,), 60, 32, 1e-3, seeds=(probe.seed,))
+            (own,) = train_probes(*only(splits, name), CLASSES, alone).probes[name]
+            np.testing.assert_allclose(probe.weight, own.weight, rtol=1e-3, atol=1e-5)
+            assert probe.val_correct == own.val_correct
+            if probe.pool is not None:
+                np.testing.assert_allclose(probe.pool, own.pool, rtol=1e-3, atol=1e-5)
+
+
+def test_seeds_are_seeds_also_after_many_epochs(splits):
+    train, val = only(splits, "cls")
+    probes = train_probes(train, val, CLASSES, Settings((0.03,), 400, 300, seeds=(0, 1, 2))).probes["cls"]  # no order
+    weights = [probe.weight for probe in probes]
+    assert min(np.abs(weights[0] - other).max() for other in weights[1:]) > 1e-3
+    assert probes[0].logits(val.features["cls"]).sum(1) == pytest.approx(np.zeros(150), abs=1e-3)
+
+
+def test_exported_weights_take_raw_features_also_where_the_mean_dwarfs_the_deviation(splits):
+    train, val = [Split({"cls": part.features["cls"] + 1000}, part.labels) for part in splits]
+    (probe,) = train_probes(train, val, CLASSES, Settings(RATES, 100)).probes["cls"]
+    assert (probe.logits(val.features["cls"]).argmax(1) == val.labels).sum() == pytest.approx(probe.val_correct, abs=1)
+
+
+def test_constant_features_give_the_prior_and_no_nan():
+    x, y = np.full((40, 3), 2.0, np.float32), np.array([0] * 30 + [1] * 10)
+    settings = Settings((0.1,), 300)
+    (probe,) = train_probes(Split({"cls": x}, y), Split({"cls": x[:4]}, np.zeros(4, int)), "ab", settings).probes["cls"]
+    logits = probe.logits(x[:1])[0]
+    assert logits[0] - logits[1] == pytest.approx(np.log(3), abs=1e-2)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 4096])
+def test_one_scale_stands_for_all_channels_however_the_rows_are_cut(rows, monkeypatch):
+    monkeypatch.setattr("regvit.features.stored_readouts.ROWS_AT_ONCE", rows)
+    values = {"cls": np.array([[0, 10], [2, 16]], np.float32), "patch_mean": np.full((2, 2), 7, np.float32)}
+    found = standards_of(values, None, True)
+    assert found["cls"].mean.tolist() == [1, 13] and found["cls"].scale == pytest.approx(math.sqrt((1 + 9) / 2))
+    assert found["patch_mean"].scale == 1
+    pooled = np.array([[1, 2, 3, 4, 5, 6], [3, 4, 5, 6, 7, 8]], np.float32)  # CLS and two registers of 2 channels
+    found = standards_of({"cls_reg_learned": pooled}, 2, True)["cls_reg_learned"]
+    assert found.mean.tolist() == [2, 3, 5, 6] and found.scale == 1
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(10, 4), (10, 10), (3, 50), (7, 1)])
+def test_no_image_is_seen_again_before_the_order_is_through(n, batch_size):
+    size = min(n, batch_size)
+    steps = n // size
+    for epoch in range(3):
+        rows = np.concatenate([batch_rows(n, batch_size, 0, epoch * steps + step) for step in range(steps)])
+        assert len(set(rows.tolist())) == len(rows) == steps * size and rows.max() < n
+    assert (
+        n == 3 or batch_rows(n, n, 0, 0).tolist() != batch_rows(n, n, 0, 1).tolist() != batch_rows(n, n, 1, 1).tolist()
+    )
+
+
+# --- pooling
+
+
+def test_learned_pooling_finds_the_register_that_knows_which_the_mean_cannot():
+    def tokens(n, seed):
+        """CLS and four registers; the class shows in register 0 alone, and the others drown it in the mean."""
+        rng = np.random.default_rng(seed)
+        labels, values = rng.integers(3, size=n), rng.normal(size=(n, 5, 8)).astype(np.float32)
+        values[:, 1] += 1.5 * np.eye(3, 8)[labels]
+        values[:, 2:] *= 4
+        mean = np.concatenate([values[:, 0], values[:, 1:].mean(1)], 1)
+        return Split({"cls_reg": mean, "cls_reg_learned": values.reshape(n, -1)}, labels, 8), values
+
+    (train, _), (val, v) = tokens(1500, 0), tokens(1000, 1)
+    probes = train_probes(train, val, "abc", Settings((0.03, 0.1, 0.3), 600)).probes
+    top1 = {name: probe.val_correct / 1000 for name, (probe,) in probes.items()}
+    bound = (v[:, 1, :3].argmax(1) == val.labels).mean()  # the best there is: nearest of three equal clouds
+    assert top1["cls_reg"] < bound - 0.15
+    assert top1["cls_reg_learned"] > bound - 0.05
+    shares = np.exp(probes["cls_reg_learned"][0].pool)
+    assert shares[0] / shares.sum() > 0.8
+
+
+def test_attention_pooling_finds_the_register_that_knows_wherever_it_stands():
+    def marked(n, seed):
+        rng = np.random.default_rng(seed)
+        labels, where = rng.integers(3, size=n), rng.integers(4, size=n)
+        values = rng.normal(size=(n, 5, 8))
+        values[:, 1:] *= 3
+        values[np.arange(n), 1 + where] = rng.normal(size=(n, 8)) + 2 * np.eye(3, 8)[labels] + 8 * np.eye(8)[7]
+        return Split(dict.fromkeys(("cls_reg_learned", "cls_reg_attn"), values.reshape(n, -1).astype("f4")), labels, 8)
+
+    probes = train_probes(marked(1500, 0), marked(1000, 1), "abc", Settings((0.03, 0.1, 0.3), 600)).probes
+    assert probes["cls_reg_attn"][0].val_correct > probes["cls_reg_learned"][0].val_correct + 100
+
+
+# --- choosing, curves
+
+
+def test_the_head_is_chosen_on_validation_not_on_training():
+    x, y = np.repeat(np.eye(2, dtype=np.float32), 10, axis=0), np.repeat([0, 1], 10)
+    wrong = 1 - y  # on validation whoever learned what training teaches is always wrong
+    never_learns = 1e-50  # 0 in float32: such a head stays at its first weights
+    settings = Settings((never_learns, 0.1), 50, seeds=(2,))
+    (probe,) = train_probes(Split({"cls": x}, y), Split({"cls": x}, wrong), "ab", settings).probes["cls"]
+    assert probe.learning_rate == never_learns and probe.val_correct > 0
+
+
+def test_of_equally_good_rates_the_smallest_wins_whatever_the_order():
+    x, y = np.repeat(np.eye(2, dtype=np.float32), 10, axis=0), np.repeat([0, 1], 10)
+    part = Split({"cls": x}, y)
+    (probe,) = train_probes(part, part, "ab", Settings((0.3, 0.05, 0.1), 100)).probes["cls"]
+    assert (probe.learning_rate, probe.val_correct) == (0.05, 20)
+
+
+def test_a_diverged_head_is_never_chosen_and_only_diverged_heads_are_an_error(splits):
+    for name in ("cls", "cls_reg_attn"):
+        part = only(splits, name)
+        assert train_probes(*part, CLASSES, Settings((1e-2, 1e38), 50)).probes[name][0].learning_rate == 1e-2
+    with pytest.raises(
+        ValueError, match=r"all 1 heads of readout 'cls' diverged; the smallest learning rate was 1e\+38"
+    ):
+        train_probes(*only(splits, "cls"), CLASSES, Settings((1e38,), 50))
+
+
+@pytest.mark.parametrize("steps", [1, 7, 20, 50])
+def test_the_curves_have_some_twenty_points_and_end_with_the_best_rate_at_the_last_step(splits, steps):
+    points = []
+    probes = train_probes(
+        *only(splits, "cls"), CLASSES, Settings(RATES, steps), on_point=lambda *each: points.append(each)
+    )
+    seen = [step for step, _ in points]
+    assert seen[-1] == steps and len(seen) == min(steps, 20) and seen == sorted(set(seen))
+    assert points[-1][1] == {"cls": pytest.approx(probes.probes["cls"][0].val_correct / 150)}
+
+
+# --- checkpoints
+
+
+class Interrupted:
+    """Ctrl-C at a step."""
+
+    def __init__(self, step):
+        self.step, self.points = step, []
+
+    def __call__(self, step, accuracies):
+        self.points.append((step, accuracies))
+        if step >= self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("step", [3, 33, 60])
+def test_training_resumed_after_an_interrupt_gives_the_same_bytes_and_curves(splits, tmp_path, monkeypatch, step, held):
+    monkeypatch.setattr(module, "MEMORY_SHARE", 0.5 if held else 0)
+    settings, told = Settings(RATES, 60, 32, seeds=(0, 1)), []
+    points: dict[str, list] = {"undisturbed": [], "resumed": []}
+    save_probes(tmp_path / "undisturbed", train_probes(
+        *splits, CLASSES, settings, on_point=lambda *each: points["undisturbed"].append(each)))  # fmt: skip
+    checkpoint = Checkpoint(tmp_path / "work", 0, told.append)
+    with pytest.raises(KeyboardInterrupt):
+        train_probes(*splits, CLASSES, settings, "cpu", checkpoint, Interrupted(step))
+    save_probes(tmp_path / "resumed", train_probes(
+        *splits, CLASSES, settings, "cpu", checkpoint, lambda *each: points["resumed"].append(each)))  # fmt: skip
+    saved = 3 * (step // 3 - 1)  # 20 points in 60 steps, and the last was interrupted before it was saved
+    assert (told == [f"resumed: {saved} of 60 steps were done"]) == (saved > 0)
+    assert (tmp_path / "resumed").read_bytes() == (tmp_path / "undisturbed").read_bytes()
+    assert points["resumed"] == points["undisturbed"]
+
+
+def test_a_checkpoint_of_other_settings_or_data_or_a_damaged_one_is_not_gone_on_from(splits, tmp_path):
+    (train, val), told = only(splits, "cls", "patch_mean"), []
+    checkpoint = Checkpoint(tmp_path, 0, told.append)
+    train_probes(train, val, CLASSES, Settings(RATES, 60, 32), "cpu", checkpoint)
+    moved = Split(train.features | {"cls": train.features["cls"] + 1}, train.labels)
+    for part, settings in (
+        (train, Settings(RATES, 60, 32, momentum=0.5)),
+        (train, Settings(RATES, 60, 32, seeds=(7,))),
+        (moved, Settings(RATES, 60, 32)),
+    ):
+        told.clear()
+        found = train_probes(part, val, CLASSES, settings, "cpu", checkpoint)
+        assert told == [f"started anew: the checkpoint in {tmp_path} is of other data, settings or code"]
+        again = train_probes(part, val, CLASSES, settings)
+        assert np.array_equal(found.probes["cls"][0].weight, again.probes["cls"][0].weight)
+    (tmp_path / CHECKPOINT).write_bytes(b"torn")
+    told.clear()
+    train_probes(train, val, CLASSES, Settings(RATES, 60, 32), "cpu", checkpoint)
+    assert told[0].startswith("started anew: the checkpoint") and "is damaged" in told[0]
+
+
+def test_training_that_is_short_writes_no_checkpoint(splits, tmp_path):
+    train_probes(*only(splits, "cls"), CLASSES, Settings(RATES, 20, 32), "cpu", Checkpoint(tmp_path / "work"))
+    assert not (tmp_path / "work" / CHECKPOINT).exists()
+
+
+def test_features_that_are_read_batch_by_batch_give_the_bytes_of_those_that_are_held(splits, tmp_path, monkeypatch):
+    for name, share in (("held", 0.5), ("read", 0)):
+        monkeypatch.setattr(module, "MEMORY_SHARE", share)
+        save_probes(tmp_path / name, train_probes(*splits, CLASSES, Settings(RATES, 30, 32, seeds=(1, 2))))
+    assert (tmp_path / "held").read_bytes() == (tmp_path / "read").read_bytes()
+
+
+# --- refused
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rates": ()}, r"learning_rates are \[\]; expected at least one"),
+        ({"learning_rates": (0.1, 0.1)}, r"learning_rates are \[0.1, 0.1\]; expected at least one, each once"),
+        ({"learning_rates": (0.0,)}, r"learning_rates are \[0.0\]; expected finite numbers above 0"),
+        ({"steps": 0}, "steps is 0 and batch_size 256; expected at least 1 of each"),
+        ({"weight_decay": -1.0}, "weight_decay is -1.0; expected a finite number"),
+        ({"momentum": 1.0}, "momentum is 1.0; expected a number of 0 or above, below 1"),
+        ({"schedule": "linear"}, "schedule is 'linear'; expected one of cosine, constant"),
+        ({"seeds": ()}, r"seeds are \[\]; expected at least one, each once"),
+        ({"seeds": (1, 1)}, r"seeds are \[1, 1\]; expected at least one, each once"),
+    ],
+)
+def test_settings_out_of_their_range_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**{"learning_rates": (0.1,), **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"y": np.zeros(20, int)}, "all 20 training images are of class 0; a probe needs images of at least 2 classes"),
+        ({"y": np.r_[-1, np.ones(19, int)]}, "the train split has 1 images without a label"),
+        ({"w": np.full(5, 7)}, "the val split has label 7; a probe needs class indices 0 to 6"),
+        ({"w": np.zeros(0, int), "v": np.zeros((0, 4))}, "the val split is empty"),
+        ({"x": np.zeros((19, 4))}, r"train features of shape \(19, 4\); expected \(20, channels\)"),
+        ({"x": np.full((20, 4), np.nan)}, "20 of 20 train rows are not finite"),
+        ({"v": np.zeros((5, 3))}, r"channels \{'cls': 4\} and val \{'cls': 3\}; expected the same"),
+        (
+            {"name": "cls_reg_attn"},
+            "readout 'cls_reg_attn' has 4 channels and those of one token are None; expected CLS",
+        ),
+        ({"name": "cls_reg_attn", "channels": 3}, "has 4 channels and those of one token are 3; expected CLS and at"),
+        ({"name": "cls_reg_attn", "channels": 4}, "has 4 channels and those of one token are 4; expected CLS and at"),
+    ],
+)
+def test_splits_that_do_not_fit_are_refused(change, message):
+    given = {"x": np.ones((20, 4)), "y": np.arange(20) % 7, "v": np.ones((5, 4)), "w": np.zeros(5, int), "name": "cls"}
+    given |= {"channels": None, **change}
+    train, val = (Split({given["name"]: given[x]}, given[y], given["channels"]) for x, y in (("x", "y"), ("v", "w")))
+    with pytest.raises(ValueError, match=message):
+        train_probes(train, val, CLASSES, Settings((0.1,)))
