@@ -18,7 +18,7 @@ from ruamel.yaml.comments import CommentedMap
 
 from regvit.files import write_text
 from regvit.pipeline.params import ParamsError, faults_of, read_values
-from regvit.pipeline.references import missing_files
+from regvit.pipeline.references import broken_sources
 from regvit.pipeline.schema import Params
 
 CHOICES = Path("choices")
@@ -55,7 +55,7 @@ def main() -> None:
     text = re.sub(r"(?m)^( .*\n)(?=\S)", r"\1\n", text.getvalue())  # blocks stay apart
     text = re.sub(r"(?<=\S) {2,}#", " #", re.sub(r"\n{3,}", "\n\n", text))
     after = YAML(typ="safe", pure=True).load(text)
-    if faults := faults_of(after) or list(missing_files(Params.model_validate(after))):
+    if faults := faults_of(after) or list(broken_sources(Params.model_validate(after))):
         raise BadChoice(f"choice {given.choice} would leave {given.params} with faults:\n  - " + "\n  - ".join(faults))
     write_text(given.params, text)
     changes = list(differences(before, after))

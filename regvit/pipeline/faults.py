@@ -13,6 +13,7 @@ PHRASES = {  # what pydantic says: what follows "x is 3, expected "
     r"^Value error, (expected )?": "",
     r"^\w+ should (be )?": "",
     r"^have": "to have",
+    r"^match pattern '\^(.*)'$": r"to match \1",
     r" after validation, not \d+$": "",
     r"a valid dictionary or instance of \w+": "a block of keys",
     "a valid integer.*": "a whole number",
@@ -20,19 +21,16 @@ PHRASES = {  # what pydantic says: what follows "x is 3, expected "
 }
 
 
-class _Short(reprlib.Repr):
-    """Values in messages, of bounded length whatever the file holds."""
-
-    def __init__(self):
-        super().__init__()
-        self.maxlevel, self.maxstring, self.maxother = 3, 200, 200
-
-    def repr_int(self, value: int, level: int) -> str:
-        """Python writes no more than 4,300 digits."""
-        return repr(value) if value.bit_length() <= 256 else f"a whole number of {value.bit_length()} bits"
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxstring, _short.maxother = 3, 200, 200
 
 
-shown = _Short().repr
+def shown(value: object) -> str:
+    """A value in a message, of bounded length whatever the file holds."""
+    try:
+        return _short.repr(value)
+    except ValueError:  # Python writes no more than 4,300 digits
+        return "a number of thousands of digits"
 
 
 def nearest(word: object, known: Iterable[str]) -> str:

@@ -5,37 +5,20 @@ that used PyYAML could compute with something else than what DVC tracks, so ruam
 """
 
 import io
-import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from pydantic import ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.constructor import ConstructorError, SafeConstructor
 from ruamel.yaml.error import YAMLError
-from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent, ScalarEvent
-from ruamel.yaml.nodes import Node
 
-from regvit.pipeline.faults import nearest, sentences, shown
-from regvit.pipeline.references import broken_layers, broken_references, missing_files
+from regvit.pipeline.faults import nearest, sentences
+from regvit.pipeline.references import broken_layers, broken_references, broken_sources
 from regvit.pipeline.schema import Block, Images, Params
 
 
 class ParamsError(ValueError):
     """params.yaml cannot be used; the message lists every fault with its value, what was expected and the cure."""
-
-
-class _Constructor(SafeConstructor):
-    """The reader of values, which says where the one stands that Python cannot make: a 13th month, 5,000 digits."""
-
-    def construct_object(self, node: Node, deep: bool = False) -> object:
-        try:
-            return super().construct_object(node, deep)
-        except (ValueError, OverflowError) as error:
-            problem = f"{shown(node.value)} cannot be read as a value ({error})"
-            cure = "(give another value, or quote it if it is a text)"
-            raise ConstructorError(None, None, problem, node.start_mark, cure) from error
 
 
 def load_params(path: str | Path = "params.yaml") -> Params:
@@ -58,11 +41,16 @@ def check_params(path: str | Path = "params.yaml") -> Params:
         OSError: what timm said of an architecture cannot be kept in work/.
     """
     params = load_params(path)
-    _refuse(path, [*_colons_in_braces(_text_of(path)), *missing_files(params), *broken_layers(params)])
-    try:
-        YAML(typ="safe").load(Path(path))  # as DVC does
-    except YAMLError as error:
-        raise ParamsError(f"{path} cannot be read by DVC: {' '.join(str(error).split())}") from error
+    text = _text_of(path)
+    for as_dvc_reads in (text, _as_dvc_writes_it(text)):
+        try:
+            YAML(typ="safe").load(as_dvc_reads)
+        except YAMLError as error:
+            raise ParamsError(
+                f"{path} cannot be read by DVC ({' '.join(str(error).split())}): in braces and brackets it reads a colon "
+                "(emoji:noto) only in quotes, and `dvc exp run -S` takes quotes away: write this entry a key a line"
+            ) from error
+    _refuse(path, [*broken_sources(params), *broken_layers(params)])
     return params
 
 
@@ -74,11 +62,9 @@ def read_values(path: str | Path) -> object:
     """
     if not Path(path).is_file():
         raise ParamsError(f"there is no {path} in {Path.cwd()}: stages run from the root of the repository")
-    reader = YAML(typ="safe", pure=True)  # pure: has a line of its own for each value that cannot be made
-    reader.Constructor = _Constructor
     try:
-        return reader.load(io.StringIO(_text_of(path)))  # a stream: messages give a place and quote no line
-    except YAMLError as error:
+        return YAML(typ="safe", pure=True).load(io.StringIO(_text_of(path)))  # a stream: messages quote no line
+    except (YAMLError, ValueError, OverflowError) as error:  # ValueError: of a 13th month, of 5,000 digits
         raise ParamsError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     except RecursionError as error:
         raise ParamsError(f"{path} has too many lists or blocks within each other: take levels away") from error
@@ -127,20 +113,11 @@ def _text_of(path: str | Path) -> str:
         ) from error
 
 
-def _colons_in_braces(text: str) -> Iterator[str]:
-    """Texts such as `emoji:noto` in braces or brackets: libyaml, by which DVC reads, takes them in quotes only, and
-    `dvc exp run -S` writes the file without the quotes."""
-    within = []
-    for event in YAML(typ="safe", pure=True).parse(text):
-        if isinstance(event, CollectionStartEvent):
-            within.append(event.flow_style)
-        elif isinstance(event, CollectionEndEvent):
-            within.pop()
-        elif isinstance(event, ScalarEvent) and within[-1:] == [True] and re.search(r":\S", event.value):
-            yield (
-                f"line {event.start_mark.line + 1}: {shown(event.value)} stands in braces or brackets, where DVC reads a"
-                " colon only in quotes, and `dvc exp run -S` takes quotes away: write this entry a key a line"
-            )
+def _as_dvc_writes_it(text: str) -> str:
+    """The file after `dvc exp run -S`, which takes quotes away."""
+    round_trip, written = YAML(), io.StringIO()
+    round_trip.dump(round_trip.load(text), written)
+    return written.getvalue()
 
 
 def _refuse(path: str | Path, faults: list[str]) -> None:

