@@ -22,7 +22,7 @@ def main(name: str) -> None:
         name,
         Path("data") / name,
         work / "packages",
-        params["seed"],
+        params.seed,
         downloads_dir=work / "downloads",
         **entry.model_dump(exclude={"source"}, exclude_unset=True),
     )

@@ -17,16 +17,16 @@ from regvit.registers.runs import open_run
 
 
 def main(run: str, dataset: str) -> None:
-    params = load_params().extract
+    chosen = load_params().extract
     file = Path(f"features/runs/{run}.json")
     backbone = open_run(file, Path("data/backbones"))
-    backbone = replace(backbone, transform=replace(backbone.transform, resizing=params.resizing))
+    backbone = replace(backbone, transform=replace(backbone.transform, resizing=chosen.resizing))
     extract(
         Path("features") / run / f"{dataset}.zarr",
         backbone,
         read_dataset(Path("data") / dataset),
         run_attributes(read_run(file)),
-        params.precision,
+        chosen.precision,
         options=store_options(Runtime.load(), f"extract {run}/{dataset}"),
     )
 

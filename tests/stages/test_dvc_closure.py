@@ -29,7 +29,8 @@ FRAME = {
 def graph() -> grimp.ImportGraph:
     """Which module of the library imports which; without those that look at params.yaml and decide no result."""
     modules = grimp.build_graph("regvit", exclude_type_checking_imports=True)
-    modules.remove_module("regvit.pipeline.architectures")
+    for name in ("architectures", "references"):
+        modules.remove_module(f"regvit.pipeline.{name}")
     return modules
 
 
