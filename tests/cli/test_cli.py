@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from white_patches import LAYER, UNIT, picture, plant_one
@@ -17,7 +18,6 @@ from white_patches import LAYER, UNIT, picture, plant_one
 import regvit.cli.options
 import regvit.cli.outputs
 import regvit.models.backbones
-import regvit.models.sources
 import regvit.registers.test_time
 import regvit.report.look
 from regvit.cli import main
@@ -169,9 +169,9 @@ WRONG = [
         "file:<path> or vit_tiny_patch16",
     ),
     (["look", "grey.png", "--img-size", "60"], "img_size 60 is not a multiple of the patch size 8"),
-    (["look", "grey.png", "--device", "abacus"], "--device abacus is unknown; use auto, cpu"),
-    (["look", "grey.png", "--device", "cuda:99"], "--device cuda:99 is not here: torch sees"),
-    (["look", "grey.png", "--device", "meta"], "--device meta is unknown; use auto, cpu, cuda or cuda:<n>"),
+    (["look", "grey.png", "--device", "abacus"], "--device abacus is not here; use auto, cpu, cuda or cuda:<n>"),
+    (["look", "grey.png", "--device", "cuda:99"], "--device cuda:99 is not here"),
+    (["look", "grey.png", "--device", "meta"], "--device meta is not here"),
     (["look", "grey.png", "--neurons", "nope.json"], "nope.json cannot be used: No such file"),
     (["look", "grey.png", "--neurons", "photos"], "photos cannot be used: Is a directory"),
     (["look", "grey.png", "--neurons", "grey.txt"], "grey.txt is no neurons file: Invalid JSON"),
@@ -301,7 +301,9 @@ def test_a_terminal_that_cannot_show_a_name_gets_another_character_and_no_error(
 
 def test_what_is_wrong_with_image_output_or_architecture_is_told_before_a_model_is_opened(here, monkeypatch, capsys):
     monkeypatch.setattr(regvit.models.backbones, "load_backbone", lambda *_: pytest.fail("the model was opened"))
-    monkeypatch.setattr(regvit.models.sources, "build", lambda *_, **__: pytest.fail("the hub was asked"))
+    made = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *args, pretrained, **more: (
+        pytest.fail("the hub was asked") if pretrained else made(*args, **more)))  # fmt: skip
     for command in (["missing.png"], ["photos"], ["grey.png", "--out", "grey.png/a.png"]):
         assert main(["look", *command]) == 2
     assert main(["look", "grey.png", "--backbone", "timm:resnet18"]) == 2
