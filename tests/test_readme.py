@@ -1,6 +1,7 @@
 """README.md and docs/: their Python is run as it stands, and they stay what a person reads."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,19 @@ def test_the_citation_says_the_version_of_the_package():
     (version,) = re.findall(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.M)
     assert cited["version"] == version
     assert f"## {version}\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_every_file_that_contributing_names_exists_and_twenty_questions_are_answered():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:regvit|tests|stages|choices)/[\w./]*)`", text)
+    assert [name for name in named if not (ROOT / name).exists()] == []
+    answers = text[text.index("## Where is what") : text.index("## How code looks")]
+    assert len(re.findall(r"^\| .*\? \| `", answers, re.M)) >= 20
+
+
+def test_contributing_lists_the_rooms_in_the_order_that_is_held():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `regvit/(\w+)(?:\.py)?` \|", text, re.M)
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = [contract["layers"] for contract in contracts if contract["type"] == "layers"]
+    assert listed == [layer for layer in reversed(layers) if not layer.startswith("(")]
