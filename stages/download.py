@@ -27,8 +27,8 @@ def main(name: str) -> None:
         **entry.model_dump(exclude={"source"}, exclude_unset=True),
     )
     print(f"{made.summary()}, {time.monotonic() - began:.1f} s")
-    if made.rejected:
-        print(f"  rejected images and why: data/{name}/rejected.csv; most frequent:\n{made.reasons()}")
+    if notes := made.notes():
+        print(notes)
 
 
 def workplace() -> Path:

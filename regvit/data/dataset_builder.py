@@ -8,6 +8,7 @@ import io
 import os
 import re
 import sys
+import unicodedata
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -87,6 +88,7 @@ class DatasetBuilder:
         quiet: whether progress is not shown.
         rows: one per image, in the order of the manifest.
         rejected: images that cannot be used.
+        left_out: how many files of the source are no images, by suffix or kind.
         classes: class names, in the order of the label indices.
         about: source, licence and attribution.
         root: where the paths of the rows start, from `folder`.
@@ -101,6 +103,7 @@ class DatasetBuilder:
     quiet: bool = False
     rows: RowList = field(default_factory=RowList)
     rejected: list[Rejected] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
     classes: tuple[str, ...] = ()
     about: dict = field(default_factory=dict)
     root: str = "."
@@ -143,17 +146,23 @@ class DatasetBuilder:
     def plan(self, rows: Sequence[Row]) -> list[Row]:
         """Of all rows that a source lists, those that the data set takes, with their splits; called before any image is read.
 
-        Also sets `classes`, to the labels that occur, unless the source has.
-
         Raises:
-            ValueError: a chosen class is not there, or the set cannot play its role.
+            ValueError: a chosen class is not there, two classes differ only in case or spaces, or the set cannot play its
+                role.
         """
+        names = {label: unicodedata.normalize("NFC", label) for label in {row.label for row in rows}}
+        rows = [row if row.label == names[row.label] else replace(row, label=names[row.label]) for row in rows]
         if self._choice is not None:
-            self._choice.check({row.label for row in rows})
+            self._choice.check(names.values())
             rows = [row for row in rows if row.label in self._choice.new_names]
+        new_names = self._choice.new_names.values() if self._choice else names.values()
+        alike: dict[str, str] = {}
+        for name in sorted(new_names):
+            if (other := alike.setdefault(" ".join(name.casefold().split()), name)) != name:
+                raise ValueError(f"classes {other!r} and {name!r} differ only in case or spaces; give both the same name, "
+                                 f"or say `classes: {{{other}: [{other}, {name}], …}}`")  # fmt: skip
         planned = self.limit(assign_splits(rows, self.seed, self.entry.role))
         check_role(self.name, self.entry.role, planned)
-        self.classes = self.classes or tuple(sorted({row.label for row in planned} - {""}))
         return planned
 
     def limit(self, rows: Sequence[Row]) -> list[Row]:
@@ -238,6 +247,10 @@ class DatasetBuilder:
         """
         if self._choice is not None:
             self.classes = self._choice.classes
+        elif not self.classes:
+            self.classes = tuple(sorted(set(self.rows.rows().column("label")) - {""}))
+        if self.left_out:
+            self.about["left_out"] = dict(self.left_out.most_common())
         total = len(self.rows) + len(self.rejected)
         if len(self.rows) and len(self.rejected) > self.entry.max_rejects * total:
             raise TooManyRejects(
@@ -297,10 +310,17 @@ def summed_up(rejected: Sequence[Rejected], most: int = 5) -> str:
     return "\n".join([*lines, *([f"  … and {len(counts) - most} other reasons"] if len(counts) > most else [])])
 
 
+def name_problem(name: str) -> str:
+    """Why a file of this name cannot stand in a manifest, or ""."""
+    if escapes(name) or any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in name):
+        return "its path has a backslash, a control character, or bytes that are not UTF-8; rename it"
+    return ""
+
+
 def _examine(root: Path, name: str) -> tuple[str, str]:
     """(SHA-256 of an image file, "") or ("", the reason why it cannot be used)."""
-    if escapes(name) or any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in name):
-        return "", "its path has a backslash, a control character, or bytes that are not UTF-8; rename it"
+    if problem := name_problem(name):
+        return "", problem
     try:
         content = read_file(root / name)
         decode_rgb(content, name)

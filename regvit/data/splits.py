@@ -5,6 +5,7 @@ matter, and one image more moves at most an image or two across the borders.
 """
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import islice, zip_longest
@@ -12,6 +13,27 @@ from itertools import islice, zip_longest
 from regvit.data.manifest import SPLITS, Row
 
 SHARES = (0.70, 0.15, 0.15)  # of train, val and test, where a source has no splits
+NAMES = {
+    "train": ("train", "training", "trn"),
+    "val": ("val", "valid", "validation", "eval", "evaluation", "dev", "development"),
+    "test": ("test", "testing", "tst", "holdout"),
+}
+FILLER = re.compile("(set|data|dataset|images?|imgs?|seg|split|folder)$")  # what may stand beside them in a name
+
+
+def split_of(name: str) -> str:
+    """The split that a folder, a column's value or a published split means by its name, or "".
+
+    Known in any case and with what stands beside them: `Training`, `seg_test`, `val2017`, `Test Images`, `trainset`.
+    """
+    words = split_words(name)
+    return words[0] if len(words) == 1 else ""
+
+
+def split_words(name: str) -> list[str]:
+    """For each word of a name the split that it means, or ""; fillers left out."""
+    words = [FILLER.sub("", word) for word in re.findall("[a-z]+", name.casefold())]
+    return [next((split for split, names in NAMES.items() if word in names), "") for word in words if word]
 
 
 def stratified_splits(labels: Mapping[str, str], seed: int, shares: tuple[float, float, float]) -> dict[str, str]:

@@ -1,9 +1,22 @@
-"""A web server that breaks off, refuses and sends parts."""
+"""Data sets made in a temporary folder, and a web server that breaks off, refuses and sends parts."""
 
 import http.server
 import threading
 
 import pytest
+
+from regvit.data.sources import Made, make_dataset
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Make a data set in tmp_path/data, downloads in tmp_path/downloads."""
+
+    def make(source: str, name: str = "mine", seed: int = 0, **entry) -> Made:
+        folder = tmp_path / "data" / name
+        return make_dataset(source, name, folder, tmp_path / "packages", seed, show_progress=False, **entry)
+
+    return make
 
 
 class Site:

@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 from regvit.data.downloads import DownloadFailed
-from regvit.data.sources import Made, make_dataset
 from regvit.data.sources.hub import HubSource
 
 datasets.disable_progress_bars()
@@ -24,14 +23,6 @@ def offline(monkeypatch):
     """The hub is never asked."""
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
-@pytest.fixture
-def make(tmp_path):
-    def make(source: str, name: str = "mine", **entry) -> Made:
-        return make_dataset(source, name, tmp_path / "data" / name, tmp_path / "packages", 0, False, **entry)
-
-    return make
 
 
 def encoded(i: int, kind: str) -> bytes:
@@ -61,6 +52,16 @@ def test_parquet_shards_give_the_published_files_and_the_class_names(make, tmp_p
     assert [dataset.image_path(i).read_bytes() for i in range(3)] == files
     assert [Path(row.path).suffix for row in dataset.rows] == [".jpg", ".jpg", ".png"]
     assert dataset.classes == ("cat", "dog")
+
+
+@pytest.mark.parametrize("role", ["id", "ood"])
+def test_a_split_whose_labels_are_hidden_is_left_out_and_named(make, tmp_path, role):
+    shard(tmp_path / "pets/data/train-00000-of-00001.parquet", [0, 1] * 10)
+    shard(tmp_path / "pets/data/validation-00000-of-00001.parquet", [0, 1], first=20)
+    shard(tmp_path / "pets/data/test-00000-of-00001.parquet", [-1, -1, -1], first=30)
+    made = make(f"hub:{tmp_path}/pets", role=role)
+    assert {row.image_id for row in made.dataset.subset("test").rows} == {"validation_0000000", "validation_0000001"}
+    assert made.left_out == {"rows of split test": 3} | ({"rows of split train": 20} if role == "ood" else {})
 
 
 def test_a_set_to_train_on_has_all_splits_and_another_its_held_out_one(make, tmp_path):

@@ -167,6 +167,23 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(make, tmp_pa
     assert first.dataset.digest != other.dataset.digest
 
 
+def test_a_limit_of_images_is_drawn_alike_in_every_style_and_stated(make, tmp_path):
+    limit = {"train": 4, "test": 5}
+    made = make("emoji:twemoji", images=limit).dataset
+    assert {split: len(made.subset(split)) for split in ("train", "val", "test")} == {"train": 4, "val": 6, "test": 5}
+    labels = [row.label for row in made.subset("train").rows]
+    assert labels.count("Symbols") == labels.count("Animals & Nature") == 2
+    test = {row.image_id for row in made.subset("test").rows}
+    assert {row.image_id for row in make("emoji:openmoji", images={"test": 5}).dataset.rows} == test
+    about = json.loads((tmp_path / "data/twemoji/dataset.json").read_text())["about"]
+    assert about["at_most"] == {"images": limit, "seed": 0}
+    few, all_scenes = make("scenes", "few", images={"train": 2}).dataset, make("scenes").dataset
+    assert set(few.rows) < set(all_scenes.rows) and len(few) == 9
+    for images in ({"dev": 1}, {"train": 0}):
+        with pytest.raises(ValueError, match="expected train, val, test, each a number from 1 on"):
+            make("digits", images=images)
+
+
 def test_a_data_set_says_where_it_comes_from(make, tmp_path):
     make("emoji:openmoji")
     about = json.loads((tmp_path / "data/openmoji/dataset.json").read_text())["about"]

@@ -13,20 +13,10 @@ import torchvision.datasets
 from PIL import Image
 
 from regvit.data.downloads import DownloadFailed
-from regvit.data.sources import Made, make_dataset, torchvision_sets
+from regvit.data.sources import Made, torchvision_sets
 
 GENERATOR = np.random.default_rng(0)
 TEN = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-
-
-@pytest.fixture
-def make(tmp_path):
-    """Make a data set in tmp_path/data, downloads in tmp_path/downloads."""
-
-    def make(source: str, name: str = "mine", **entry) -> Made:
-        return make_dataset(source, name, tmp_path / "data" / name, tmp_path / "packages", 0, False, **entry)
-
-    return make
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from __future__ import annotations
 import csv
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -70,6 +71,7 @@ class Made:
 
     dataset: Dataset
     rejected: tuple[Rejected, ...]
+    left_out: Counter[str]
 
     def summary(self) -> str:
         """Counts in one line, such as `twemoji: 1244 images (train 622, val 187, test 435), 7 classes, 0 rejected`."""
@@ -82,9 +84,17 @@ class Made:
             f"{len(self.rejected)} rejected"
         )
 
-    def reasons(self) -> str:
-        """Why images were rejected, the most frequent reasons first, a line each."""
-        return summed_up(self.rejected)
+    def notes(self) -> str:
+        """What is not among the images: files of other kinds, counted in a line, and the most frequent reasons of
+        rejection, a line each; "" where there is nothing."""
+        kinds = ", ".join(f"{kind} {n}" for kind, n in self.left_out.most_common())
+        lines = [f"  {self.left_out.total()} files are no images: {kinds}"] if kinds else []
+        if self.rejected:
+            lines += [
+                f"  rejected images and why: {self.dataset.name}/rejected.csv; most frequent:",
+                summed_up(self.rejected),
+            ]
+        return "\n".join(lines)
 
 
 def make_dataset(
@@ -157,7 +167,7 @@ def make_dataset(
             shutil.rmtree(leftover, ignore_errors=True)
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
-    return Made(read_dataset(folder), tuple(builder.rejected))
+    return Made(read_dataset(folder), tuple(builder.rejected), builder.left_out)
 
 
 def _put_back(previous: Path, folder: Path) -> None:

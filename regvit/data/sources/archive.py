@@ -5,6 +5,7 @@ same for zip), and so is one that grows beyond what it may. It is unpacked besid
 it is there.
 """
 
+import errno
 import lzma
 import os
 import re
@@ -22,13 +23,13 @@ from filelock import FileLock
 from regvit.data.dataset_builder import DatasetBuilder
 from regvit.data.downloads import fetch_file
 from regvit.data.manifest import escapes
-from regvit.data.sources.folder import find_images, list_tree
+from regvit.data.sources.folder import read_tree
 
 GROWTH = 100  # times its own size that an archive of images may unpack to; those of JPEGs do not grow at all
 FLOOR = 1 << 30  # bytes that any archive may unpack to
 FEW = 50_000  # members that any archive may have
 MEMBER_BYTES = 32  # packed bytes to each member beyond FEW: of images the least take some hundred
-NAME_BYTES, PART_BYTES, DEPTH = 1024, 255, 32  # longest name of a member, longest part of it, and its folders
+LONGEST = 1024  # bytes of a member's name
 HEADER_BYTES = 1 << 20  # of a long name, or of extended attributes, which tarfile reads as a whole
 ANNOUNCING = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE,
               tarfile.SOLARIS_XHDTYPE)  # fmt: skip
@@ -60,24 +61,8 @@ def archive(builder: DatasetBuilder, rest: str) -> None:
         file = fetch_file(address, f"sha256:{match[1]}", builder.downloads, builder.name)
         builder.say(f"unpacking {file.name}")
         unpack(file, place)
-    root = innermost(place)
     builder.credit_to("images", address, "see its publisher", "see its publisher")
-    builder.read_in_place(root, builder.plan(list_tree(root, builder)))
-
-
-def innermost(folder: Path) -> Path:
-    """The folder below which classes begin: archives often hold one folder, named like themselves, that holds all.
-
-    One goes down while there is no image and a single folder, as long as that has folders with images itself.
-    """
-    while True:
-        inner = {name.split("/")[0] for name in find_images(folder)}
-        if len(inner) != 1 or not (folder / min(inner)).is_dir():
-            return folder
-        below = folder / min(inner)
-        if not any("/" in name for name in find_images(below)):
-            return folder
-        folder = below
+    read_tree(builder, place, wrapped=True)
 
 
 def unpack(file: Path, folder: Path, growth: float = GROWTH, floor: int = FLOOR) -> None:
@@ -108,8 +93,12 @@ def unpack(file: Path, folder: Path, growth: float = GROWTH, floor: int = FLOOR)
         except (tarfile.FilterError, _Announced) as error:
             raise UnsafeArchive(f"{file.name}: {error}; do not use this archive, or pack it anew") from error
         except (*BROKEN, OSError) as error:
-            if isinstance(error, OSError) and not isinstance(error, BROKEN) and error.errno is not None:  # of the disk
-                raise
+            if (
+                isinstance(error, OSError)
+                and not isinstance(error, BROKEN)
+                and error.errno not in (None, errno.ENAMETOOLONG)
+            ):
+                raise  # of the disk
             raise ValueError(f"{file.name} is broken ({type(error).__name__}: {error}); pack it anew") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -185,12 +174,10 @@ def _members(file: Path, folder: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
 
 def _check_member(file: Path, name: str, kind: str) -> None:
     if escapes(name):
-        raise UnsafeArchive(f"{file.name} holds {name[:NAME_BYTES]!r}, a name that leaves the folder; do not use this "
-                            "archive")  # fmt: skip
-    parts = [os.fsencode(part) for part in name.split("/")]
-    if sum(map(len, parts)) + len(parts) > NAME_BYTES or max(map(len, parts)) > PART_BYTES or len(parts) > DEPTH:
-        raise UnsafeArchive(f"{file.name} holds {name[:60]!r}…, a name of {len(name)} characters in {len(parts)} parts; "
-                            f"{NAME_BYTES} bytes in {DEPTH} parts of {PART_BYTES} are the most: pack it anew")  # fmt: skip
+        raise UnsafeArchive(f"{file.name} holds {name[:60]!r}, a name that leaves the folder; do not use this archive")
+    if len(os.fsencode(name)) > LONGEST:
+        raise UnsafeArchive(f"{file.name} holds {name[:60]!r}…, a name of {len(name)} characters; {LONGEST} bytes are the "
+                            "most: pack it anew")  # fmt: skip
     if kind:
         raise UnsafeArchive(f"{file.name} holds {name!r}, a {kind}; only files and folders are unpacked: pack it anew, "
                             "or unpack it by hand and use folder:<path>")  # fmt: skip

@@ -1,193 +1,151 @@
-"""Images of the user's, which stay where they are: a tree of class folders, or a list of files.
+"""Images of the user's, which stay where they are: a tree of class folders, or a list of files (see `image_list`).
 
 | path | splits |
 |---|---|
 | `<path>/<class>/…` | by the seed; all test if the set is not trained on (role ood or anomaly) |
-| `<path>/{train,val,test}/<class>/…` | the folders'; val is taken out of train if it is missing |
+| `<path>/{train,val,test}/<class>/…` | the folders', by their usual names; val is taken out of train if it is missing |
 | `<path>/{train,val}/<class>/…` | as published without test labels (ImageNet): val is the test split, and as above |
 | `<list>.csv`, `.tsv`, `.txt` | `path,label[,split]` a line, as above where no split is given |
 
-Paths of a list are relative to the list, or absolute. An image outside of a class folder, or without a label in the
-list, has none. Every image is decoded once; those that cannot be used are rejected with the reason.
+An image outside of a class folder has no label. No file vanishes: each is an image, stands in `rejected.csv` with its
+reason, or is counted by its suffix among those that are no images.
 """
 
-import csv
 import os
 import sys
-from pathlib import Path, PurePosixPath
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from regvit.data.dataset_builder import DatasetBuilder
+from regvit.data.dataset_builder import DatasetBuilder, name_problem
 from regvit.data.decoding import image_suffixes
 from regvit.data.manifest import Row
-
-LIST_SUFFIXES = (".csv", ".tsv", ".txt")
-BLANKS = " \t\n"  # around a field of a list; others, such as no-break spaces, belong to a name
-SPLIT_FOLDERS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-}
+from regvit.data.sources.image_list import LIST_SUFFIXES, read_list
+from regvit.data.splits import split_of, split_words
 
 
 def folder(builder: DatasetBuilder, rest: str) -> None:
     """A tree of images, or a list of them, read in place."""
     path = Path(rest).expanduser()
+    builder.about["images"] = "read in place; see their owner for licence and attribution"
     if path.is_file() and path.suffix.lower() in LIST_SUFFIXES:
         root, rows = read_list(path)
+        builder.read_in_place(root, builder.plan(rows))
     elif path.is_dir():
-        root, rows = path, list_tree(path, builder)
+        read_tree(builder, path)
     else:
-        raise FileNotFoundError(f"{path}, the folder of source {builder.entry.source!r}, does not exist; "
+        what = "is neither a folder nor a list" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"{path}, the folder of source {builder.entry.source!r}, {what}; "
                                 f"give a folder or a list ({', '.join(LIST_SUFFIXES)}) by an absolute path, or by one "
                                 "relative to where the command runs")  # fmt: skip
-    builder.about["images"] = "read in place; see their owner for licence and attribution"
+
+
+def read_tree(builder: DatasetBuilder, root: Path, wrapped: bool = False) -> None:
+    """Rows for every image under `root`, read in place, with class and split by their folders.
+
+    Args:
+        wrapped: whether to go down first while a single folder holds all images, as archives have one named like
+            themselves, and as long as that has folders with images itself.
+    Raises:
+        ValueError: there is no image, or the folders can be read as splits and as classes.
+    """
+    found = survey(root)
+    names = found.images
+    if not names:
+        raise ValueError(f"{root} holds no image; looked for {', '.join(image_suffixes())} in it and all its folders")
+    builder.left_out += found.others
+    while wrapped and len({name.split("/")[0] for name in names}) == 1 and any(name.count("/") > 1 for name in names):
+        root, names = root / names[0].split("/")[0], [name.partition("/")[2] for name in names]
+    splits, rows = _splits_on_top(root, names), []
+    for path, reason in found.unreadable.items():
+        builder.reject(Row(path, path, "", ""), f"the folder cannot be read: {reason}")
+    for name in names:
+        *folders, _ = name.split("/")
+        if problem := name_problem(name):
+            builder.reject(Row(name, name, "", ""), problem)
+        elif splits and not folders:
+            builder.reject(Row(name, name, "", ""), "it lies beside the split folders; move it into one")
+        else:
+            split = splits[folders.pop(0)] if splits else ""
+            rows.append(Row(name, name, sys.intern(folders[0]) if folders else "", split))
     builder.read_in_place(root, builder.plan(rows))
 
 
-# A tree of folders.
+@dataclass
+class Survey:
+    """What lies under a folder.
+
+    Attributes:
+        images: paths of the files whose suffix is that of an image, relative to the folder, sorted.
+        others: how many other files there are of each suffix.
+        unreadable: folders that cannot be listed, with the reason.
+    """
+
+    images: list[str] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)
+    unreadable: dict[str, str] = field(default_factory=dict)
 
 
-def list_tree(root: Path, builder: DatasetBuilder) -> list[Row]:
-    """Every image file under `root` with class and split by its folders, sorted by path.
+def survey(root: Path) -> Survey:
+    """Every file under a folder; links are followed, but not to what is read anyway."""
+    found, suffixes = Survey(), image_suffixes()
+    top = os.path.realpath(root)
+    visited = {top}
 
-    Those beside split folders are rejected.
+    def unreadable(error: OSError) -> None:
+        found.unreadable[os.path.relpath(error.filename, root)] = error.strerror
 
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=unreadable):
+        kept = []
+        for name in sorted(folders):
+            real = os.path.realpath(os.path.join(folder, name))
+            again = os.path.islink(os.path.join(folder, name)) and os.path.commonpath((real, top)) in (real, top)
+            if again or real in visited:
+                found.others["links to folders that are read anyway"] += 1
+            else:
+                kept.append(name)
+                visited.add(real)
+        folders[:] = kept
+        for name in files:
+            path = os.path.relpath(os.path.join(folder, name), root)
+            suffix = os.path.splitext(name)[1].lower()
+            if path.startswith(".") or "/." in path:
+                found.others["hidden"] += 1
+            elif suffix in suffixes:
+                found.images.append(path)
+            else:
+                found.others[suffix or "without a suffix"] += 1
+    found.images.sort()
+    return found
+
+
+def _splits_on_top(root: Path, names: list[str]) -> dict[str, str]:
+    """What split each of the topmost folders is; {} where they are classes.
 
     Raises:
-        ValueError: there is none, or split folders and class folders stand side by side.
+        ValueError: some are splits and some are not, two are the same one, or splits lie within the topmost folders. (One
+            folder among classes that is called "train" and holds nothing but images is a class.)
     """
-    names = find_images(root)
-    if not names:
-        raise ValueError(f"{root} holds no image; looked for {', '.join(image_suffixes())} in it and all its folders")
-    if not _has_split_folders(root, names):
-        return [Row(name, name, sys.intern(name.split("/")[0]) if "/" in name else "", "") for name in names]
-    rows = []
+    below: dict[str, set[str]] = {}
     for name in names:
-        split, *folders = name.split("/")
-        if folders:
-            rows.append(Row(name, name, sys.intern(folders[0]) if len(folders) > 1 else "", SPLIT_FOLDERS[split]))
-        else:
-            builder.reject(Row(name, name, "", ""), "it lies beside the split folders; move it into one")
-    return rows
-
-
-def _has_split_folders(path: Path, found: list[str]) -> bool:
-    """Whether the topmost folders are splits rather than classes.
-
-    Raises:
-        ValueError: some are and some are not. (One class called "train" among others is a class.)
-    """
-    tops = {name.split("/")[0] for name in found if "/" in name}
-    splits, others = tops & SPLIT_FOLDERS.keys(), tops - SPLIT_FOLDERS.keys()
-    if len(splits) > 1 and others:
-        raise ValueError(
-            f"{path} has split folders ({', '.join(sorted(splits))}) beside others ({', '.join(sorted(others)[:5])}); "
-            "leave only train, val and test, or only class folders"
-        )
-    return bool(splits) and not others
-
-
-def find_images(root: Path) -> list[str]:
-    """Paths of all image files under `root`, relative to it, sorted; links are followed, hidden names are not."""
-    found, visited = [], set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        folders[:] = [] if real in visited else [name for name in folders if not name.startswith(".")]
-        if real not in visited:
-            names = [name for name in files if not name.startswith(".") and name.lower().endswith(image_suffixes())]
-            found += [(Path(folder) / name).relative_to(root).as_posix() for name in names]
-        visited.add(real)
-    return sorted(found)
-
-
-# A list of files.
-
-
-def read_list(file: Path) -> tuple[Path, list[Row]]:
-    """The images that a list names, in its order, and the folder that their paths start from.
-
-    A first line that begins with `path` names the columns (`path`, `label`, `split`, in any order; others are
-    ignored). In a .txt file without commas and tabs the label is what follows the last space. A line ends where an
-    editor ends it (LF, CR LF or CR), and at no other character; spaces around a field do not count, but for those of a
-    line with double quotes.
-
-    Raises:
-        ValueError: the list is empty, is not UTF-8, a double quote is not closed, a line has too many or too few fields
-            or no path, or a split is unknown.
-    """
-    try:
-        text = file.read_text(encoding="utf-8-sig")  # makes every line end a line feed
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 ({error}); save it as UTF-8") from error
-    records = _records(file, [line + "\n" for line in text.removesuffix("\n").split("\n")])
-    columns = ["path", "label", "split"]
-    if records and "path" in records[0][1]:
-        columns = records.pop(0)[1]
-    if not records:
-        raise ValueError(f"{file} names no image; expected lines of path,label[,split]")
-    given = []
-    for number, fields in records:
-        if len(fields) > len(columns) or (len(fields) < len(columns) and columns != ["path", "label", "split"]):
-            raise ValueError(f"{file}, line {number}: {len(fields)} fields, expected {','.join(columns)}; "
-                             "put a field with a comma in double quotes")  # fmt: skip
-        record = dict(zip(columns, fields, strict=False))
-        split = record.get("split", "").strip()
-        if not record["path"] or "\0" in record["path"]:
-            raise ValueError(
-                f"{file}, line {number}: path {record['path']!r} names no file; give one, or take the line away"
-            )
-        if split and split not in SPLIT_FOLDERS:
-            raise ValueError(f"{file}, line {number}: split {split!r} is unknown; use train, val or test")
-        given.append((record["path"], record.get("label", "").strip(), SPLIT_FOLDERS.get(split, "")))
-    if len({bool(split) for _, _, split in given}) == 2:
-        raise ValueError(f"{file} gives a split to some images and not to others; give it to all or to none")
-    root = _common_root(file.parent, [path for path, _, _ in given])
-    listed, seen = [], set()
-    for path, label, split in given:
-        name = _relative(file.parent, path, root)
-        listed.append(Row(name, name, label, split))
-        if name in seen:
-            raise ValueError(f"{file} names {path!r} twice; take one of the two lines away")
-        seen.add(name)
-    return root, listed
-
-
-def _records(file: Path, lines: list[str]) -> list[tuple[int, list[str]]]:
-    """(number of its first line, fields) of every record that is not empty.
-
-    Raises:
-        ValueError: a double quote is not closed, or stands within a quoted field.
-    """
-    first = lines[0]
-    if file.suffix.lower() == ".txt" and "," not in first and "\t" not in first:
-        stripped = [(i, line.strip(BLANKS)) for i, line in enumerate(lines, start=1)]
-        return [(i, [part.strip(BLANKS) for part in line.rsplit(" ", 1)]) for i, line in stripped if line]
-    reader = csv.reader(lines, delimiter="\t" if "\t" in first else ",", skipinitialspace=True, strict=True)
-    records, start = [], 1
-    try:
-        for fields in reader:
-            quoted = any('"' in line for line in lines[start - 1 : reader.line_num])
-            kept = fields if quoted else [field.strip(BLANKS) for field in fields]
-            records += [(start, kept)] if any(kept) else []
-            start = reader.line_num + 1
-    except csv.Error as error:
-        raise ValueError(f"{file}, line {start}: {error}; close what it opens with a double quote, and double those within "
-                         "a field") from error  # fmt: skip
-    return records
-
-
-def _common_root(start: Path, paths: list[str]) -> Path:
-    """`start` if all paths lie in it, else the deepest folder that holds them all, absolute."""
-    if not any(PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts for path in paths):
-        return start
-    folders = {os.path.dirname(os.path.abspath(start / path)) for path in paths}
-    return Path(os.path.commonpath(folders))
-
-
-def _relative(start: Path, path: str, root: Path) -> str:
-    if root == start:
-        return PurePosixPath(path).as_posix()
-    return Path(os.path.abspath(start / path)).relative_to(root).as_posix()
+        top, _, rest = name.partition("/")
+        if rest:
+            below.setdefault(top, set()).add(rest.partition("/")[0] if "/" in rest else "")
+    inner = {split for folders in below.values() for folder in folders if (split := split_of(folder))}
+    if len(inner) > 1:
+        raise ValueError(f"{root} has split folders ({', '.join(sorted(inner))}) within {', '.join(sorted(below)[:5])}; give "
+                         "a folder in which they lie on top, with the class folders in them")  # fmt: skip
+    splits = {top: split for top in sorted(below) if (split := split_of(top))}
+    others = sorted(below.keys() - splits.keys())
+    if others and (len(splits) > 1 or any(below[top] - {""} for top in splits)):
+        raise ValueError(f"{root} has split folders ({', '.join(splits)}) beside others ({', '.join(others[:5])}); "
+                         "leave only train, val and test, or only class folders")  # fmt: skip
+    words = [{word for word in split_words(top) if word} for top in others]
+    if not splits and len(set().union(*words)) > 1 and all(words):
+        raise ValueError(f"{root} has folders that are called like splits ({', '.join(others[:5])}), but not as any that is "
+                         "known; call them train, val and test")  # fmt: skip
+    if others:
+        return {}
+    if len(set(splits.values())) < len(splits):
+        raise ValueError(f"{root} has several folders of one split ({', '.join(splits)}); leave one of each")
+    return splits

@@ -22,7 +22,7 @@ from regvit.data.dataset_builder import DatasetBuilder
 from regvit.data.decoding import UnreadableImage, read_file
 from regvit.data.downloads import DownloadFailed
 from regvit.data.manifest import Row
-from regvit.data.sources.folder import SPLIT_FOLDERS
+from regvit.data.splits import split_of
 
 GRAMMAR = re.compile(
     r"(?P<repository>[./][^:@?]*|[\w.-]+/[\w.-]+)(@(?P<revision>[\w.%-]+))?(:(?P<config>[^/?]+))?(/(?P<split>[\w.-]+))?"
@@ -61,19 +61,29 @@ class HubSource:
 
 def hub_set(builder: DatasetBuilder, rest: str) -> None:
     """A data set of the hub, or a local copy of one, its images written as published."""
-    source = HubSource.of(rest)
+    source, role = HubSource.of(rest), builder.entry.role
     splits = _load(source, builder)
-    rows, tables = [], {}
-    for name, split in _wanted(source, list(splits), builder.entry.role).items():
-        tables[name], image, labels = _columns(splits[name], source)
-        rows += [Row(f"{name}_{i:07}", f"{name}/{i}/{image}", label, split) for i, label in enumerate(labels)]
+    if source.split and source.split not in splits:
+        raise ValueError(f"{source.repository} has no split {source.split!r}; it has {', '.join(splits)}")
+    tables = {name: _columns(table, source) for name, table in splits.items() if source.split in ("", name)}
+    labelled = [name for name, (_, _, labels) in tables.items() if any(labels)]
+    known = labelled if labelled and role in ("id", "ood") else list(tables)  # ImageNet's test split hides its labels
+    wanted = _wanted(source.repository, known, role)
+    for name in tables.keys() - wanted.keys():
+        builder.left_out[f"rows of split {name}"] += len(tables[name][2])
+    rows = [
+        Row(f"{name}_{i:07}", f"{name}/{i}", label, split)
+        for name, split in wanted.items()
+        for i, label in enumerate(tables[name][2])
+    ]
     at = f" at {source.revision}" if source.revision else ""
     builder.credit_to("images", f"{source.repository}{at}", "see its page on the hub", "see its page on the hub")
     places = _places(source, builder)
     for row in builder.watched(builder.plan(rows)):
-        name, i, image = row.path.split("/", 2)
+        name, _, number = row.path.rpartition("/")
+        table, image, _ = tables[name]
         try:
-            content = _content(tables[name][int(i)][image], places)
+            content = _content(table[int(number)][image], places)
         except UnreadableImage as error:
             builder.reject(row, error.reason)
         else:
@@ -125,19 +135,16 @@ def _load(source: HubSource, builder: DatasetBuilder):
         raise DownloadFailed(f"{source.repository} could not be had from the hub: {error}; {cure}") from error
 
 
-def _wanted(source: HubSource, known: list[str], role: str | None) -> dict[str, str]:
+def _wanted(repository: str, known: list[str], role: str | None) -> dict[str, str]:
     """{split of the source: split of the data set, "" where it is all there is}."""
-    if source.split and source.split not in known:
-        raise ValueError(f"{source.repository} has no split {source.split!r}; it has {', '.join(known)}")
-    if source.split or len(known) == 1:
-        return {source.split or known[0]: ""}
-    meaning = {one: SPLIT_FOLDERS[one] for one in known if one in SPLIT_FOLDERS}
+    if len(known) == 1:
+        return {known[0]: ""}
+    meaning = {name: split for name in known if (split := split_of(name))}
     if not meaning:
-        raise ValueError(f"{source.repository} has the splits {', '.join(known)}, of which none is called train, val or "
+        raise ValueError(f"{repository} has the splits {', '.join(known)}, of which none is called train, val or "
                          "test; name one at the end of the source, after a slash")  # fmt: skip
     if role in ("ood", "anomaly"):
-        held_out = [one for want in ("test", "val", "train") for one, is_ in meaning.items() if is_ == want]
-        return {held_out[0]: ""}
+        return {min(meaning, key=lambda name: ("test", "val", "train").index(meaning[name])): ""}
     return meaning
 
 
