@@ -59,14 +59,8 @@ BUILTINS = {"eval", "exec", "compile", "__import__"}
 IMPORTS = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "yaml", "imp"}
 ALLOWED = {  # file, what: why
     ("regvit/__init__.py", "importlib.import_module()"): "of modules of this package that stand in a table there",
-    (
-        "regvit/features/engine.py",
-        "import pickle",
-    ): "to send an extractor from the driver to its own workers, as Ray does itself",
-    (
-        "regvit/features/engine.py",
-        "pickle.loads()",
-    ): "of what the driver of the same run has just sent: never of a file",
+    ("regvit/features/ray_engine.py", "import pickle"): "a job goes from the driver to its own workers, as in Ray itself",
+    ("regvit/features/ray_engine.py", "pickle.loads()"): "of what the driver of the same run has just sent: never of a file",
 }
 
 
@@ -214,6 +208,7 @@ def test_a_backbone_folder_whose_description_names_a_path_for_an_architecture_is
     for architecture in ("hf-hub:someone/model", "local-dir:/tmp/x", "../evil", "os.system"):
         info = dict.fromkeys(("source", "licence"), "x") | {
             "name": "x", "architecture": architecture, "model_args": {}, "weights_sha256": digest, "planted": None,
+            "trained_registers": 0, "mlp_widths": [1],
             "transform": {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3},
         }  # fmt: skip
         (tmp_path / "backbone.json").write_text(json.dumps(info))
