@@ -18,7 +18,7 @@ def main() -> None:
     study = Study.of(params.model_dump())
     write_compared("metrics/compare/figures.csv", all_figures(study))
     opened = {run: open_predictions(Path(f"features/predictions/{run}.zarr")) for run in study.runs}
-    drawn = {"resamples": params["evaluate"]["bootstrap"], "seed": study.seed}
+    drawn = {"resamples": params.evaluate.bootstrap, "seed": study.seed}
     tables = [difference_rows(study)]
     for run, reference in study.references.items():
         pairs = readout_pairs(opened[run], opened[reference])

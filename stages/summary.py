@@ -3,8 +3,8 @@
 import dataclasses
 
 from regvit.files import write_json
-from regvit.pipeline.command import command, entry_of
-from regvit.pipeline.params import load_params
+from regvit.pipeline.command import command
+from regvit.pipeline.params import entry_of, load_params
 from regvit.report.results import Results
 from regvit.report.study import Study
 from regvit.report.summary import summary
@@ -12,7 +12,7 @@ from regvit.report.summary import summary
 
 def main(name: str) -> None:
     params = load_params()
-    backbone = entry_of(params, "runs", name)["backbone"]
+    backbone = entry_of(params, "runs", name).backbone
     study = Study.of(params.model_dump())
     alone = dataclasses.replace(study, runs={name: study.runs[name]}, backbones={backbone: study.backbones[backbone]})
     figures = summary(Results.measured(alone), name)

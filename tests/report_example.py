@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from regvit.report.study import ANOMALY_MEAN, OOD_MEAN, Study
+from regvit.probing.predictions import Index, SetWriter, TestSet, image_keys, making_predictions
+from regvit.report.study import ANOMALIES, OOD, Study
 from regvit.stats.figures import Figure, figures_table, write_figures
 
 NAME = '<script>alert("a")</script> & $x_1$'  # of a source: shown, never obeyed
@@ -45,17 +46,40 @@ def params(extra: int = 0) -> dict:
     }  # fmt: skip
 
 
-def write_study(folder: Path, extra: int = 0) -> Study:
-    """Writes the tables of every stage of the study into `folder` (its metrics/), and says what they are of."""
-    study = Study.of(params(extra), folder)
+def write_study(folder: Path, extra: int = 0, of: dict | None = None) -> Study:
+    """Writes the tables of every stage of the study into `folder` (its metrics/), and says what they are of.
+
+    Args:
+        of: other parameters than those above.
+    """
+    study = Study.of(of or params(extra), folder)
     for backbone in study.backbones:
         _write_search(study, backbone)
     for i, run in enumerate(study.runs):
         _write_evaluation(study, run)
         _write_verification(study, run, np.random.default_rng(i))
         for stage, columns in MEASURED.items():
-            _write_measurement(study, run, stage, columns, np.random.default_rng(i))
+            for dataset in study.measured[stage]:
+                _write_measurement(study, run, (stage, dataset), columns, np.random.default_rng(i))
     return study
+
+
+def write_predictions(path: Path, study: Study, run: str, right: float) -> None:
+    """What `evaluate` predicts: linear probes on two readouts, of three classes; `right` decides how sure they are."""
+    rng, classes = np.random.default_rng(0), ("a", "b", "c")
+    allowed = {"id": (0, 1, 2), "ood": (0, 1, 2), "anomaly": ()}
+    sets = {name: TestSet(entry["role"], "digest", allowed[entry["role"]]) for name, entry in study.datasets.items()}
+    keys = [(readout, "linear", 0) for readout in ("cls", "patch_mean")]
+    detectors = [(readout, "msp", 0) for readout in ("cls", "patch_mean")]
+    with making_predictions(path, Index(run, classes, sets, tuple(keys), tuple(detectors))) as made:
+        for name, each in sets.items():
+            labels = np.arange(len(IMAGES)) % 3
+            writer = SetWriter(made, name, labels, image_keys(IMAGES))
+            for key in keys:
+                logits = rng.normal(0, 1, (len(IMAGES), 3)) + right * np.eye(3)[labels]
+                writer.write(key, slice(None), logits.astype(np.float32))
+            shift = 1.0 if each.role == "anomaly" else 0.0
+            writer.finish({key: rng.normal(shift, 1, len(IMAGES)).astype(np.float32) for key in detectors})
 
 
 MEASURED = {  # columns of images.csv and what they are about
@@ -99,10 +123,10 @@ def _write_search(study: Study, backbone: str) -> None:
 def _write_evaluation(study: Study, run: str) -> None:
     shift, tables = SHIFT.get(run, 0.0), []
     readouts = ("cls", "patch_mean", *(["cls_reg"] if study.runs[run]["num_registers"] else []))
-    for dataset in ("home", "lines", OOD_MEAN):
+    for dataset in (study.in_distribution, *study.sets("ood"), OOD):
         found = [estimate("top1", 0.6 + shift, readout=readout, classifier="linear") for readout in readouts]
         tables.append(figures_table([*found, estimate("top1", 0.5, readout="cls", classifier="knn")], run, dataset))
-    for dataset in ("flags", ANOMALY_MEAN):
+    for dataset in (*study.sets("anomaly"), ANOMALIES):
         found = [
             estimate(metric, value, readout=readout, detector=detector)
             for metric, value in (("auroc", 0.7 + shift), ("fpr95", 0.8 - shift))
@@ -113,7 +137,7 @@ def _write_evaluation(study: Study, run: str) -> None:
     write_figures(study.path(run, "evaluate", "", "figures.csv"), *tables)
     roc = {"readout": "cls", "detector": "msp", "dataset": "flags", "fpr": [0.0, 0.5, 1.0], "tpr": [0.0, 0.8, 1.0]}
     _leave(study.path(run, "evaluate", "", "roc.csv"), pd.DataFrame(roc))
-    probe = figures_table([estimate("val_top1", 0.6, readout="cls", classifier="linear")], run, "home")
+    probe = figures_table([estimate("val_top1", 0.6, readout="cls", classifier="linear")], run, study.in_distribution)
     write_figures(study.path(run, "probe", "", "figures.csv"), probe)
 
 
@@ -121,7 +145,9 @@ def _write_verification(study: Study, run: str, rng: np.random.Generator) -> Non
     treated = study.runs[run]["registers"] == "test_time"
     values = (CURED if treated else SPOILT) | {"cls_attention_on_outliers": 0.01 if treated else 0.4}
     values = values if outliers(study, run) else {}
-    figures = figures_table([estimate(name, value, 0.001) for name, value in values.items()], run, "home")
+    figures = figures_table(
+        [estimate(name, value, 0.001) for name, value in values.items()], run, study.in_distribution
+    )
     write_figures(study.path(run, "verify", "", "figures.csv"), figures)
     if values:
         _leave(study.path(run, "verify", "", "images.csv"), _images(values, rng))
@@ -129,7 +155,8 @@ def _write_verification(study: Study, run: str, rng: np.random.Generator) -> Non
     write_strips(study.path(run, "verify", "", "images.jpg").parent, models, rng)
 
 
-def _write_measurement(study: Study, run: str, stage: str, columns: dict, rng: np.random.Generator) -> None:
+def _write_measurement(study: Study, run: str, of: tuple[str, str], columns: dict, rng: np.random.Generator) -> None:
+    stage, dataset = of
     known = {name: value for name, value in columns.items() if outliers(study, run) or "outlier" not in name}
     table = _images({name: value + SHIFT.get(run, 0.0) for name, value in known.items()}, rng)
     for name in set(columns) - set(known):
@@ -137,10 +164,10 @@ def _write_measurement(study: Study, run: str, stage: str, columns: dict, rng: n
     found = [estimate(name, table[name].mean() if name in known else None) for name in columns]
     if stage == "segment":
         found.append(estimate("miou", 0.5 + SHIFT.get(run, 0.0)))
-        _leave(study.path(run, stage, "scenes", "pixels.csv"), _pixels(0.8 + SHIFT.get(run, 0.0)))
+        _leave(study.path(run, stage, dataset, "pixels.csv"), _pixels(0.8 + SHIFT.get(run, 0.0)))
         table["pixel_accuracy_at_outliers_weight"] = 10
-    write_figures(study.path(run, stage, "scenes", "figures.csv"), figures_table(found, run, "scenes"))
-    _leave(study.path(run, stage, "scenes", "images.csv"), table)
+    write_figures(study.path(run, stage, dataset, "figures.csv"), figures_table(found, run, dataset))
+    _leave(study.path(run, stage, dataset, "images.csv"), table)
     layers = pd.DataFrame({"layer": [0, 1, 2], "q99": [1, 2, 40]})
     for name in columns:
         layers[[name, f"{name}_lo", f"{name}_hi"]] = [[0.1, 0.0, 0.2]] * 3
@@ -150,10 +177,10 @@ def _write_measurement(study: Study, run: str, stage: str, columns: dict, rng: n
         "discover": {"sweep": pd.DataFrame({"kind": ["k", "k"], "bias": [0.0, -0.1], "corloc": [0.1, 0.7]})},
     }
     for name, other in others.get(stage, {}).items():
-        _leave(study.path(run, stage, "scenes", f"{name}.csv"), other)
+        _leave(study.path(run, stage, dataset, f"{name}.csv"), other)
     spots = Image.fromarray(rng.integers(0, 255, (4, 6, 3), dtype=np.uint8)).resize((720, 480))
     for file in {"attention": ("maps.png",), "discover": ("boxes.png",)}.get(stage, ()):
-        spots.save(study.path(run, stage, "scenes", file))
+        spots.save(study.path(run, stage, dataset, file))
 
 
 def _images(values: dict[str, float], rng: np.random.Generator) -> pd.DataFrame:

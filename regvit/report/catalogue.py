@@ -47,8 +47,8 @@ METRICS: dict[str, dict[str, Metric]] = {
         "object_auroc": Metric("object AUROC, %", HIGHER, glance="object AUROC of CLS attention, %"),
     },
     "tokens": {
-        "outlier_fraction": Metric("places that are outliers untreated, %", LOWER, 100, 2),
-        "over_threshold": Metric("patches over the threshold, %", LOWER, 100, 2),
+        "outlier_fraction": Metric("patches that are outliers, %", LOWER, 100, 2),
+        "untreated_outlier_fraction": Metric("in the backbone without registers, %", NEITHER, 100, 2),
         "outlier_on_border": Metric("of them on the border, %", NEITHER),
         "neighbour_similarity_outlier": Metric("cosine to neighbours, outlier", NEITHER, 1, 3),
         "neighbour_similarity_normal": Metric("cosine to neighbours, normal patch", NEITHER, 1, 3),

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from regvit.report.catalogue import METRICS, Metric
 from regvit.report.results import Place, Results
-from regvit.report.study import ALL_LABELLED, ANOMALY_MEAN, MEASUREMENTS, Value
+from regvit.report.study import ANOMALIES, MEASUREMENTS, OOD, Value
 from regvit.report.tables import NONE, Cell, Table, show, show_change
 
 READOUTS = (
@@ -63,7 +63,8 @@ def glance_table(results: Results, rows: Sequence[tuple[str, str]] | None = None
             continue
         values = [_value(results, run, place) for run in study.runs]
         cells = [show(value, metric) for value in values]
-        changes = [show_change(results.change(run, place), metric) for run, _ in held]
+        known = [pair for pair in held if all(_value(results, run, place) for run in pair)]
+        changes = [show_change(results.change(pair[0], place) if pair in known else None, metric) for pair in held]
         label = metric.glance.format(readout=place.readout)
         lines.append((label, place.dataset, _images(values), *cells, *changes))
     header = ("measure", "data set", "n", *study.runs, *(f"{run} − {other}" for run, other in held))
@@ -110,7 +111,7 @@ def classifier_table(results: Results, readout: str = "cls") -> Table:
 def anomaly_table(results: Results) -> Table:
     """A row a run and readout: AUROC and FPR95 over all anomaly sets, each weighing the same, and FPR95 of each."""
     sets = results.study.sets("anomaly")
-    columns = [("auroc", AUROC, ANOMALY_MEAN), *(("fpr95", FPR95, name) for name in (ANOMALY_MEAN, *sets))]
+    columns = [("auroc", AUROC, ANOMALIES), *(("fpr95", FPR95, name) for name in (ANOMALIES, *sets))]
     rows = []
     for run, readout in _shown(results) if sets else ():
         cells = [_marked(results, run, results.anomaly(name, of, readout), metric) for name, metric, of in columns]
@@ -125,7 +126,7 @@ def detector_table(results: Results, readout: str = "cls") -> Table:
     runs = [run for run in results.study.runs if readout in results.readouts(run)]
     rows = []
     for detector in results.study.detectors if results.study.sets("anomaly") else ():
-        place = results.anomaly("auroc", ANOMALY_MEAN, readout, detector)
+        place = results.anomaly("auroc", ANOMALIES, readout, detector)
         rows.append((detector, *(_marked(results, run, place, AUROC) for run in runs)))
     title = f"Mean AUROC of each detector on the readout {readout}, % [95 % interval]"
     return Table.of(title, ("detector", *runs), rows, _marking(results, others=False))
@@ -138,9 +139,9 @@ def difference_table(results: Results) -> Table:
     for run, readout in _shown(results):
         lines = [
             (f"{study.in_distribution} top-1", results.top1(readout, study.in_distribution), TOP1),
-            (f"{ALL_LABELLED} top-1", results.top1(readout, ALL_LABELLED), TOP1),
-            ("mean AUROC", results.anomaly("auroc", ANOMALY_MEAN, readout), AUROC),
-            ("mean FPR95", results.anomaly("fpr95", ANOMALY_MEAN, readout), FPR95),
+            ("OOD top-1", results.top1(readout, OOD), TOP1),
+            ("mean AUROC", results.anomaly("auroc", ANOMALIES, readout), AUROC),
+            ("mean FPR95", results.anomaly("fpr95", ANOMALIES, readout), FPR95),
         ]
         bases = [None] if readout == "cls" else [base for base in study.bases if base != readout]
         for base in bases:
@@ -175,7 +176,7 @@ def control_table(results: Results) -> Table:
 
 def measurement_table(results: Results, stage: str, dataset: str) -> Table:
     """A row a run, a column a figure of a measurement; runs and columns without a value are left out."""
-    places = [place for place in results.places(stage) if place.dataset == dataset]
+    places = results.places(stage, dataset)
     runs = [run for run in results.study.runs if any(results.value(run, place) for place in places)]
     rows = []
     for run in runs:

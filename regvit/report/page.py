@@ -229,8 +229,7 @@ def _curves(results: Results, stage: str, dataset: str) -> Iterator[Plot]:
 def _points(results: Results, stage: str, dataset: str) -> Iterator[Plot]:
     """Dots with intervals, a row a figure; figures that no run has are left out."""
     for pattern, label, caption in POINTS.get(stage, ()):
-        places = [place for place in results.places(stage) if place.dataset == dataset]
-        places = [place for place in places if re.match(pattern, place.metric)]
+        places = [place for place in results.places(stage, dataset) if re.match(pattern, place.metric)]
         if places:
             metrics = [METRICS[stage][place.metric] for place in places]
             series = {run: [results.value(run, place) for place in places] for run in results.study.runs}

@@ -65,11 +65,16 @@ class Results:
         reference = run if base else self.study.references.get(run, "")
         return self.differences.get((run, reference, base or place.readout, place))
 
-    def places(self, stage: str) -> list[Place]:
-        """What a stage measured, in the order of the catalogue, each once."""
+    def places(self, stage: str, dataset: str | None = None) -> list[Place]:
+        """What a stage measured, in the order of the catalogue, each once; of one data set, if it is given.
+
+        What single tokens know of the class is read on the ID set, whatever set the stage is of.
+        """
         names = list(METRICS[stage])
         found = dict.fromkeys(place for _, place in self.figures if place.stage == stage and place.metric in names)
-        return sorted(found, key=lambda place: names.index(place.metric))
+        sets = (None, dataset, *([self.study.in_distribution] if stage == "tokens" else []))
+        shown = (place for place in found if dataset is None or place.dataset in sets)
+        return sorted(shown, key=lambda place: names.index(place.metric))
 
     def readouts(self, run: str) -> list[str]:
         """Readouts that a run was evaluated with."""

@@ -16,11 +16,7 @@ from regvit.report.references import references
 from regvit.stats.figures import KEYS, read_figures
 
 MEASUREMENTS = ("attention", "tokens", "discover", "segment", "depth", "zeroshot")  # each for the sets that it names
-ANOMALY_MEAN, OOD_MEAN, ALL_LABELLED = (
-    "anomaly mean",
-    "OOD mean",
-    "ID + OOD",
-)  # data sets that are several, as `evaluate` calls them
+OOD, ANOMALIES = "ood", "anomalies"  # data sets that are several: images of all OOD sets; mean over the anomaly sets
 
 
 @dataclass(frozen=True)

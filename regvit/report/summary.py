@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from regvit.report.results import Place, Results
-from regvit.report.study import ANOMALY_MEAN, OOD_MEAN, Value
+from regvit.report.study import ANOMALIES, OOD, Value
 
 DIGITS = 4
 PAIR_READOUTS = ("cls_reg", "cls_patch")  # the best known of a run with registers, and of one without
@@ -22,7 +22,7 @@ def summary(results: Results, run: str) -> dict[str, float]:
 
     outliers: share of patches over the threshold. cls_cosine: to the model before planting. on_outliers, morans_i: share
     and coherence of CLS attention. corloc: mean over features. miou, rmse: of linear layers on patch tokens. zeroshot: top-1. top1:
-    of the CLS probe on ID; ood_top1: mean over the OOD sets; ood_pair: the same of [CLS; mean of registers], or of [CLS;
+    of the CLS probe on ID; ood_top1: on the images of all OOD sets; ood_pair: the same of [CLS; mean of registers], or of [CLS;
     mean of patches] where there are none. auroc, fpr95: mean over the anomaly sets, first detector.
     """
     found = headlines(results, run)
@@ -44,8 +44,8 @@ def headlines(results: Results, run: str) -> dict[str, Value | None]:
         found[name] = values[0] if len(values) == 1 else mean
     pair = next((readout for readout in PAIR_READOUTS if readout in results.readouts(run)), "")
     found["top1"] = results.value(run, results.top1("cls", home))
-    found["ood_top1"] = results.value(run, results.top1("cls", OOD_MEAN))
-    found["ood_pair"] = results.value(run, results.top1(pair, OOD_MEAN))
+    found["ood_top1"] = results.value(run, results.top1("cls", OOD))
+    found["ood_pair"] = results.value(run, results.top1(pair, OOD))
     for name in ("auroc", "fpr95"):
-        found[name] = results.value(run, results.anomaly(name, ANOMALY_MEAN))
+        found[name] = results.value(run, results.anomaly(name, ANOMALIES))
     return found

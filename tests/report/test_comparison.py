@@ -22,7 +22,7 @@ from regvit.report.comparison import (
 )
 from regvit.report.differences import COLUMNS
 from regvit.report.results import Place, Results
-from regvit.report.study import ANOMALY_MEAN, Study, all_figures
+from regvit.report.study import ANOMALIES, Study, all_figures
 
 
 def gained(results: Results, **of) -> Results:
@@ -75,7 +75,7 @@ def test_readouts_are_marked_against_cls_of_the_same_run_and_cls_against_the_ref
 
 
 def test_a_lower_fpr_is_better(results):
-    of = {"stage": "evaluate", "metric": "fpr95", "dataset": ANOMALY_MEAN, "detector": "msp"}
+    of = {"stage": "evaluate", "metric": "fpr95", "dataset": ANOMALIES, "detector": "msp"}
     marked = gained(results, **of, run="cured", reference="original", readout="cls", reference_readout="cls")
     assert row_of(anomaly_table(marked), "cured", "cls")[3].endswith("▼")
 
