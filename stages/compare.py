@@ -8,14 +8,15 @@ import pandas as pd
 from regvit.measures.evaluation import paired_differences, readout_pairs
 from regvit.pipeline.command import command
 from regvit.pipeline.params import load_params
+from regvit.pipeline.studies import study_of
 from regvit.probing.predictions import open_predictions
 from regvit.report.differences import difference_rows, write_compared
-from regvit.report.study import Study, all_figures
+from regvit.report.study import all_figures
 
 
 def main() -> None:
     params = load_params()
-    study = Study.of(params.model_dump())
+    study = study_of(params)
     write_compared("metrics/compare/figures.csv", all_figures(study))
     opened = {run: open_predictions(Path(f"features/predictions/{run}.zarr")) for run in study.runs}
     drawn = {"resamples": params.evaluate.bootstrap, "seed": study.seed}

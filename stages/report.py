@@ -4,15 +4,14 @@ and metrics/plots/."""
 from regvit.files import write_text
 from regvit.pipeline.command import command
 from regvit.pipeline.params import load_params
+from regvit.pipeline.studies import study_of
 from regvit.report.page import report
 from regvit.report.plot_tables import write_plots
 from regvit.report.results import Results
-from regvit.report.study import Study
 
 
 def main() -> None:
-    params = load_params()
-    results = Results.read(Study.of(params.model_dump()))
+    results = Results.read(study_of(load_params()))
     write_plots(results)
     write_text("metrics/report.html", report(results))
 

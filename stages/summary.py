@@ -5,15 +5,15 @@ import dataclasses
 from regvit.files import write_json
 from regvit.pipeline.command import command
 from regvit.pipeline.params import entry_of, load_params
+from regvit.pipeline.studies import study_of
 from regvit.report.results import Results
-from regvit.report.study import Study
 from regvit.report.summary import summary
 
 
 def main(name: str) -> None:
     params = load_params()
     backbone = entry_of(params, "runs", name).backbone
-    study = Study.of(params.model_dump())
+    study = study_of(params)
     alone = dataclasses.replace(study, runs={name: study.runs[name]}, backbones={backbone: study.backbones[backbone]})
     figures = summary(Results.measured(alone), name)
     write_json(f"metrics/{name}.json", figures)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from regvit.files import write_text
 from regvit.pipeline.params import load_params
+from regvit.pipeline.studies import study_of
 from regvit.report.checks import self_checks, summary_line
 from regvit.report.comparison import comparison, readme_table
 from regvit.report.results import Results
-from regvit.report.study import Study
 
 BEGIN, END = "<!-- results: python -m regvit.pipeline.compare_runs --readme -->", "<!-- end of results -->"
 
@@ -24,7 +24,7 @@ def main(*arguments: str) -> int:
 
         return compare_experiments.main(*arguments)
     try:
-        results = Results.read(Study.of(load_params().model_dump()))
+        results = Results.read(study_of(load_params()))
     except FileNotFoundError as error:
         sys.exit(str(error))
     checks = self_checks(results)
