@@ -157,7 +157,7 @@ def material(images: int, channels: int, classes: int) -> tuple[np.ndarray, np.n
     train = rng.normal(size=(images, channels)).astype(np.float32) + rng.normal(size=(classes, channels))[labels]
     train, test = train.astype(np.float32), rng.normal(size=(images // 10, channels)).astype(np.float32)
     weight = rng.normal(size=(classes, channels)).astype(np.float32)
-    return train, test, labels, Probe("cls", weight, np.zeros(classes, dtype=np.float32), 0.1, 0)
+    return train, test, labels, Probe("cls", weight, np.zeros(classes, dtype=np.float32), 0)
 
 
 def scores(count: int, digits: int | None) -> tuple[np.ndarray, np.ndarray]:

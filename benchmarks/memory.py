@@ -13,7 +13,7 @@ What a process frees goes back to the system at once, as the allocator's thresho
 
 Evaluation has 1,000 classes, 3 seeds and 2 readouts, whose logits would be 24 KiB an image, and goes through them in
 blocks that are full from the smallest size on. Training from features runs with memory for none of them
-(`memory=0`), the mode for sets that do not fit. Prints a table and writes JSON; with --only, the rows of the other pieces
+(`MEMORY_SHARE = 0`), the mode for sets that do not fit. Prints a table and writes JSON; with --only, the rows of the other pieces
 stay in the file as they were.
 """
 
@@ -37,21 +37,32 @@ from regvit.data.batches import Batches, sample
 from regvit.data.manifest import Dataset, Row, read_dataset
 from regvit.data.sources import make_dataset
 from regvit.data.transform import Transform
-from regvit.features import stored_readouts, tensor_file
+from regvit.features import stored_readouts as stored_module
 from regvit.features.extraction import extract
-from regvit.features.store import FeatureStore
+from regvit.features.store import ArraySpec, FeatureStore
 from regvit.features.store_writer import StoreWriter
 from regvit.features.stored_readouts import stored_readouts
-from regvit.files import write_table
-from regvit.measures import detectors, evaluation
-from regvit.measures.evaluation import Plan, TestSet, confusion_rows, differences_within, draw, predict
+from regvit.files import write_text
+from regvit.measures import detectors
+from regvit.measures.evaluation import confusion_table, paired_differences
 from regvit.measures.evaluation import evaluate as evaluated
+from regvit.measures.prediction import Measured, predict
 from regvit.models.backbones import Backbone
-from regvit.probing import heads, predictions
+from regvit.probing import heads, predictions, training
 from regvit.probing import neighbours as neighbours_module
-from regvit.probing.neighbours import Neighbours, choose_neighbours
-from regvit.probing.predictions import load_predictions, save_predictions
-from regvit.probing.probes import Probe, ProbeSet, load_probes, save_probes, train_probes
+from regvit.probing.neighbours import choose_neighbours
+from regvit.probing.probes import (
+    Baselines,
+    Neighbours,
+    Probe,
+    ProbeSet,
+    load_baselines,
+    load_probes,
+    save_baselines,
+    save_probes,
+)
+from regvit.probing.splits import Split
+from regvit.probing.training import Settings, train_probes
 from regvit.registers.neurons import find_register_neurons
 from regvit.stats.bootstrap import resample
 
@@ -155,7 +166,7 @@ def write_dataset(folder: Path, n: int) -> None:
 def write_store(folder: Path, n: int) -> None:
     """Features of n images."""
     rng = np.random.default_rng(0)
-    shapes = {"cls": (CHANNELS,), "patch_mean": (CHANNELS,)}
+    shapes = dict.fromkeys(("cls", "patch_mean"), ArraySpec((CHANNELS,)))
     with StoreWriter(folder / "x.zarr", folder / "x.partial", n, shapes, {"run": "r"}, 256) as writer:
         for unit in writer.missing_units():
             start, stop = writer.unit_rows(unit)
@@ -170,13 +181,12 @@ def write_probes(folder: Path, n: int) -> None:
 
     def probe(name: str, seed: int) -> Probe:
         weight = rng.normal(size=(EVALUATED_CLASSES, CHANNELS * EVALUATED_READOUTS[name])).astype(np.float32)
-        return Probe(name, weight, np.zeros(EVALUATED_CLASSES, dtype=np.float32), 0.1, 0, seed)
+        return Probe(name, weight, np.zeros(EVALUATED_CLASSES, dtype=np.float32), 0, 0.1, seed)
 
     probes = {name: tuple(probe(name, seed) for seed in seeds) for name in EVALUATED_READOUTS}
-    save_probes(folder / "probes.safetensors", ProbeSet(
-        probes, tuple(class_names()), (0.1,), 1, 1, 0.0, 0.9, "cosine", False, seeds, n, 1,
-        knn=dict.fromkeys(EVALUATED_READOUTS, Neighbours(10, 0.07)),
-    ))  # fmt: skip
+    names, knn = tuple(class_names()), dict.fromkeys(EVALUATED_READOUTS, Neighbours(10, 0.07))
+    save_probes(folder / "probes.safetensors", ProbeSet(probes, names, {}, n, 1))
+    save_baselines(folder / "baselines.safetensors", Baselines({}, knn, names, n, 1))
 
 
 def class_names() -> list[str]:
@@ -217,9 +227,10 @@ def extract_set(folder: Path, n: int) -> None:
 
 def probe(folder: Path, n: int) -> None:
     """Validation goes in blocks that are full at the smallest size already, as in `evaluate`."""
-    heads.AT_ONCE = BLOCK * CHANNELS
+    heads.AT_ONCE, training.MEMORY_SHARE = BLOCK * CHANNELS, 0
     train, val, labels = splits(folder, n)
-    train_probes(train, labels[0], val, labels[1], list("abcd"), [0.01, 0.1], 60, 128, seeds=(0, 1), memory=0)
+    settings = Settings((0.01, 0.1), 60, 128, seeds=(0, 1))
+    train_probes(Split(train, labels[0]), Split(val, labels[1]), list("abcd"), settings)
 
 
 def neighbours(folder: Path, n: int) -> None:
@@ -233,22 +244,20 @@ def evaluate(folder: Path, n: int) -> None:
     What is bounded by constants of the library (blocks of images and of logits, blocks and samples of detectors) is
     bounded by smaller ones: full at the smallest size already, so that what grows is what an image more takes.
     """
-    evaluation.TEST_ROWS = stored_readouts.ROWS_AT_ONCE = BLOCK
+    stored_module.ROWS_AT_ONCE = BLOCK
     neighbours_module.TEST_ROWS_A_PASS = neighbours_module.TRAIN_ROWS = BLOCK
     detectors.CLIP_VALUES = detectors.CELLS_AT_ONCE = BLOCK * CHANNELS * 2
-    predictions.LOGITS_AT_ONCE = tensor_file.COPIED_AT_ONCE = BLOCK * EVALUATED_CLASSES
+    predictions.LOGITS_AT_ONCE = BLOCK * EVALUATED_CLASSES
     names = class_names()
     rows = tuple(Row(f"{i:07}", f"{i:07}.jpg", names[i % EVALUATED_CLASSES],
                      "test" if i // EVALUATED_CLASSES % 2 else "train") for i in range(n))  # fmt: skip
-    sets = {"home": TestSet(Dataset("home", folder, tuple(names), rows, "0" * 64), "id",
-                            FeatureStore.open(folder / "x.zarr"))}  # fmt: skip
-    plan = Plan("home", (), (), ("msp", "knn", "relative_mahalanobis", "vim", "react"))
-    made = predict(load_probes(folder / "probes.safetensors"), sets, plan.detectors, scratch=folder)
-    save_predictions(folder / "predictions.safetensors", made)
-    drawn = draw(load_predictions(folder / "predictions.safetensors"), plan)
-    evaluated(drawn, plan)
-    differences_within(drawn, plan)
-    write_table(folder / "confusion.csv", ["actual", "predicted"], confusion_rows(drawn.predictions, plan))
+    home = Measured(Dataset("home", folder, tuple(names), rows, "0" * 64), "id", FeatureStore.open(folder / "x.zarr"))
+    asked = detectors.Detectors(("msp", "knn", "relative_mahalanobis", "vim", "react"))
+    classifiers = load_probes(folder / "probes.safetensors"), load_baselines(folder / "baselines.safetensors")
+    made = predict("r", *classifiers, {"home": home}, asked, folder / "predictions.zarr")
+    evaluated(made)
+    paired_differences(made, made.readouts[-1], made, made.readouts[0])
+    write_text(folder / "confusion.csv", confusion_table(made).to_csv(index=False))
 
 
 def bootstrap(folder: Path, n: int) -> None:

@@ -29,7 +29,7 @@ from ruamel.yaml import YAML
 from regvit.data.manifest import Row, write_dataset
 from regvit.data.synthetic import rooms as relief
 from regvit.features import store_layout
-from regvit.probing import probes
+from regvit.probing import checkpoints
 
 ROOT = Path(__file__).parents[1]
 STAGES = ROOT / "stages"
@@ -261,7 +261,7 @@ def _serve() -> None:
     draw = relief.render
     relief.render = lambda generator: draw(generator, 48)
     store_layout.SMALLEST_UNIT = store_layout.UNIT_OF_PATCHES = 4  # many units of few images
-    probes.train_probes.__kwdefaults__["save_every"] = 0.0  # seconds: a checkpoint at every point of the curves
+    checkpoints.SAVE_EVERY = 0.0  # seconds: a checkpoint at every point of the curves
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     first = []
     for line in sys.stdin:

@@ -28,21 +28,24 @@ class Checkpoint:
 
     Args:
         folder: made when it is needed, left to the caller to remove.
-        save_every: seconds between two checkpoints.
-        tell: is called with one line on what was resumed, or why not.
+        save_every: seconds between two checkpoints; None: `SAVE_EVERY`.
+        tell: is called with one line on what was resumed, or why not, and on what is safe after Ctrl-C.
+    Attributes:
+        step: the last one that is safe.
     """
 
-    def __init__(self, folder: Path | str, save_every: float = SAVE_EVERY, tell: Callable[[str], object] = print):
-        self._path, self._every, self.tell = Path(folder) / CHECKPOINT, save_every, tell
+    def __init__(self, folder: Path | str, save_every: float | None = None, tell: Callable[[str], object] = print):
+        self._path, self.tell = Path(folder) / CHECKPOINT, tell
+        self._every = SAVE_EVERY if save_every is None else save_every
         self._key: Callable[[], str] = str
-        self._saved = time.monotonic()
+        self._saved, self.step = time.monotonic(), 0
 
     @contextmanager
     def of(self, described: dict, data: Sequence[np.ndarray | Mapping], code: Sequence[Path | str]) -> Iterator[None]:
         """Holds the folder locked for the block, for a training of
 
         Args:
-            described: plain JSON values, all that decides the training besides data and code.
+            described: plain JSON values, all that decides the training besides data and code; `steps` among them.
             data: labels, and features by readout.
             code: files whose bytes decide what a step does.
         Raises:
@@ -57,9 +60,14 @@ class Checkpoint:
                 made.append(_digest(described | {"torch": torch.__version__}, data, code))
             return made[0]
 
-        self._key, self._saved = key, time.monotonic()
+        self._key, self._saved, self.step = key, time.monotonic(), 0
         with locked(self._path.parent):
-            yield
+            try:
+                yield
+            except KeyboardInterrupt:
+                self.tell(f"interrupted: {self.step} of {described['steps']} steps are safe in {self._path.parent}; "
+                          "run the same again to go on from there")  # fmt: skip
+                raise
 
     def resume(self) -> dict[str, Tensor]:
         """What `save` was given, if it was this very training; else nothing, and a line says why."""
@@ -75,7 +83,7 @@ class Checkpoint:
         self.tell(f"started anew: the checkpoint in {self._path.parent} is of other data, settings or code")
         return {}
 
-    def save(self, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
+    def save(self, step: int, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
         """Writes the checkpoint in one step, if the last one is old enough."""
         if time.monotonic() - self._saved < self._every:
             return
@@ -85,7 +93,7 @@ class Checkpoint:
                 str(beside),
                 metadata={KEY: self._key()},
             )
-        self._saved = time.monotonic()
+        self._saved, self.step = time.monotonic(), step
 
 
 def _digest(described: dict, data: Sequence[np.ndarray | Mapping], code: Sequence[Path | str]) -> str:

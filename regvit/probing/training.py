@@ -120,6 +120,7 @@ def train_probes(
     with checkpoint.of(described, data, code) if checkpoint else nullcontext():
         if checkpoint and (kept := checkpoint.resume()):
             state.restore(kept)
+            checkpoint.step = state.step
             checkpoint.tell(f"resumed: {state.step} of {settings.steps} steps were done")
             for step, correct in state.points.items():
                 on_point(step, state.best(correct))
@@ -129,7 +130,7 @@ def train_probes(
             if step in milestones:
                 on_point(step, state.best(state.validate()))
                 if checkpoint:
-                    checkpoint.save(state.tensors)
+                    checkpoint.save(step, state.tensors)
     probes = {name: state.choose(name) for name in train.features}
     return ProbeSet(probes, tuple(classes), asdict(settings), len(train.labels), len(val.labels))
 

@@ -266,7 +266,11 @@ def test_training_resumed_after_an_interrupt_gives_the_same_bytes_and_curves(spl
     save_probes(tmp_path / "resumed", train_probes(
         *splits, CLASSES, settings, "cpu", checkpoint, lambda *each: points["resumed"].append(each)))  # fmt: skip
     saved = 3 * (step // 3 - 1)  # 20 points in 60 steps, and the last was interrupted before it was saved
-    assert (told == [f"resumed: {saved} of 60 steps were done"]) == (saved > 0)
+    assert (
+        told[0]
+        == f"interrupted: {saved} of 60 steps are safe in {tmp_path / 'work'}; run the same again to go on from there"
+    )
+    assert told[1:] == [f"resumed: {saved} of 60 steps were done"] * (saved > 0)
     assert (tmp_path / "resumed").read_bytes() == (tmp_path / "undisturbed").read_bytes()
     assert points["resumed"] == points["undisturbed"]
 

@@ -22,12 +22,14 @@ def test_overlap_worked_by_hand():
     assert found.tolist() == [pytest.approx([2 / 14, 1.0, 0.0, 0.5])]  # shared 2, union 8 + 8 - 2
 
 
+@settings(deadline=None)
 @given(st.lists(box(), min_size=1, max_size=5), st.lists(box(), min_size=1, max_size=5))
 def test_overlap_is_that_of_torchvision(a, b):
     expected = torchvision.ops.box_iou(torch.tensor(a).double(), torch.tensor(b).double()).numpy()
     assert np.allclose(iou(np.array(a), np.array(b)), expected)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(box(), st.lists(box(), max_size=4)), min_size=1, max_size=6))
 def test_the_best_overlap_is_the_largest_of_each_images_own_boxes(images):
     predicted = np.array([one for one, _ in images])

@@ -14,11 +14,11 @@ pytest.importorskip("dvc")
 
 STAGE = """
 import json, os, sys, time
-from regvit.durable import FolderLocked, lock_folder
-from regvit.files import write_json
+from regvit.files import FolderLocked, locked, write_json
 from pathlib import Path
+held = locked(Path(os.environ["DVC_ROOT"]) / "work/made.partial")
 try:
-    held = lock_folder(Path(os.environ["DVC_ROOT"]) / "work/made.partial")
+    held.__enter__()
 except FolderLocked as error:
     sys.exit(f"made: {error}")
 Path("started").write_text(str(os.getpid()))

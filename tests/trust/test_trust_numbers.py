@@ -18,7 +18,9 @@ from regvit.models.backbones import Backbone, load_backbone, save_backbone
 from regvit.models.checkpoints import WeightsError
 from regvit.models.nan_check import BadFeatures
 from regvit.models.sources import build
-from regvit.probing.probes import save_probes, train_probes
+from regvit.probing.probes import save_probes
+from regvit.probing.splits import Split
+from regvit.probing.training import Settings, train_probes
 from regvit.registers.neurons import find_register_neurons
 from regvit.registers.neurons_file import NeuronsFile
 from regvit.registers.outliers import patch_norms, settle_detection
@@ -120,11 +122,12 @@ def test_a_store_names_array_and_row_of_what_it_cannot_hold(tmp_path, array, val
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_probes_refuse_features_that_are_not_numbers_naming_readout_and_split(value, split):
     rng = np.random.default_rng(0)
-    data = {name: {"cls": rng.normal(size=(8, 4)).astype(np.float32)} for name in ("train", "val")}
-    data[split]["cls"][5, 2] = value
-    labels = np.arange(8) % 2
+    data = {
+        name: Split({"cls": rng.normal(size=(8, 4)).astype(np.float32)}, np.arange(8) % 2) for name in ("train", "val")
+    }
+    data[split].features["cls"][5, 2] = value
     with pytest.raises(ValueError, match=f"readout 'cls': 1 of 8 {split} rows are not finite; extract them again"):
-        train_probes(data["train"], labels, data["val"], labels, ("a", "b"), [0.1], steps=5)
+        train_probes(data["train"], data["val"], ("a", "b"), Settings((0.1,), 5))
 
 
 # Sets and classes that are nearly nothing.
@@ -139,19 +142,20 @@ def test_a_set_of_one_image_goes_through_extraction(tmp_path):
 def test_a_class_without_an_image_in_training_is_never_an_error_and_a_set_of_one_class_is():
     rng = np.random.default_rng(0)
     features, labels = {"cls": rng.normal(size=(12, 4)).astype(np.float32)}, np.array([0, 2] * 6)
-    probe = train_probes(features, labels, features, labels, ("a", "none of these", "b"), [0.1], steps=20).probes
-    assert probe.probes["cls"][0].logits(features["cls"]).shape == (12, 3)
+    part, classes = Split(features, labels), ("a", "none of these", "b")
+    (probe,) = train_probes(part, part, classes, Settings((0.1,), 20)).probes["cls"]
+    assert probe.logits(features["cls"]).shape == (12, 3)
     with pytest.raises(ValueError, match="all 12 training images are of class 0; a probe needs images of at least 2"):
-        train_probes(features, labels * 0, features, labels, ("a", "none of these", "b"), [0.1], steps=20)
+        train_probes(Split(features, labels * 0), part, classes, Settings((0.1,), 20))
 
 
 @pytest.mark.parametrize("empty", ["train", "val"])
 def test_a_split_without_an_image_is_named(empty):
-    whole, labels = {"cls": np.ones((4, 2), np.float32)}, np.array([0, 1, 0, 1])
-    none, no_labels = {"cls": np.ones((0, 2), np.float32)}, np.array([], dtype=int)
-    data = (none, no_labels, whole, labels) if empty == "train" else (whole, labels, none, no_labels)
+    whole = Split({"cls": np.ones((4, 2), np.float32)}, np.array([0, 1, 0, 1]))
+    none = Split({"cls": np.ones((0, 2), np.float32)}, np.array([], dtype=int))
+    data = (none, whole) if empty == "train" else (whole, none)
     with pytest.raises(ValueError, match=f"the {empty} split is empty; give some images"):
-        train_probes(*data, ("a", "b"), [0.1], steps=5)
+        train_probes(*data, ("a", "b"), Settings((0.1,), 5))
 
 
 def test_a_class_that_is_listed_twice_or_has_no_name_is_refused(tmp_path):
@@ -248,16 +252,15 @@ def test_the_same_inputs_give_the_same_bytes_twice(tmp_path):
     labels = np.arange(40) % 2
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        probes = train_probes(
-            features, labels, features, labels, ("a", "b"), [0.01, 0.1], steps=50, seeds=(0, 1)
-        ).probes
+        part = Split(features, labels)
+        probes = train_probes(part, part, ("a", "b"), Settings((0.01, 0.1), 50, seeds=(0, 1)))
         save_probes(tmp_path / name / "probes.safetensors", probes)
         found = find_register_neurons(
             model_of(), torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(1)), layer=3
         )
         (tmp_path / name / "neurons.json").write_text(found.to_json())
-        estimate = accuracy(probes.probes["cls"][0].logits(features["cls"]).argmax(1) == labels).named("top1")
-        (tmp_path / name / "metrics.json").write_text(json.dumps(estimate))
+        estimate = accuracy(probes.probes["cls"][0].logits(features["cls"]).argmax(1) == labels)
+        (tmp_path / name / "metrics.json").write_text(json.dumps(vars(estimate)))
         save_backbone(tmp_path / name / "b", model_of(), name="b", architecture="test_vit", model_args=ARGS,
                       transform=Transform(32, HALF, HALF), source="s", licence="l")  # fmt: skip
         assert load_backbone(tmp_path / name / "b").name == "b"
