@@ -168,7 +168,7 @@ def draw(folder: Path, seed: int, each: int = 6) -> None:
 
 
 def lay_out(folder: Path, changes: Mapping[str, object]) -> None:
-    """The repository before anything has run: its code, images, weights and params.yaml with `changes`, in git.
+    """The repository before anything has run: its code, images, weights and params.yaml with `changes`, committed.
 
     Args:
         changes: top-level blocks of params.yaml that take the place of the small ones.
@@ -178,19 +178,9 @@ def lay_out(folder: Path, changes: Mapping[str, object]) -> None:
         shutil.copy(ROOT / name, folder / name)
     for name in ("stages", "regvit", "choices", "sweeps"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("attention", "depth", "discover", "segment", "sweeps", "tokens", "zeroshot"):
-        (folder / "metrics" / name).mkdir(parents=True)
-        (folder / "metrics" / name / ".gitkeep").touch()
     (folder / ".dvc").mkdir()
     for name in ("config", ".gitignore"):
         shutil.copy(ROOT / ".dvc" / name, folder / ".dvc" / name)
-    relief = folder / "regvit/data/synthetic/rooms.py"  # fewer and smaller rooms
-    text, fewer = re.subn(
-        r"^COUNTS = .*$", 'COUNTS = {"train": 4, "val": 2, "test": 3}', relief.read_text(), flags=re.M
-    )
-    text, smaller = re.subn(r"^SIZE = .*$", "SIZE = 48", text, flags=re.M)
-    assert fewer == smaller == 1
-    relief.write_text(text)
     for seed, name in enumerate(("plain", "shifted", "later")):
         draw(folder / "images" / name, seed)
     with torch.random.fork_rng(devices=[]):
@@ -199,6 +189,14 @@ def lay_out(folder: Path, changes: Mapping[str, object]) -> None:
     save_file(model.state_dict(), folder / "weights.safetensors")
     YAML_FILE.dump(small_parameters() | changes, folder / "params.yaml")
     subprocess.run(["git", "init", "--quiet", "--initial-branch=main"], cwd=folder, check=True)
+    commit(folder, "code")
+
+
+def commit(folder: Path, message: str) -> None:
+    """Everything that git does not ignore, by a tester."""
+    git = ["git", "-c", "user.name=tester", "-c", "user.email=tester@example.org"]
+    subprocess.run([*git, "add", "--all"], cwd=folder, check=True)
+    subprocess.run([*git, "commit", "--quiet", "--message", message], cwd=folder, check=True)
 
 
 def small_parameters() -> dict:
@@ -210,21 +208,29 @@ def small_parameters() -> dict:
             "plain": {"source": "folder:images/plain", "role": "id"},
             "shifted": {"source": "folder:images/shifted", "role": "ood"},
         },
-        "scenes": {"rooms": {"source": "relief"}},
+        "scenes": {"rooms": {"source": "relief", "images": {"train": 4, "val": 2, "test": 3}}},
         "backbones": {"tiny": {"source": "file:weights.safetensors", "architecture": "test_vit", "img_size": 48}},
         "runs": {
             "original": {"backbone": "tiny", "registers": "none", "num_registers": 0},
             "cured": {"backbone": "tiny", "registers": "test_time", "num_registers": 1},
         },
-        "verify": {"pictures": "rooms"},
+        "verify": {"images": 4, "pictures": "rooms"},
+        "extract_dense": {
+            "layers": 1,
+            "datasets": {
+                "rooms": {"img_size": 48, "arrays": ["patches", "norms", "attention"]},
+                "plain": {"img_size": None, "arrays": ["patches"]},
+            },
+        },
+        "evaluate": {"detectors": ["msp"], "bootstrap": 10},
     }
-    for stage in ("tokens", "attention", "patches", "segment", "depth"):
-        params[stage] |= {"datasets": ["rooms"]} | ({"img_size": 48} if "img_size" in params[stage] else {})
+    params["identify"]["images"] = 8
+    params["probe"] |= {"readouts": ["cls"], "learning_rates": [0.1], "steps": 4, "batch_size": 8}
+    params["baselines"] |= {"neighbours": [2], "logistic": [0.1]}
+    for stage in ("tokens", "attention", "segment", "depth"):
+        params[stage]["datasets"] = ["rooms"]
+    params["discover"]["datasets"] = []  # rooms have no boxes
     for stage in ("segment", "depth"):
         params[stage] |= {"learning_rates": [0.01], "steps": 2, "batch_size": 2}
     params["depth"]["bins"] = 8
-    params["discover"]["datasets"] = []  # rooms have no boxes; tests/test_stages_discover.py runs that stage
-    params["identify"]["images"] = 8
-    params["probe"] |= {"readouts": ["cls"], "learning_rates": [0.1], "steps": 4, "batch_size": 8, "neighbours": [2]}
-    params["evaluate"] |= {"detectors": ["msp"], "bootstrap": 10}
     return params
