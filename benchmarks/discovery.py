@@ -19,12 +19,13 @@ freedom: boxes that it gives alike whether equal degrees come in reading order o
 Beside them, the published setting (keys of the last block): the share of pairs of patches that are positively correlated,
 and of boxes that are the whole image.
 
-It takes the runs and the scenes of the pipeline, which must be built; the features are the discover stage's sixteen.
+It takes what `extract_dense` kept for the stage `discover`, so the pipeline must be built.
 """
 
 import argparse
 import json
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,17 +35,9 @@ from scipy import ndimage
 from torch import Tensor
 
 from benchmarks.machine import describe
-from regvit.data.batches import Batches
-from regvit.data.manifest import Dataset, read_dataset
-from regvit.data.whole_images import WholeTransform
-from regvit.features.dense_set import grid_side
-from regvit.measures.discovery import K_PATCHES, lost, similarity
-from regvit.models.backbones import Backbone, resized
-from regvit.models.token_features import Feature, last_layers, patch_features
-from regvit.registers.runs import open_run
-
-RUNS, BACKBONES, DATASET = Path("features"), Path("data/backbones"), Path("data/scenes")
-SIZE, LAYERS, BATCH = 224, 4, 8  # as the discover stage's defaults
+from regvit.features.dense_set import DenseSet
+from regvit.measures.discovery import K_PATCHES, kept_features, lost, similarity
+from regvit.models.token_features import KINDS, Feature
 
 
 @dataclass(frozen=True)
@@ -168,13 +161,14 @@ def compare(
     return total, found
 
 
-def measure_run(backbone: Backbone, dataset: Dataset, features: tuple[Feature, ...]) -> dict:
+def measure_run(dense: DenseSet, rows: Sequence[int]) -> dict:
     """The agreement over all features and for each, and what the published setting finds."""
+    features, side = kept_features(dense, KINDS), dense.side
     last = Feature("k", max(feature.layer for feature in features))
     agreement, published = dict.fromkeys(features, Agreement()), []
-    for images in Batches(dataset, WholeTransform.of(backbone.transform), BATCH, label=None):
-        for feature, values in patch_features(backbone.model, images, features).items():
-            side = grid_side(values.shape[1])
+    for _, arrays in dense.batches(rows, *KINDS):
+        for feature in features:
+            values = arrays[feature.kind][:, dense.store.attributes["inside_layers"].index(feature.layer)]
             one, found = compare(values, (side, side))
             agreement[feature] += one
             if feature == last:
@@ -192,39 +186,20 @@ def measure_run(backbone: Backbone, dataset: Dataset, features: tuple[Feature, .
     }
 
 
-def built_runs(folder: Path, dataset: Path) -> list[Path]:
-    """Descriptions of the runs of a project whose stages have run.
-
-    Raises:
-        FileNotFoundError: there are none, or the data set is missing.
-    """
-    runs = sorted(folder.glob("runs/*.json"))
-    if not runs or not dataset.is_dir():
-        missing = dataset if runs else folder / "runs/<run>.json"
-        raise FileNotFoundError(
-            f"there is no {missing} in {Path.cwd()}: run `dvc repro compose download_scenes` in the root of the "
-            "repository first, or run this where the pipeline is built"
-        )
-    return runs
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", type=Path, default=DATASET, help="folder of a data set with a test split")
+    parser.add_argument("--dataset", default="scenes", help="name of a data set with a test split")
     parser.add_argument("--images", type=int, help="at most so many of the test split, the first; default: all")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
-    given = parser.parse_args()
-    try:
-        runs = built_runs(RUNS, given.dataset)
-    except FileNotFoundError as error:
-        raise SystemExit(str(error)) from error
-    dataset = read_dataset(given.dataset).subset("test")
-    dataset = replace(dataset, rows=dataset.rows[: given.images])
-    results = {}
-    for run in runs:
-        backbone = resized(open_run(run, BACKBONES), SIZE)
-        results[run.stem] = found = measure_run(backbone, dataset, last_layers(backbone.model, LAYERS))
-        print(f"{run.stem}: {Agreement(**found['all']).sentence()}")
+    given, results = parser.parse_args(), {}
+    stores = sorted(Path("features/dense").glob(f"*/{given.dataset}.zarr"))
+    if not stores:
+        raise SystemExit(f"no run in features/dense has {given.dataset}: run `dvc repro extract_dense` first")
+    for store in stores:
+        dense = DenseSet.open(Path("data") / given.dataset, store)
+        run = store.parent.name
+        results[run] = found = measure_run(dense, dense.rows("test")[: given.images])
+        print(f"{run}: {Agreement(**found['all']).sentence()}")
         setting = found["published_setting"]
         print(
             f"  published setting, {setting['feature']}: {setting['positive_pairs']:.2%} of the pairs of patches are "

@@ -53,16 +53,14 @@ class AttentionQuality:
 
     Args:
         queries: names of the tokens that attend: `cls`, `register_0`, …
-        later: blocks over which `maps` were averaged.
+        later: blocks that are summed up.
         heads: by metric, of every block and head.
-        maps: by metric, of the attention averaged over heads and the later blocks.
         outliers: which patches are outliers in the untreated model.
     """
 
     queries: tuple[str, ...]
     later: tuple[int, ...]
     heads: dict[str, Float[np.ndarray, "b l h q"]]
-    maps: dict[str, Float[np.ndarray, "b q"]]
     outliers: Bool[np.ndarray, "b p"]
 
 
@@ -184,29 +182,20 @@ def measure_attention(dense: DenseSet, rows: Sequence[int], later: Sequence[int]
 
     Args:
         rows: of `dense`, ascending.
-        later: blocks over which maps are averaged.
+        later: blocks that are summed up.
     Raises:
         KeyError: attention was not kept, as the model has neither CLS nor registers.
     """
-    parts: list[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = []
+    parts: list[dict[str, np.ndarray]] = []
     for own, arrays in dense.batches(rows, "attention", "outliers"):
         attention, outliers = arrays["attention"].double(), arrays["outliers"] > 0
         attention = attention / attention.sum(-1, keepdim=True)  # they are kept in float16
         objects = object_shares(dense, own)
         objects = None if objects is None else torch.from_numpy(objects).to(attention.device)
-        heads = qualities(attention, dense.layout, outliers, objects)
-        mean = attention[:, list(later)].mean((1, 2), keepdim=True)
-        maps = qualities(mean, dense.layout, outliers, objects)
-        parts.append(
-            (
-                {name: values.cpu().numpy() for name, values in heads.items()},
-                {name: values[:, 0, 0].cpu().numpy() for name, values in maps.items()},
-            )
-        )
-    heads, maps = (
-        {name: np.concatenate([part[name] for part in of]) for name in METRICS} for of in zip(*parts, strict=True)
-    )
-    return AttentionQuality(query_names(dense.layout), tuple(later), heads, maps, dense.outliers(rows))
+        found = qualities(attention, dense.layout, outliers, objects)
+        parts.append({name: values.cpu().numpy() for name, values in found.items()})
+    heads = {name: np.concatenate([part[name] for part in parts]) for name in METRICS}
+    return AttentionQuality(query_names(dense.layout), tuple(later), heads, dense.outliers(rows))
 
 
 def object_shares(dense: DenseSet, rows: Sequence[int]) -> Float[np.ndarray, "b p"] | None:
@@ -225,11 +214,9 @@ def object_shares(dense: DenseSet, rows: Sequence[int]) -> Float[np.ndarray, "b 
 
 
 def figures(quality: AttentionQuality, seed: int = 0) -> list[Figure]:
-    """Means over images of `image_columns`; `map_<metric>` is that of the one map averaged over heads and later blocks."""
-    maps = {f"map_{name}": values[:, 0] for name, values in quality.maps.items()}
-    with_outliers = int(quality.outliers.any(1).sum())
-    found = mean_figures(image_columns(quality) | maps, seed)
-    return [*found, Figure("images_with_outliers", with_outliers, n=len(quality.outliers))]
+    """Means over images of `image_columns` with their intervals, and how many images have outliers."""
+    with_outliers = Figure("images_with_outliers", int(quality.outliers.any(1).sum()), n=len(quality.outliers))
+    return [*mean_figures(image_columns(quality), seed), with_outliers]
 
 
 def image_columns(quality: AttentionQuality) -> dict[str, Float[np.ndarray, " b"]]:

@@ -35,7 +35,7 @@ CONTROL_IMAGES = 512  # the first ones of the search; a fraction of 1 % is then 
 
 
 def norms_under_treatments(
-    model: nn.Module, batches: Batches, found: RegisterNeurons, seed: int
+    model: nn.Module, batches: Batches, search: RegisterNeurons, seed: int
 ) -> dict[str, Float[np.ndarray, "b p"]]:
     """Patch norms in the detection layer under each treatment of the table above; empty where nothing was found.
 
@@ -43,26 +43,26 @@ def norms_under_treatments(
         batches: the images of the search, of which the first `CONTROL_IMAGES` are used.
         seed: of the random neurons.
     """
-    if not found.num_selected:
+    if not search.num_selected:
         return {}
-    first = np.arange(min(len(found.outlier_fraction), CONTROL_IMAGES))
+    first = np.arange(min(len(search.outlier_fraction), CONTROL_IMAGES))
 
     def seen() -> Float[np.ndarray, "b p"]:
         images = (batch for _, batch in picked(batches, first))
-        with arithmetic(found.precision, next(model.parameters()).device):
-            return patch_norms(model, images, [found.detection.layer])[0]
+        with arithmetic(search.precision, next(model.parameters()).device):
+            return patch_norms(model, images, [search.detection.layer])[0]
 
-    with ablated(model, found.selected):
+    with ablated(model, search.selected):
         norms = {"ablated": seen()}
-    others = control_neurons("random", found.selected, mlp_widths(model, found.selected), seed=seed)
-    for name, neurons in (("after", found.selected), ("empty", {}), ("random", others)):
+    others = control_neurons("random", search.selected, mlp_widths(model, search.selected), seed=seed)
+    for name, neurons in (("after", search.selected), ("empty", {}), ("random", others)):
         with add_test_time_registers(model, neurons):
             norms[name] = seen()
     return norms
 
 
 def figures(
-    found: RegisterNeurons,
+    search: RegisterNeurons,
     treated: Mapping[str, Float[np.ndarray, "b p"]],
     planted: Mapping[int, Iterable[int]] | None,
     seed: int,
@@ -74,41 +74,41 @@ def figures(
         planted: `{layer: [neuron, …]}` of a planted backbone.
         seed: of the bootstrap.
     """
-    detection = found.detection
-    norms = found.norms[-2 if detection is None else detection.layer]
+    detection = search.detection
+    norms = search.norms[-2 if detection is None else detection.layer]
     whole = {
         "outliers_found": detection is not None,
         "layer": detection and detection.layer,
         "threshold": detection and detection.threshold,
         "largest_norm": norms.max(),
         "median_norm": norms.median(),
-        "register_neurons": found.num_selected,
-        "explained": found.explained,
+        "register_neurons": search.num_selected,
+        "explained": search.explained,
     }
     if planted:
-        truth, chosen = _pairs(planted), _pairs(found.selected)
+        truth, chosen = _pairs(planted), _pairs(search.selected)
         whole["precision"] = len(truth & chosen) / len(chosen) if chosen else 0.0
         whole["recall"] = len(truth & chosen) / len(truth)
-    fractions = {"outlier_fraction": found.outlier_fraction}
+    fractions = {"outlier_fraction": search.outlier_fraction}
     fractions |= {f"outlier_fraction_{name}": (v > detection.threshold).mean(1) for name, v in treated.items()}
-    n = len(found.outlier_fraction) or None
+    n = len(search.outlier_fraction) or None
     plain = [Figure(name, None if value is None else float(value), n=n) for name, value in whole.items()]
     return plain + mean_figures(fractions, seed)
 
 
-def norm_table(found: RegisterNeurons) -> pd.DataFrame:
+def norm_table(search: RegisterNeurons) -> pd.DataFrame:
     """Quantiles of the patch norms, a row a block."""
     quantiles = {"median": 0.5, "q99": 0.99, "max": 1.0}
-    rows = [{name: values.quantile(q) for name, q in quantiles.items()} for values in found.norms]
-    return pd.DataFrame(rows).assign(max=[values.max() for values in found.norms]).rename_axis("layer").reset_index()
+    rows = [{name: values.quantile(q) for name, q in quantiles.items()} for values in search.norms]
+    return pd.DataFrame(rows).assign(max=[values.max() for values in search.norms]).rename_axis("layer").reset_index()
 
 
-def histogram_table(found: RegisterNeurons, treated: Mapping[str, Float[np.ndarray, "b p"]]) -> pd.DataFrame:
+def histogram_table(search: RegisterNeurons, treated: Mapping[str, Float[np.ndarray, "b p"]]) -> pd.DataFrame:
     """Patches by norm in the detection layer, before and after one test-time register.
 
     It counts as many patches before as after: where fewer images were treated, counts before are scaled down.
     """
-    before = found.norms[-2 if found.detection is None else found.detection.layer]
+    before = search.norms[-2 if search.detection is None else search.detection.layer]
     after = LayerNorms.of(treated["after"]) if "after" in treated else before
     logs = [np.log10(cells.middles) for cells in (before, after)]
     edges = np.linspace(min(v.min() for v in logs), max(v.max() for v in logs) + 1e-6, BINS + 1)
@@ -117,11 +117,11 @@ def histogram_table(found: RegisterNeurons, treated: Mapping[str, Float[np.ndarr
     return pd.DataFrame({"log10_norm": (edges[:-1] + edges[1:]) / 2, "before": counts[0], "after": counts[1]})
 
 
-def score_table(found: RegisterNeurons, planted: Mapping[int, Iterable[int]] | None) -> pd.DataFrame:
+def score_table(search: RegisterNeurons, planted: Mapping[int, Iterable[int]] | None) -> pd.DataFrame:
     """The best scored neurons by rank, which of them were selected, and which planted."""
-    truth, chosen = _pairs(planted or {}), _pairs(found.selected)
+    truth, chosen = _pairs(planted or {}), _pairs(search.selected)
     table = pd.DataFrame(
-        [vars(neuron) for neuron in found.neurons], columns=["layer", "neuron", "attribution", "activation"]
+        [vars(neuron) for neuron in search.neurons], columns=["layer", "neuron", "attribution", "activation"]
     )
     places = list(zip(table["layer"], table["neuron"], strict=True))
     table.insert(0, "rank", range(1, len(table) + 1))
@@ -130,26 +130,26 @@ def score_table(found: RegisterNeurons, planted: Mapping[int, Iterable[int]] | N
     return table
 
 
-def sentence(name: str, found: RegisterNeurons, shown: Iterable[Figure]) -> str:
+def sentence(name: str, search: RegisterNeurons, shown: Iterable[Figure]) -> str:
     """What was found, in one or two lines for a terminal.
 
     Args:
         shown: of `figures`.
     """
     value = {figure.metric: figure.value for figure in shown}
-    if found.detection is None:
+    if search.detection is None:
         return (
             f"{name}: no outliers (largest patch norm {value['largest_norm']:.3g}, median {value['median_norm']:.3g})"
         )
     text = (
         f"{name}: {value['outlier_fraction']:.2%} of patches are outliers (norm over {value['threshold']:.3g} in "
-        f"block {value['layer']:.0f}); {found.num_selected} register neurons write {found.explained:.1%} of their excess"
+        f"block {value['layer']:.0f}); {search.num_selected} register neurons write {search.explained:.1%} of their excess"
     )
-    if SETTLE_ON < found.again == len(found.outlier_fraction):
+    if SETTLE_ON < search.again == len(search.outlier_fraction):
         text += f"; all images were gone through twice, as they contradict the first {SETTLE_ON}"
     if "recall" in value:
         text += f"; planted: precision {value['precision']:g}, recall {value['recall']:g}"
-    if found.num_selected:
+    if search.num_selected:
         left = {key: f"{value[f'outlier_fraction_{key}']:.2%}" for key in ("after", "ablated", "empty", "random")}
         text += (
             f"\n  outliers left: {left['after']} with one test-time register, {left['ablated']} with the neurons silenced, "

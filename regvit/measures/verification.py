@@ -35,7 +35,7 @@ from regvit.registers.runs import detection_of, open_run
 from regvit.stats.figures import Figure
 
 ROWS = 4  # images of the PNG that has all models in one
-SEARCHED = 48  # images, the first, among which those of the PNG are chosen: some seconds on a CPU
+SEARCHED = 24  # images, the first, among which those of the PNG are chosen: a few seconds on a CPU
 BATCH = 16  # of these at once; nothing that is drawn depends on it
 TILE = 224  # pixels a side of an image in the strips, at most
 
@@ -92,7 +92,7 @@ def open_models(run_file: Path, backbones: Path, neurons: Path, device: str = "c
 
 
 @dataclass(frozen=True)
-class Seen:
+class Outputs:
     """One forward of a batch: last-layer tokens; CLS attention, mean over heads and some blocks (None where there is no
     CLS); and patch norms at every block's output."""
 
@@ -102,7 +102,7 @@ class Seen:
 
 
 @torch.inference_mode()
-def see(model: nn.Module, images: Float[Tensor, "b 3 h w"], layers: Sequence[int]) -> Seen:
+def run_forward(model: nn.Module, images: Float[Tensor, "b 3 h w"], layers: Sequence[int]) -> Outputs:
     """Args: images: normalised, on the model's device. layers: blocks over which attention is averaged."""
     layout, norms = TokenLayout.of(model), {}
     watched = dict(enumerate(blocks(model)))
@@ -112,7 +112,7 @@ def see(model: nn.Module, images: Float[Tensor, "b 3 h w"], layers: Sequence[int
     ):
         tokens = model.forward_features(images)
     attention = cls_rows(model, attended, layers).mean(0) if layout.cls else None
-    return Seen(tokens, attention, torch.stack([norms[layer] for layer in watched]))
+    return Outputs(tokens, attention, torch.stack([norms[layer] for layer in watched]))
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def verify(models: Models, batches: Iterable[Float[Tensor, "b 3 h w"]]) -> Verif
     device, layout = next(models.run.model.parameters()).device, TokenLayout.of(models.run.model)
     for images in batches:
         images = images.to(device)
-        ours = see(models.run.model, images, models.later)
+        ours = run_forward(models.run.model, images, models.later)
         of_layer = ours.norms[models.layer]
         before = of_layer
         if models.untreated is not models.run and models.detection is not None:
@@ -167,7 +167,7 @@ def verify(models: Models, batches: Iterable[Float[Tensor, "b 3 h w"]]) -> Verif
                 found["cls_attention_on_registers"] = layout.registers(ours.attention[..., None]).sum((1, 2))
             found["cls_attention_on_outliers"] = _on(outliers, layout, ours.attention)
         if models.intact is not None:
-            theirs = see(models.intact.model, images, models.later)
+            theirs = run_forward(models.intact.model, images, models.later)
             found |= _compare(layout, ours, TokenLayout.of(models.intact.model), theirs, outliers)
         parts.append(found)
         norms.append(ours.norms.cpu())
@@ -189,7 +189,7 @@ def _on(outliers: Bool[Tensor, "b p"], layout: TokenLayout, attention: Float[Ten
 
 
 def _compare(
-    run: TokenLayout, ours: Seen, base: TokenLayout, theirs: Seen, outliers: Bool[Tensor, "b p"]
+    run: TokenLayout, ours: Outputs, base: TokenLayout, theirs: Outputs, outliers: Bool[Tensor, "b p"]
 ) -> dict[str, Float[Tensor, " b"]]:
     """A run's tokens held against those of the intact model, in images that have outliers."""
     ours_patches, base_patches = run.patches(ours.tokens), base.patches(theirs.tokens)
@@ -206,17 +206,17 @@ def _compare(
     return {name: torch.where(outliers.any(1), values, torch.nan) for name, values in found.items()}
 
 
-def figures(found: Verification, seed: int = 0) -> list[Figure]:
+def figures(verified: Verification, seed: int = 0) -> list[Figure]:
     """Means over images with their intervals, and how many have outliers in the untreated model."""
-    has = found.images["untreated_outlier_fraction"] > 0
-    return [*mean_figures(found.images, seed), Figure("images_with_outliers", float(has.sum()), n=len(has))]
+    has = verified.images["untreated_outlier_fraction"] > 0
+    return [*mean_figures(verified.images, seed), Figure("images_with_outliers", float(has.sum()), n=len(has))]
 
 
-def norm_table(found: Verification) -> pd.DataFrame:
+def norm_table(verified: Verification) -> pd.DataFrame:
     """Quantiles of the run's patch norms, a row a block."""
-    quantiles = np.quantile(found.norms.reshape(len(found.norms), -1), (0, 0.5, 0.99, 1), axis=1)
+    quantiles = np.quantile(verified.norms.reshape(len(verified.norms), -1), (0, 0.5, 0.99, 1), axis=1)
     columns = dict(zip(("min", "median", "q99", "max"), quantiles, strict=True))
-    return pd.DataFrame({"layer": range(len(found.norms)), **columns})
+    return pd.DataFrame({"layer": range(len(verified.norms)), **columns})
 
 
 def draw_verification(folder: Path, title: str, models: Models, dataset: Dataset, pictures: int) -> None:
@@ -271,7 +271,7 @@ def token_maps(model: nn.Module, images: Float[Tensor, "b 3 h w"], layer: int, a
     Args:
         images: normalised, on the model's device, square.
     """
-    found, layout = see(model, images, attention_layers), TokenLayout.of(model)
+    found, layout = run_forward(model, images, attention_layers), TokenLayout.of(model)
     side = round(found.norms.shape[2] ** 0.5)
 
     def grid(values: Float[Tensor, "b p ..."]) -> np.ndarray:

@@ -189,7 +189,7 @@ class Verify(Block):
     pictures: Text
 
 
-class DenseSet(Block):
+class DenseImages(Block):
     arrays: Some[Literal["patches", "norms", "attention", "inside"]]
     img_size: Count | None
     images: Count | None = None
@@ -197,7 +197,7 @@ class DenseSet(Block):
 
 class ExtractDense(Block):
     layers: Count
-    datasets: Named[DenseSet]
+    datasets: Named[DenseImages]
 
 
 class Measured(Block):

@@ -138,7 +138,6 @@ def test_attention_is_measured_image_by_image_in_the_places_of_the_untreated_mod
     assert found.queries == ("cls", "register_0") and found.outliers.sum(1).tolist() == [1, 0, 2]
     on_outliers = (attention[[1, 4]][..., 2:] * outliers[[1, 4], None, None, None]).sum(-1)  # (b, l, h, q)
     assert np.allclose(found.heads["on_outliers"][[0, 2]], on_outliers, atol=1e-3)
-    assert np.allclose(found.maps["on_outliers"][[0, 2]], on_outliers[:, 2:].mean((1, 2)), atol=1e-3)
     assert np.isnan(found.heads["on_outliers"][1]).all() and np.isnan(found.heads["object_auroc"]).all()
     columns = image_columns(found)
     assert np.allclose(columns["on_registers"], attention[[1, 2, 4]][:, 2:, :, 0, 1].mean((1, 2)), atol=1e-3)
@@ -152,8 +151,7 @@ def made_quality() -> AttentionQuality:
     heads["entropy"][:, 1, 0, 0] -= 0.5
     heads["on_outliers"][:] = np.nan
     heads["on_outliers"][:2, 0] = 0.25
-    maps = {name: np.full((4, 2), 7.0) for name in METRICS}
-    return AttentionQuality(("cls", "register_0"), (1, 2), heads, maps, np.zeros((4, 9), dtype=bool))
+    return AttentionQuality(("cls", "register_0"), (1, 2), heads, np.zeros((4, 9), dtype=bool))
 
 
 def test_figures_are_over_later_blocks_and_heads_of_the_first_query_and_their_intervals_over_images():
@@ -161,7 +159,7 @@ def test_figures_are_over_later_blocks_and_heads_of_the_first_query_and_their_in
     one = found["entropy"]
     assert one.value == pytest.approx(2.5 - 0.5 / 4) == image_columns(made_quality())["entropy"].mean()
     assert one.lo < 2.0 and one.hi > 2.8 and one.n == 4  # images differ, blocks hardly
-    assert found["map_largest"].value == 7 and found["on_outliers"].value is None
+    assert found["on_outliers"].value is None and found["images_with_outliers"].value == 0
 
 
 def test_tables_have_a_row_a_query_block_and_head_with_empty_cells_for_what_is_not_defined(tmp_path):

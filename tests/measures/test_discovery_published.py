@@ -7,16 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from run_example import write_run
+from dense_example import dense_set
 from scipy.ndimage import gaussian_filter
 
-from regvit.data.manifest import Row, write_dataset
-from regvit.data.transform import Transform
 from regvit.measures.discovery import lost, similarity
-from regvit.models.backbones import create, save_backbone
+from regvit.models.backbones import create
 from regvit.models.token_features import KINDS, last_layers, patch_features
-from regvit.registers.run_files import Variant
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks import discovery
@@ -127,42 +123,20 @@ def test_counts_add_up_and_are_said_as_shares():
     )
 
 
-@pytest.fixture
-def project(tmp_path, monkeypatch):
-    """One run on four images of a square, as the pipeline leaves them."""
-    rows = []
-    (tmp_path / "data/scenes/images").mkdir(parents=True)
-    for i in range(5):
-        pixels = np.random.default_rng(i).integers(60, 80, size=(120, 90, 3), dtype=np.uint8)
-        pixels[40:80, 20 + i : 60] = (230, 40, 40)
-        Image.fromarray(pixels).save(tmp_path / f"data/scenes/images/{i}.png")
-        rows.append(Row(str(i), f"images/{i}.png", "", "test" if i else "train", boxes="[[20, 40, 60, 80]]"))
-    write_dataset(tmp_path / "data/scenes", "scenes", rows, (), {"source": "drawn"})
-    torch.manual_seed(0)
-    args = {"num_classes": 0, "dynamic_img_size": True}
-    save_backbone(
-        tmp_path / "data/backbones/tiny", create("test_vit", args), name="tiny", architecture="test_vit",
-        model_args=args, transform=Transform(160, (0.5,) * 3, (0.5,) * 3), source="random", licence="MIT",
-    )  # fmt: skip
-    folder = tmp_path / "data/backbones/tiny"
-    write_run(tmp_path / "features/runs/cured.json", folder, Variant("test_time", 1), {2: (1, 5)})
+def test_a_built_project_is_measured_run_by_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    keys = {kind: np.random.default_rng(0).normal(size=(4, 2, 16, 8)) for kind in KINDS}
+    made = dense_set(tmp_path / "data/scenes", keys, inside_layers=[4, 5])
+    (tmp_path / "features/dense/cured").mkdir(parents=True)
+    made.store.path.rename(tmp_path / "features/dense/cured/scenes.zarr")
     monkeypatch.setattr(sys, "argv", ["discovery.py", "--out", "found.json"])
-    return tmp_path
-
-
-def test_a_built_project_is_measured_run_by_run(project, capsys):
     discovery.main()
-    found = json.loads((project / "found.json").read_text())["runs"]["cured"]
-    assert found["all"]["boxes"] == 4 * 16 and found["all"]["same_stably"] == 4 * 16
-    assert len(found["by_feature"]) == 16 and found["by_feature"]["k5"]["boxes"] == 4
+    found = json.loads((tmp_path / "found.json").read_text())["runs"]["cured"]
+    assert found["all"]["boxes"] == 4 * 8 and found["all"]["same_stably"] == 4 * 8
+    assert len(found["by_feature"]) == 8 and found["by_feature"]["k5"]["boxes"] == 4
     assert found["published_setting"]["feature"] == "k5" and found["published_setting"]["images"] == 4
     assert capsys.readouterr().out.startswith("cured: ")
-
-
-@pytest.mark.parametrize("lacking", ["features/runs/cured.json", "data/scenes"])
-def test_a_folder_without_the_pipeline_is_told_what_to_run(project, lacking):
-    (project / lacking).rename(project / "elsewhere")
-    named = "features/runs/<run>.json" if "runs" in lacking else lacking
-    with pytest.raises(SystemExit, match=f"there is no {named} in .*: run `dvc repro compose download_scenes`"):
+    monkeypatch.setattr(sys, "argv", ["discovery.py", "--dataset", "rooms"])
+    with pytest.raises(SystemExit, match="no run in features/dense has rooms: run `dvc repro extract_dense` first"):
         discovery.main()

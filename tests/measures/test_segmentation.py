@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dense_example import patch_store
+from miou_example import random_counts
 from PIL import Image
 from sklearn.metrics import jaccard_score
 
@@ -21,16 +22,7 @@ from regvit.measures.segmentation import (
     read_classes,
     train,
 )
-from regvit.stats.miou import (
-    Counts,
-    accuracy,
-    class_ious,
-    class_ious_with_interval,
-    image_miou,
-    miou,
-    miou_with_interval,
-    paired_miou_difference,
-)
+from regvit.stats.miou import accuracy, class_ious, miou
 
 SIDE, CLASSES = 4, 3
 
@@ -50,19 +42,6 @@ def learned(folder, masks, patches, seed=0, steps=60):
     tokens = PatchTokens(store, range(16)), PatchTokens(store, range(16, 24)), PatchTokens(store, range(24, 32))
     training = DenseTraining([0.001, 0.05], [0.0], steps, 4, seed)
     return train(*tokens[:2], masks.__getitem__, CLASSES, training), tokens[2]
-
-
-def counts_of(rng, images=12, classes=4, patches=5, extra=0):
-    """Random but consistent counts: every image has confusions between all classes."""
-    confusion = rng.integers(0, 30, (images, classes, classes)) + extra * np.eye(classes, dtype=int) * 20
-    counted = np.full((images, patches), 100)
-    return Counts(
-        np.einsum("bcc->bc", confusion),
-        confusion.sum(1),
-        confusion.sum(2),
-        rng.integers(0, 101, counted.shape),
-        counted,
-    )
 
 
 # Learning
@@ -143,70 +122,8 @@ def test_counts_are_those_of_the_upsampled_argmax_at_the_masks_own_size(tmp_path
         assert counts.counted[image, 6] == first.sum()
 
 
-def test_iou_sums_over_images_before_it_divides():
-    # Class 0: 3 of a union of 4 and 0 of 6, by hand 3/10; class 1: 5/10; class 2 occurs nowhere.
-    counts = Counts(
-        np.array([[3, 5, 0], [0, 0, 0]]),
-        np.array([[4, 9, 1], [6, 0, 0]]),
-        np.array([[3, 6, 0], [0, 0, 0]]),
-        np.zeros((2, 1), int),
-        np.zeros((2, 1), int),
-    )
-    np.testing.assert_allclose(class_ious(counts), [0.3, 0.5, np.nan])
-    assert miou(counts) == pytest.approx(0.4)
-    np.testing.assert_allclose(image_miou(counts), [(3 / 4 + 5 / 10) / 2, np.nan])
-    assert class_ious_with_interval(counts, resamples=20)[2] is None
-
-
-# Intervals and pairs
-
-
-def test_the_interval_is_that_of_images_drawn_anew():
-    counts = counts_of(np.random.default_rng(0))
-    found = miou_with_interval(counts, seed=3, resamples=4000)
-    rng = np.random.default_rng(77)
-    values = []
-    for _ in range(4000):
-        drawn = rng.integers(12, size=12)
-        inter, pred, actual = (x[drawn].sum(0) for x in (counts.intersection, counts.predicted, counts.actual))
-        values.append((inter / (pred + actual - inter)).mean())
-    np.testing.assert_allclose([found.lo, found.hi], np.percentile(values, [2.5, 97.5]), atol=0.006)
-    assert found.lo < found.value < found.hi and found.n == 12
-
-
-def test_two_runs_on_the_same_images_are_compared_far_more_sharply_than_apart():
-    rng = np.random.default_rng(0)
-    a = counts_of(rng, images=40)
-    better = a.intersection + np.minimum(3, a.predicted - a.intersection)  # three pixels more of each class
-    b = dataclasses.replace(a, intersection=np.minimum(better, a.actual))
-    found = paired_miou_difference(b, a)
-    assert found.value == pytest.approx(miou(b) - miou(a)) and found.value > 0
-    alone = miou_with_interval(a)
-    assert found.hi - found.lo < (alone.hi - alone.lo) / 3
-    assert found.lo > 0 and found.p < 0.001
-    same = paired_miou_difference(a, a)
-    assert (same.value, same.lo, same.hi, same.p) == (0, 0, 0, 1)
-
-
-def test_runs_on_other_masks_are_not_compared():
-    a, b = (counts_of(np.random.default_rng(seed)) for seed in (0, 1))
-    with pytest.raises(ValueError, match="counted on other masks"):
-        paired_miou_difference(a, b)
-
-
-def test_accuracy_at_some_patches_looks_at_their_pixels_alone():
-    counts = Counts(*(np.ones((3, 1), int),) * 3, np.array([[1, 8], [2, 9], [3, 3]]), np.full((3, 2), 10))
-    where = np.array([[True, False], [True, False], [False, False]])
-    found = accuracy(counts, where)
-    assert (found.value, found.n) == (pytest.approx(3 / 20), 2)
-    assert accuracy(counts).value == pytest.approx(26 / 60)
-    assert accuracy(counts, np.zeros_like(where)) is None
-    with pytest.raises(ValueError, match=r"shape \(3, 5\).*\(3, 2\)"):
-        accuracy(counts, np.zeros((3, 5), bool))
-
-
 def test_there_is_no_figure_at_outliers_where_there_are_none():
-    counts = counts_of(np.random.default_rng(0))
+    counts = random_counts(np.random.default_rng(0))
     segmenter = Segmenter(LinearLayer(torch.zeros(4, 2), torch.zeros(4), 0.1, 0.0), {(0.1, 0.0): 0.25})
     without = {one.metric: one.value for one in figures(segmenter, counts, np.zeros((12, 5), bool))}
     assert without["pixel_accuracy_at_outliers"] is None and without["pixel_accuracy_elsewhere"] is None
@@ -220,7 +137,7 @@ def test_there_is_no_figure_at_outliers_where_there_are_none():
 
 
 def test_columns_of_images_weighed_by_their_pixels_give_the_figures_again():
-    counts = counts_of(np.random.default_rng(0))
+    counts = random_counts(np.random.default_rng(0))
     outliers = np.zeros((12, 5), bool)
     outliers[:4, 0] = outliers[1, 2] = True
     columns = image_columns(counts, outliers)
@@ -232,7 +149,7 @@ def test_columns_of_images_weighed_by_their_pixels_give_the_figures_again():
 
 
 def test_the_pixels_of_each_class_give_the_miou_again():
-    counts = counts_of(np.random.default_rng(0), images=3)
+    counts = random_counts(np.random.default_rng(0), images=3)
     table = pixel_table(counts, ["background", "a", "b", "c"], ["x", "y", "z"])
     sums = table.groupby("mask_value")[["right", "predicted", "actual"]].sum()
     ious = sums["right"] / (sums["predicted"] + sums["actual"] - sums["right"])

@@ -17,7 +17,7 @@ from regvit.measures.verification import (
     most_outliers,
     norm_table,
     open_models,
-    see,
+    run_forward,
     token_maps,
     verify,
 )
@@ -130,7 +130,7 @@ def test_one_look_gives_tokens_attention_and_norms_in_reading_order(tiny_vit, no
 
 
 def test_a_model_without_cls_has_norms_and_features_and_its_picture_no_attention(tiny_vit, noise_images, tmp_path):
-    assert see(tiny_vit(cls=False, registers=1), noise_images(1), [4]).attention is None
+    assert run_forward(tiny_vit(cls=False, registers=1), noise_images(1), [4]).attention is None
     maps = token_maps(tiny_vit(cls=False), noise_images(1), 3, [4])
     assert maps.attention is None and maps.norms.shape == (1, 8, 8)
     draw_maps(tmp_path / "a.png", np.zeros((1, 8, 8, 3)), {"original": maps}, 10.0)
