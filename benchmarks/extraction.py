@@ -39,13 +39,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.machine import ROUNDS, describe, in_turn, in_words, save
 from regvit.data.manifest import Dataset, Row, read_dataset, write_dataset
 from regvit.data.transform import RESIZINGS, Transform
-from regvit.features import cuda_streams as lanes
-from regvit.features.extraction import describe as attributes_of
-from regvit.features.extraction import extract
+from regvit.features.extraction import Options, extract
+from regvit.features.forward import Forward, Readouts
 from regvit.models.arithmetic import PRECISIONS, arithmetic
 from regvit.models.backbones import Backbone, load_backbone
 
-WANTED = {"cpu": 0.93, "cuda": 0.95}
+WANTED = {"cpu": 0.95, "cuda": 0.95}
 IMAGES = {"cpu": 96, "cuda": 8192}  # of the table of all benchmarks: some seconds of work
 PEAK = 989e12  # dense bfloat16 products of an H100 or H200, operations a second, by its data sheet
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -63,7 +62,6 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="default: extraction's own")
     parser.add_argument("--workers", type=int, help="decoding threads; default: 0 on a CPU, a thread a core on a GPU")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
-    parser.add_argument("--compile", action="store_true", help="both ways")
     parser.add_argument("--resizing", default="pillow", choices=RESIZINGS)
     parser.add_argument("--files", type=Path, help="folder of images to take")
     parser.add_argument("--images", type=int, default=96)
@@ -82,7 +80,7 @@ def measure(quick: bool = False) -> list[dict]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     given = argparse.Namespace(
         model="vit_small_patch14_dinov2", backbone=None, size=224, precision="float32", device=device, batch_size=None,
-        workers=None, threads=1, compile=False, resizing="pillow", files=None,
+        workers=None, threads=1, resizing="pillow", files=None,
         images=32 if quick else IMAGES[device], rounds=1 if quick else ROUNDS, peak=PEAK,
     )  # fmt: skip
     return run(given, say=lambda line: None)["rows"]
@@ -102,20 +100,18 @@ def measurements(given: argparse.Namespace, say: Callable[[str], None]) -> dict:
     """The same, with the threads that are set."""
     device = torch.device(given.device)
     gpu = device.type == "cuda"
-    workers = given.workers if given.workers is not None else lanes.usable_cores() if gpu else 0
+    workers = given.workers if given.workers is not None else len(os.sched_getaffinity(0)) if gpu else 0
     backbone = backbone_of(given)
     with tempfile.TemporaryDirectory() as folder:
         dataset = files_of(Path(folder), given)
-        # What extraction makes of it: a unit of the store bounds it. The bare forward gets no larger one.
-        batch_size = Extractor(backbone, dataset, given.precision, device, given.batch_size).batch_size
+        readouts = Forward(backbone, Readouts(), given.precision).to(device)
+        batch_size = given.batch_size or readouts.batch_size(device)
         batches = decoded(backbone, dataset, batch_size, device)
-        forward = backbone.model.to(device).forward_features
-        if given.compile:
-            forward = torch.compile(forward, dynamic=False)
-        settings = (given.precision, device, batch_size, workers, given.compile)
+        forward = backbone.model.forward_features
+        options = Options(given.device, batch_size, workers)
         say("extraction and bare forward, after one round that is not counted")
         times = in_turn(
-            lambda: stored(backbone, dataset, Path(folder) / "store", *settings),
+            lambda: stored(backbone, dataset, Path(folder) / "store", given.precision, options),
             lambda: bare(forward, batches, given.precision),
             given.rounds,
             device,
@@ -215,13 +211,9 @@ def bare(forward: Callable, batches: list[torch.Tensor], precision: str) -> None
             forward(batch)
 
 
-def stored(
-    backbone: Backbone, dataset: Dataset, folder: Path, precision: str, device: torch.device, batch_size: int,
-    workers: int, compile: bool,
-) -> None:  # fmt: skip
+def stored(backbone: Backbone, dataset: Dataset, folder: Path, precision: str, options: Options) -> None:
     """Extraction into a store that is deleted afterwards."""
-    extract(backbone, dataset, folder / "x.zarr", folder / "x.partial", attributes_of(backbone, dataset, precision), precision,
-            device, batch_size, workers, compile=compile)  # fmt: skip
+    extract(folder / "x.zarr", backbone, dataset, precision=precision, options=options)
     shutil.rmtree(folder)
 
 
@@ -243,8 +235,9 @@ def decoding(backbone: Backbone, dataset: Dataset, given: argparse.Namespace) ->
     for (name, way), pixels, seconds in zip(
         ways.items(), [work() for work in loads], (times.first, times.second), strict=True
     ):
-        extractor = Extractor(way, dataset, given.precision, given.device, batch_size=few, rows_per_unit=n)
-        features[name] = np.concatenate([rows.reshape(few, -1) for rows in extractor.unit(0, few).values()], axis=1)
+        forward = Forward(way, Readouts(), given.precision).to(given.device)
+        found = forward.unrounded(pixels[:few].to(torch.uint8).to(given.device))
+        features[name] = np.concatenate([rows.reshape(few, -1).cpu() for rows in found.values()], axis=1)
         table[name] = {
             "images_per_cpu_s": n / statistics.median(seconds),
             "largest_difference": int((pixels - wanted).abs().max()),
@@ -294,7 +287,7 @@ def peak_of(image: str, count: int) -> float:
             rows.append(Row(f"{i:07}", f"images/{i:07}.jpg", "", "test"))
         write_dataset(root, "benchmark", rows, (), {})
         dataset = read_dataset(root)
-        extract(backbone, dataset, root / "x.zarr", root / "x.partial", attributes_of(backbone, dataset, "float32"))
+        extract(root / "x.zarr", backbone, dataset)
     return peak_mib()
 
 

@@ -38,7 +38,7 @@ from regvit.data.manifest import Dataset, Row, read_dataset
 from regvit.data.sources import make_dataset
 from regvit.data.transform import Transform
 from regvit.features import stored_readouts as stored_module
-from regvit.features.extraction import extract
+from regvit.features.extraction import Options, extract
 from regvit.features.store import ArraySpec, FeatureStore
 from regvit.features.store_writer import StoreWriter
 from regvit.features.stored_readouts import stored_readouts
@@ -166,11 +166,11 @@ def write_dataset(folder: Path, n: int) -> None:
 def write_store(folder: Path, n: int) -> None:
     """Features of n images."""
     rng = np.random.default_rng(0)
-    shapes = dict.fromkeys(("cls", "patch_mean"), ArraySpec((CHANNELS,)))
-    with StoreWriter(folder / "x.zarr", folder / "x.partial", n, shapes, {"run": "r"}, 256) as writer:
+    arrays = dict.fromkeys(("cls", "patch_mean"), ArraySpec((CHANNELS,)))
+    with StoreWriter(folder / "x.zarr", folder / "x.partial", n, arrays, {"run": "r"}, 256) as writer:
         for unit in writer.missing_units():
-            start, stop = writer.unit_rows(unit)
-            writer.write(unit, {name: rng.normal(size=(stop - start, CHANNELS)) for name in shapes})
+            start, stop = writer.layout.unit_rows(unit)
+            writer.write(unit, {name: rng.normal(size=(stop - start, CHANNELS)) for name in arrays})
         writer.finish()
 
 
@@ -221,8 +221,7 @@ def identify(folder: Path, n: int) -> None:
 
 
 def extract_set(folder: Path, n: int) -> None:
-    extract(backbone(), read_dataset(folder / "set"), folder / "x.zarr", folder / "x.partial", {"run": "r"},
-            batch_size=16)  # fmt: skip
+    extract(folder / "x.zarr", backbone(), read_dataset(folder / "set"), options=Options(batch_size=16))
 
 
 def probe(folder: Path, n: int) -> None:

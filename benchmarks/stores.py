@@ -12,7 +12,6 @@ and depth read them.
 import argparse
 import hashlib
 import json
-import math
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -21,19 +20,21 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.machine import ROUNDS, describe, in_turn, seconds_of
-from regvit.features.float16 import DTYPE
-from regvit.features.store import FeatureStore
-from regvit.features.store_layout import CHECKSUM_BYTES, default_rows_per_unit
-from regvit.features.store_writer import StoreWriter
+from regvit.features.store import ArraySpec, FeatureStore, Layout, default_rows_per_unit
+from regvit.features.store_writer import write_store
 
 CHANNELS, REGISTERS, PATCHES = 1024, 4, 256
-KINDS: dict[str, dict[str, tuple[int, ...]]] = {  # arrays and their shapes, but for the images
-    "features": {"cls": (CHANNELS,), "registers": (REGISTERS, CHANNELS), "patch_mean": (CHANNELS,)},
-    "patches": {"patches": (PATCHES, CHANNELS)},
+KINDS: dict[str, dict[str, ArraySpec]] = {
+    "features": {
+        "cls": ArraySpec((CHANNELS,)),
+        "registers": ArraySpec((REGISTERS, CHANNELS)),
+        "patch_mean": ArraySpec((CHANNELS,)),
+    },
+    "patches": {"patches": ArraySpec((PATCHES, CHANNELS))},
 }
 MEASURED = {"features": (10_000, 30_000), "patches": (512,)}  # images; about 400 MB at most
 IMAGENET = 1_281_167
-Shapes = Mapping[str, tuple[int, ...]]
+Arrays = Mapping[str, ArraySpec]
 
 # NumPy copies memory into the system's cache. A store is checked for overflow and NaN, gets checksums, is synced to disk unit
 # by unit, and is read through its checksums with a look for NaN. The ratio is the price of that, and no aim: at 0.5 GB a
@@ -65,7 +66,7 @@ def measure(quick: bool = False) -> list[dict]:
     """Rows of the table of all benchmarks: writing and reading a store against NumPy."""
     n, channels = (2_000, 32) if quick else (50_000, CHANNELS)
     with tempfile.TemporaryDirectory() as folder:
-        work = _Work(Path(folder), n, {"cls": (channels,)})
+        work = _Work(Path(folder), n, {"cls": ArraySpec((channels,))})
         rounds = 1 if quick else ROUNDS
         write = in_turn(work.store_write, work.numpy_write, rounds)
         read = in_turn(work.store_read, work.numpy_read, rounds)
@@ -76,58 +77,53 @@ def measure(quick: bool = False) -> list[dict]:
     ]
 
 
-def measured(rows: int, shapes: Shapes) -> dict:
+def measured(rows: int, arrays: Arrays) -> dict:
     """Seconds, files and bytes of one size."""
     with tempfile.TemporaryDirectory() as folder:
-        work = _Work(Path(folder), rows, shapes)
+        work = _Work(Path(folder), rows, arrays)
         took = {key: min(seconds_of(getattr(work, key)) for _ in range(5)) for key in KEYS}
         files = [path for path in work.store.rglob("*") if path.is_file()]
         found = {"files": len(files), "bytes": sum(path.stat().st_size for path in files)}
-    assert found["files"] == n_files(rows, shapes), "the format has changed: correct n_files"
+    assert found["files"] == n_files(rows, arrays), "the format has changed: correct n_files"
     return {"rows": rows, "how": "measured", **found, **took}
 
 
-def extrapolated(rows: int, shapes: Shapes, known: dict) -> dict:
+def extrapolated(rows: int, arrays: Arrays, known: dict) -> dict:
     """The same of a size that is not made."""
-    unit = default_rows_per_unit(rows, shapes)
-    units = -(-rows // unit)
-    size = units * sum(unit * math.prod(shape) * DTYPE.itemsize + CHECKSUM_BYTES for shape in shapes.values())
+    layout = Layout(rows, default_rows_per_unit(rows, arrays), arrays)
+    size = layout.units * sum(layout.chunk_bytes(name) for name in arrays)
     took = {key: known[key] * size / known["bytes"] for key in KEYS}
-    return {"rows": rows, "how": "extrapolated", "files": n_files(rows, shapes), "bytes": size, **took}
+    return {"rows": rows, "how": "extrapolated", "files": n_files(rows, arrays), "bytes": size, **took}
 
 
-def n_files(rows: int, shapes: Shapes) -> int:
+def n_files(rows: int, arrays: Arrays) -> int:
     """Files of a store: for each array a chunk a unit and its metadata, and the metadata of the group."""
-    return len(shapes) * (-(-rows // default_rows_per_unit(rows, shapes)) + 1) + 1
+    return len(arrays) * (-(-rows // default_rows_per_unit(rows, arrays)) + 1) + 1
 
 
 class _Work:
     """Some arrays, written, read and hashed both ways."""
 
-    def __init__(self, folder: Path, rows: int, shapes: Shapes):
-        self.folder, self.store, self.shapes, self.rows = folder, folder / "x.zarr", shapes, rows
+    def __init__(self, folder: Path, rows: int, arrays: Arrays):
+        self.folder, self.store = folder, folder / "x.zarr"
         rng = np.random.default_rng(0)
         self.values = {}
-        for name, shape in shapes.items():
-            block = rng.standard_normal((min(rows, 1_000), *shape), dtype=np.float32).astype(DTYPE)
-            self.values[name] = np.resize(block, (rows, *shape))
+        for name, spec in arrays.items():
+            block = rng.standard_normal((min(rows, 1_000), *spec.shape), dtype=np.float32).astype(spec.dtype)
+            self.values[name] = np.resize(block, (rows, *spec.shape))
         self.made = 0
 
     def store_write(self) -> None:
         self.made += 1
         final = self.folder / f"{self.made}.zarr"
-        with StoreWriter(final, self.folder / "partial", self.rows, self.shapes, {}) as writer:
-            for unit in writer.missing_units():
-                start, stop = writer.unit_rows(unit)
-                writer.write(unit, {name: values[start:stop] for name, values in self.values.items()})
-            writer.finish()
+        write_store(final, self.values, {})
         if self.made > 1:
             shutil.rmtree(self.store)
         self.store = final
 
     def store_read(self) -> None:
         store = FeatureStore.open(self.store)
-        for name in self.shapes:
+        for name in self.values:
             store.read_rows(name, 0, len(store))
 
     def store_hash(self) -> None:
@@ -141,11 +137,11 @@ class _Work:
             np.save(self.folder / f"{name}.npy", values)
 
     def numpy_read(self) -> None:
-        for name in self.shapes:
+        for name in self.values:
             np.load(self.folder / f"{name}.npy")
 
     def numpy_hash(self) -> None:
-        for name in self.shapes:
+        for name in self.values:
             with open(self.folder / f"{name}.npy", "rb") as file:
                 hashlib.file_digest(file, "md5")
 

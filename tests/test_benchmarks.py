@@ -11,6 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import __main__ as runner
 from benchmarks import extraction, identification, machine, memory, pipeline, probes, stores
+from regvit.features.store import ArraySpec
 
 
 def row(ratio, wanted=1.0):
@@ -80,18 +81,13 @@ def test_a_machine_is_named_by_its_processor_in_letters_and_digits(tmp_path):
     assert machine.describe()["versions"]["torch"]
 
 
-@pytest.mark.parametrize(
-    ("shapes", "units", "imagenet"),
-    [({"cls": (4,), "registers": (2, 4), "patch_mean": (4,)}, 3, 313), ({"patches": (5, 4)}, 19, 40_037)],
-)
-def test_a_store_that_is_not_made_has_the_files_of_the_format(shapes, units, imagenet):
-    found = stores.measured(600, shapes)  # units of 256 rows, and of 32 with patches
-    assert found["files"] == len(shapes) * (units + 1) + 1  # with the metadata of the arrays and of the group
-    large = stores.extrapolated(1_281_167, shapes, found)
-    assert large["how"] == "extrapolated" and large["files"] == len(shapes) * (imagenet + 1) + 1
-    rows = 32 if "patches" in shapes else 4096
-    values = {"cls": 4, "registers": 8, "patch_mean": 4, "patches": 20}
-    assert large["bytes"] == sum(imagenet * (rows * values[name] * 2 + 4) for name in shapes)
+def test_a_store_that_is_not_made_has_the_files_of_the_format():
+    arrays = {"cls": ArraySpec((4,)), "registers": ArraySpec((2, 4)), "patch_mean": ArraySpec((4,))}
+    found = stores.measured(600, arrays)  # 3 units of 256 rows
+    assert found["files"] == 3 * (3 + 1) + 1  # with the metadata of the arrays and of the group
+    large = stores.extrapolated(1_281_167, arrays, found)
+    assert large["how"] == "extrapolated" and large["files"] == 3 * (313 + 1) + 1
+    assert large["bytes"] == sum(313 * (4096 * values * 2 + 4) for values in (4, 8, 4))
 
 
 def test_memory_is_flat_if_it_grows_by_what_must_be_known_of_each_image_only(monkeypatch):
