@@ -28,7 +28,7 @@ from ruamel.yaml import YAML
 
 from regvit.data.manifest import Row, write_dataset
 from regvit.data.synthetic import rooms as relief
-from regvit.features import store_layout
+from regvit.features import store
 from regvit.probing import checkpoints
 
 ROOT = Path(__file__).parents[1]
@@ -260,7 +260,7 @@ def _serve() -> None:
     relief.COUNTS = {"train": 8, "val": 4, "test": 4}
     draw = relief.render
     relief.render = lambda generator: draw(generator, 48)
-    store_layout.SMALLEST_UNIT = store_layout.UNIT_OF_PATCHES = 4  # many units of few images
+    store.SMALLEST_UNIT = 4  # many units of few images
     checkpoints.SAVE_EVERY = 0.0  # seconds: a checkpoint at every point of the curves
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     first = []

@@ -1,13 +1,21 @@
-"""The stages that extract: what their record says, and what they find when they are run again."""
+"""The stage that extracts: what it leaves, what it finds when it is run again, and Ray's workers when it is stopped."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
-from trust_project import Stages, make_project
+from trust_project import STAGES, Stages, make_project, results
 
-RECORD = "metrics/extract/cured/home.json"
+BEFORE = (("download", "home"), ("backbone", "tiny"), ("identify", "tiny"), ("compose", "cured"))
+EXTRACT = ("extract", "cured", "home")
+STORE = "features/cured/home.zarr"
 
 
 @pytest.fixture(scope="module")
@@ -17,12 +25,18 @@ def stages():
 
 
 @pytest.fixture(scope="module")
-def extracted(stages, tmp_path_factory):
-    """A project after `extract cured home`."""
+def composed(stages, tmp_path_factory):
+    """A project before `extract cured home`."""
     folder = make_project(tmp_path_factory.mktemp("project"))
-    for stage in (("download", "home"), ("backbone", "tiny"), ("identify", "tiny"), ("compose", "cured")):
+    for stage in BEFORE:
         stages.finish(folder, *stage)
-    stages.finish(folder, "extract", "cured", "home")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def extracted(stages, composed):
+    folder = shutil.copytree(composed, composed.with_name("extracted"))
+    stages.finish(folder, *EXTRACT)
     return folder
 
 
@@ -31,61 +45,121 @@ def project(extracted, tmp_path):
     return shutil.copytree(extracted, tmp_path / "project")
 
 
-def change(folder, block, **values):
-    """Sets values of a block of params.yaml."""
+def attributes(folder):
+    return json.loads((folder / STORE / "zarr.json").read_text())["attributes"]
+
+
+def test_a_store_says_of_which_run_and_neurons_it_is(extracted):
+    run = json.loads((extracted / "features/runs/cured.json").read_text())
+    found = attributes(extracted)
+    assert found["run"] == "cured" and found["num_registers"] == 1 and len(found["neurons_sha256"]) == 64
+    assert found["weights_sha256"] == run["weights_sha256"] and found["rows"] == 42
+    assert found["arrays"] == ["cls", "patch_mean", "registers"]
+    assert not (extracted / "work").exists() or not list((extracted / "work").iterdir())
+
+
+def test_a_finished_store_is_left_as_it_is_and_one_of_other_settings_is_not_taken_for_it(stages, project):
+    before = results(project)
+    stages.finish(project, *EXTRACT)
+    assert results(project) == before
+    change(project, precision="bfloat16")
+    ended = stages.run(project, *EXTRACT)
+    assert ended.status == 1 and f"extract: {STORE} exists; delete it to extract it again" in ended.text
+    assert results(project) == before
+
+
+def test_other_resizing_makes_other_features_and_is_said(stages, project):
+    before, chunk = attributes(project), (project / STORE / "cls/c.0.0").read_bytes()
+    assert "resizing" not in before["transform"]
+    shutil.rmtree(project / STORE)
+    change(project, resizing="torch")
+    stages.finish(project, *EXTRACT)
+    assert attributes(project)["transform"] == before["transform"] | {"resizing": "torch"}
+    assert (project / STORE / "cls/c.0.0").read_bytes() != chunk
+
+
+def change(folder, **values):
+    """Sets values of the block `extract` of params.yaml."""
     yaml = YAML()
     params = yaml.load(folder / "params.yaml")
-    params[block].update(values)
+    params["extract"].update(values)
     yaml.dump(params, folder / "params.yaml")
 
 
-def test_a_finished_store_whose_record_is_missing_gets_it_without_being_made_again(stages, project):
-    record = (project / RECORD).read_bytes()
-    (project / RECORD).unlink()
-    written = (project / "features/cured/home.zarr/zarr.json").stat().st_mtime_ns
-    ended = stages.finish(project, "extract", "cured", "home")
-    assert "features/cured/home.zarr is finished; only its record was missing" in ended.text
-    assert (project / RECORD).read_bytes() == record
-    assert (project / "features/cured/home.zarr/zarr.json").stat().st_mtime_ns == written
+# On Ray. As trust_project does: units of four images, of which there are eleven then; and time to stop the driver in between.
+SMALL_UNITS = """
+import runpy, signal, sys, time
+from regvit.features import store
+from regvit.features.store_writer import StoreWriter
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore Ctrl-C
+store.SMALLEST_UNIT = 4
+record = StoreWriter.record
+StoreWriter.record = lambda *arguments: (record(*arguments), time.sleep(0.3))
+sys.path.insert(0, sys.argv.pop(1))
+sys.argv = [sys.path[0] + "/extract.py", *sys.argv[1:]]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
-def test_a_finished_store_with_its_record_is_not_written_over(stages, project):
-    ended = stages.run(project, "extract", "cured", "home")
-    assert ended.status == 1 and "extract: features/cured/home.zarr exists; delete it to extract it again" in ended.text
+def start(folder):
+    """`python stages/extract.py cured home` on Ray, in a process of its own."""
+    knobs = {"ENGINE": "ray", "DEVICE": "cpu", "THREADS": "1", "BATCH_SIZE": "4"}
+    environment = {name: value for name, value in os.environ.items() if name != "DVC_ROOT"}
+    environment |= {f"REGVIT_{name}": value for name, value in knobs.items()} | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SMALL_UNITS, str(STAGES), *EXTRACT[1:]]
+    return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_finished_store_of_other_settings_is_not_taken_for_this_one(stages, project):
-    (project / RECORD).unlink()
-    change(project, "extract", precision="bfloat16")
-    stages.finish(project, "compose", "cured")
-    ended = stages.run(project, "extract", "cured", "home")
-    assert ended.status == 1 and "features/cured/home.zarr exists; delete it" in ended.text
-    assert not (project / RECORD).exists()
+def records(folder):
+    return list(folder.glob("work/*.partial/done/*"))
 
 
-def test_a_damaged_store_without_a_record_is_not_taken_for_a_finished_one(stages, project):
-    (project / RECORD).unlink()
-    shutil.rmtree(project / "features/cured/home.zarr/patch_mean")
-    ended = stages.run(project, "extract", "cured", "home")
-    assert ended.status == 1 and "features/cured/home.zarr exists; delete it" in ended.text
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
-def test_the_record_says_how_images_were_resized_where_it_was_not_by_pillow(stages, project):
-    before = json.loads((project / RECORD).read_text())[0]
-    assert "resizing" not in before["transform"]
-    shutil.rmtree(project / "features/cured/home.zarr")
-    (project / RECORD).unlink()
-    change(project, "extract", resizing="torch")
-    stages.finish(project, "compose", "cured")
-    ended = stages.run(project, "extract", "cured", "home")
-    assert ended.status == 0, ended.text
-    after = json.loads((project / RECORD).read_text())[0]
-    assert after["transform"] == before["transform"] | {"resizing": "torch"}
-    assert after["store_sha256"] != before["store_sha256"]
+def workers_of(pid):
+    """Every worker among the processes that this one has started, directly or not. (Ray has agents besides, which
+    compute nothing and take a minute or two to see that they are alone.)"""
+    parents, titles = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            titles[int(folder.name)] = (folder / "cmdline").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):  # it has just ended
+            continue
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return [pid for pid in found if is_alive(pid) and b"MapWorker" in titles.get(pid, b"")]
 
 
-def test_a_wrong_knob_is_one_line(stages, project):
-    (project / "runtime.yaml").write_text("compile: maybe\n")
-    ended = stages.run(project, "extract", "cured", "home")
-    assert ended.status == 1 and "compile (runtime.yaml) is 'maybe', expected one of true, false, auto" in ended.text
-    assert "Traceback" not in ended.text
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
+def test_a_driver_of_ray_that_is_stopped_leaves_no_worker_and_its_work_is_gone_on_with(
+    composed, extracted, tmp_path, how
+):
+    pytest.importorskip("ray", reason="the engine needs the extra `cluster`")
+    folder = shutil.copytree(composed, tmp_path / "project")
+    first = start(folder)
+    while first.poll() is None and len(records(folder)) < 2:
+        time.sleep(0.02)
+    workers = workers_of(first.pid)
+    assert workers
+    first.send_signal(how)
+    _, said = first.communicate()
+    assert first.returncode == (-how if how == signal.SIGKILL else 130), said
+    assert 2 <= len(records(folder)) < 11
+    if how == signal.SIGINT:
+        assert "of 11 units are safe in" in said
+    patience = time.monotonic() + 60
+    while left := [pid for pid in workers if is_alive(pid)]:
+        assert time.monotonic() < patience, f"workers {left} outlived their driver by a minute"
+        time.sleep(0.1)
+    again = start(folder)
+    _, said = again.communicate()
+    assert again.returncode == 0, said
+    assert "resumed: " in said
+    assert results(folder) == results(extracted)
