@@ -32,7 +32,6 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
-from regvit.features.extractor import Extractor
 from timm.data import create_transform
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -2,8 +2,8 @@
 
     decode (threads) -> uint8 -> device -> normalise -> forward -> float16 -> units -> chunks on the disk (threads)
 
-All of these go on at the same time: batches are decoded ahead into reused (on a GPU: pinned) memory, a GPU is asked for
-nothing before a unit is whole, and units are written while the next is computed. One stream does on a GPU: copying a batch
+All of these go on at the same time: batches are decoded ahead (on a GPU into pinned memory), a GPU is told of the next ones
+before the last is waited for, and units are written while the next is computed. One stream does on a GPU: copying a batch
 to it takes some hundredths of its forward. `extract` stores readouts, `fill_store` whatever a function makes of a batch.
 
 A unit is the same bits wherever it is computed, given the same kind of device and batch size: batches end where units end,
@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 from regvit.data.manifest import Dataset
 from regvit.data.prefetch import in_order
 from regvit.features.forward import ARRAYS, Forward, Readouts
-from regvit.features.store import FeatureStore, InvalidStore, fingerprint, image_ids_digest
+from regvit.features.store import FeatureStore, InvalidStore, fingerprint
 from regvit.features.store_writer import StoreWriter, UnstorableFeature
 from regvit.models.arithmetic import arithmetic
 from regvit.models.backbones import Backbone
@@ -44,7 +44,7 @@ from regvit.models.nan_check import BadFeatures, where_it_begins
 # Computed and on their way to the disk, each on a thread of its own: where the disk is waited for, others go on. They are
 # what writing holds in memory.
 UNITS_IN_FLIGHT = 4
-BATCHES_AHEAD = 2  # of a GPU, before the host waits for the oldest; and of decoding
+BATCHES_AHEAD = 2  # of what is waited for, on a GPU and in decoding
 FOREIGN_BATCH = 32  # images a forward on GPUs that are not seen from here
 
 
@@ -77,34 +77,31 @@ class Job:
             UnreadableImage, ChangedImage: see `Transform.load`.
             torch.OutOfMemoryError: the device has no room for a batch.
         """
-        device = torch.device(device)
-        gpu, forward = device.type == "cuda", self.forward.to(device)
-        batches = [
+        units = [
             [(first, min(first + self.batch_size, stop)) for first in range(start, stop, self.batch_size)]
             for start, stop in spans
         ]
-        under_way: deque[tuple[Callable[[], object], int]] = deque()  # batches: how to wait for them, and their images
-        coming: deque[Callable[[], dict]] = deque()  # units
-
-        def wait(most: int) -> None:
-            while len(under_way) > most:
-                synchronize, images = under_way.popleft()
-                synchronize()
-                advance(images)
-
-        with closing(self._decoded([batch for unit in batches for batch in unit], pinned=gpu)) as decoded:
-            for unit in batches:
+        with closing(self._computed([batch for unit in units for batch in unit], torch.device(device))) as computed:
+            for unit in units:
                 parts = []
                 for first, last in unit:
-                    parts.append(forward(next(decoded).to(device, non_blocking=gpu)))
-                    under_way.append((_passed(device), last - first))
-                    wait(BATCHES_AHEAD if gpu else 0)
-                coming.append(_to_host({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, device))
-                if len(coming) > gpu:  # a GPU begins the next unit before this one is waited for
-                    yield coming.popleft()()
-        wait(0)
-        for arrived in coming:
-            yield arrived()
+                    parts.append(next(computed))
+                    advance(last - first)
+                yield {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _computed(
+        self, batches: Sequence[tuple[int, int]], device: torch.device
+    ) -> Iterator[dict[str, Shaped[np.ndarray, "b ..."]]]:
+        """The arrays of each batch, in order; a GPU is told of BATCHES_AHEAD more before one is waited for."""
+        forward, gpu = self.forward.to(device), device.type == "cuda"
+        under_way: deque[Callable[[], dict]] = deque()
+        with closing(self._decoded(batches, pinned=gpu)) as decoded:
+            for images in decoded:
+                under_way.append(_to_host(forward(images.to(device, non_blocking=gpu)), device))
+                if len(under_way) > BATCHES_AHEAD * gpu:
+                    yield under_way.popleft()()
+            for arrived in under_way:
+                yield arrived()
 
     def _decoded(self, batches: Sequence[tuple[int, int]], pinned: bool) -> Iterator[UInt8[Tensor, "b 3 s s"]]:
         """Decoded batches in order, some of them ahead."""
@@ -128,22 +125,17 @@ class Job:
         np.copyto(pixels, self.forward.backbone.transform.pixels(self.dataset.image_path(row), sha256))
 
 
-def _passed(device: torch.device) -> Callable[[], object]:
-    """Waits for what the device was told up to here."""
-    if device.type != "cuda":
-        return lambda: None
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(device))
-    return event.synchronize
-
-
 def _to_host(arrays: Mapping[str, Tensor], device: torch.device) -> Callable[[], dict[str, np.ndarray]]:
     """Begins to copy arrays from their device; what comes back waits for it."""
-    host = {name: values.to("cpu", non_blocking=device.type == "cuda") for name, values in arrays.items()}
-    wait = _passed(device)
+    host = {name: values.to("cpu", non_blocking=True) for name, values in arrays.items()}
+    copied = None
+    if device.type == "cuda":
+        copied = torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(device))
 
     def arrived() -> dict[str, np.ndarray]:
-        wait()
+        if copied is not None:
+            copied.synchronize()
         return {name: values.numpy() for name, values in host.items()}
 
     return arrived
@@ -166,7 +158,7 @@ class Options:
         batch_size: images a forward; None: 8 on a CPU, as many as fit on a GPU (`Forward.batch_size`).
         workers: decoding threads; 0 decodes in between.
         engine: computes the units elsewhere; None does so here.
-        work: folder for unfinished stores, best on the file system of the finished ones; None: beside them.
+        work: folder for unfinished stores, on the file system of the finished ones; None: beside them.
         label: of the progress bar; None is silent.
     Raises:
         ValueError: a number is out of range.
@@ -274,7 +266,6 @@ def describe(forward: Forward, dataset: Dataset) -> dict:
         "precision": forward.precision,
         "dataset": dataset.name,
         "manifest_sha256": dataset.digest,
-        "image_ids_sha256": image_ids_digest(dataset.rows.column("image_id")),
     }
 
 

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from regvit.features.extraction import Job, software
-from regvit.features.store_writer import OutOfReach, StoreWriter, UnitWriter
+from regvit.features.store_writer import StoreWriter, UnitWriter
 
 QUEUE = 2  # units in the hands of a worker; also what it holds in memory
 ATTEMPTS = 5  # workers that may die over one unit before it is the unit's fault
@@ -76,7 +76,7 @@ class RayEngine:
 
         Raises:
             EngineError: see there.
-            Exception: whatever the job or the writer raise at a worker, as it is.
+            OutOfReach, UnreadableImage, …: whatever the job or the writer raise at a worker, as it is.
             KeyboardInterrupt: passed on; the workers end.
         """
         if not (missing := writer.missing_units()):
@@ -87,46 +87,42 @@ class RayEngine:
         shutil.rmtree(writer.partial / "attempts", ignore_errors=True)
         (writer.partial / "attempts").mkdir()
         with self._connected(ray, len(pickled)):
-            cpus, most = self._share(ray)
-            setting = _Setting(self.device, self.threads or torch.get_num_threads(), cpus, software())
-            worker_arguments = (ray.put(pickled), writer.unit_writer(), setting)
-            units = ray.data.from_items([{"unit": unit} for unit in missing], override_num_blocks=len(missing))
-            pool = ray.data.ActorPoolStrategy(
-                min_size=1,
-                initial_size=min(most, len(missing)),
-                max_size=len(missing),  # as many as nodes have room for, also those that join
-                max_tasks_in_flight_per_actor=QUEUE,
-                max_concurrent_calls_per_actor=QUEUE,
-                enable_true_multi_threading=True,
-            )
-            answers = units.map_batches(
-                _Worker,
-                batch_size=1,
-                compute=pool,
-                num_cpus=cpus,
-                num_gpus=self.gpus_per_worker if self.device == "cuda" else 0,
-                fn_constructor_args=worker_arguments,
-            ).iter_rows()
-            for unit, device in self._answers(ray, answers):
-                devices.add(device)
+            for answer in self._computed(ray, pickled, writer.unit_writer(), missing):
+                if answer["error"]:
+                    raise pickle.loads(answer["error"])
+                devices.add(answer["device"])
                 if len(devices) > 1:
                     raise EngineError(
                         f"the units of {writer.partial} are computed on {' and '.join(sorted(devices))}, whose results "
                         "differ in the last bits; use nodes of one kind, or delete it to begin anew"
                     )
-                writer.record(unit, device)
-                start, stop = writer.layout.unit_rows(unit)
+                writer.record(int(answer["unit"]), answer["device"])
+                start, stop = writer.layout.unit_rows(int(answer["unit"]))
                 advance(stop - start)
 
-    @staticmethod
-    def _answers(ray: ModuleType, answers: Iterator[Mapping]) -> Iterator[tuple[int, str]]:
-        """Each unit that is written, and the device that computed it; errors of workers as they were raised there."""
+    def _computed(self, ray: ModuleType, job: bytes, writer: UnitWriter, missing: list[int]) -> Iterator[Mapping]:
+        """What workers say of each unit, see `_Worker`."""
+        cpus, workers = self._share(ray)
+        setting = _Setting(self.device, self.threads or torch.get_num_threads(), cpus, software())
+        pool = ray.data.ActorPoolStrategy(
+            min_size=1,
+            initial_size=min(workers, len(missing)),
+            max_size=len(missing),  # as many as nodes have room for, also those that join
+            max_tasks_in_flight_per_actor=QUEUE,
+            max_concurrent_calls_per_actor=QUEUE,
+            enable_true_multi_threading=True,
+        )
+        units = ray.data.from_items([{"unit": unit} for unit in missing], override_num_blocks=len(missing))
+        answers = units.map_batches(
+            _Worker,
+            batch_size=1,
+            compute=pool,
+            num_cpus=cpus,
+            num_gpus=self.gpus_per_worker if self.device == "cuda" else 0,
+            fn_constructor_args=(ray.put(job), writer, setting),
+        )
         try:
-            for answer in answers:
-                if answer["error"]:
-                    error = pickle.loads(answer["error"])
-                    raise EngineError(str(error)) if isinstance(error, OutOfReach) else error
-                yield int(answer["unit"]), str(answer["device"])
+            yield from answers.iter_rows()
         except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
             raise EngineError(f"workers could not start: {' '.join(str(error).split())[-600:]}") from error
 
@@ -160,20 +156,18 @@ class RayEngine:
         Raises:
             EngineError: no node of this machine's own Ray has room for one; a cluster may grow, and is waited for.
         """
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        cpus, workers = self.cpus_per_worker or (self.threads or torch.get_num_threads()), 0
+        resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        cores, gpus = ([int(node.get(kind, 0)) for node in resources] for kind in ("CPU", "GPU"))
+        cpus, slots = self.cpus_per_worker or self.threads or torch.get_num_threads(), cores
         if self.device == "cuda":
-            by_gpu = [(n.get("CPU", 0), int(n.get("GPU", 0) / self.gpus_per_worker)) for n in nodes if n.get("GPU")]
-            shares = [max(1, int(cores // slots)) for cores, slots in by_gpu if slots]
+            slots = [int(count / self.gpus_per_worker) for count in gpus]
+            shares = [max(1, count // slot) for count, slot in zip(cores, slots, strict=True) if slot]
             cpus = self.cpus_per_worker or min(shares, default=1)
-            workers = sum(min(slots, int(cores // cpus)) for cores, slots in by_gpu)
-        else:
-            workers = sum(int(node.get("CPU", 0) // cpus) for node in nodes)
+        workers = sum(min(slot, count // cpus) for count, slot in zip(cores, slots, strict=True))
         if not workers and self.address is None:
-            found = ", ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
-            gpus = f" and {self.gpus_per_worker:g} GPUs" if self.device == "cuda" else ""
             raise EngineError(
-                f"no node has room for a worker of {cpus} CPUs{gpus}; there are nodes of {found}; ask for less"
+                f"this machine has no room for a worker of {cpus} CPUs on {self.device}: it has {cores[0]} CPUs and "
+                f"{gpus[0]} GPUs; ask for less"
             )
         return cpus, max(1, workers)
 

@@ -148,14 +148,6 @@ def readout(features: Features, name: str, spread: Float[np.ndarray, " d"] | Non
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
 
-def read_all(features: Features, names: Iterable[str]) -> dict[str, Float[np.ndarray, "b d"]]:
-    """Several readouts, each array of the store read once. Raises as `readout`."""
-    names = tuple(names)
-    needed = dict.fromkeys(array for name in names for array in arrays_needed(name) if array in features.arrays)
-    held = InMemory({array: features.read(array) for array in needed})
-    return {name: readout(held, name) for name in names}
-
-
 def _register_index(name: str) -> int | None:
     """i of `cls_reg_<i>`, None for any other name."""
     match = re.fullmatch(r"cls_reg_(0|[1-9]\d*)", name)

@@ -14,13 +14,11 @@ share the folder; the one writer alone records them.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import shutil
 import socket
-import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -32,10 +30,8 @@ import zarr
 from jaxtyping import Shaped
 from zarr.storage import LocalStore
 
-from regvit.features.store import DTYPES, FORMAT, FORMAT_VERSION, INFINITY, ArraySpec, Layout, default_rows_per_unit
+from regvit.features.store import DTYPES, FORMAT, FORMAT_VERSION, ArraySpec, Layout, default_rows_per_unit
 from regvit.files import locked, sync, sync_folder, write_json
-
-SEEN_WITHIN = 60.0  # seconds in which a network file system shows what another machine wrote
 
 
 class UnstorableFeature(ValueError):
@@ -53,7 +49,7 @@ class UnstorableFeature(ValueError):
 
 
 class OutOfReach(RuntimeError):
-    """A process that should write units does not see the unfinished store, or others do not see what it wrote."""
+    """A process that should write units does not see the unfinished store, or sees another."""
 
 
 @dataclass(frozen=True)
@@ -121,12 +117,8 @@ def _fitting(
     if values.dtype.kind != wanted.kind:
         raise ValueError(f"array {name!r} is to hold {wanted} and was given {values.dtype}")
     with np.errstate(over="ignore"):
-        stored = np.ascontiguousarray(values, dtype=wanted)
-    if wanted == np.float16:
-        whole = (stored.view(np.uint16) & 0x7FFF).max(initial=0) < INFINITY
-    else:
-        whole = wanted.kind != "f" or np.isfinite(stored).all()
-    if not whole:
+        stored = np.asarray(values, dtype=wanted)
+    if wanted.kind == "f" and not np.isfinite(stored).all():
         place = np.unravel_index((~np.isfinite(stored)).argmax(), stored.shape)
         raise UnstorableFeature(name, start + int(place[0]), float(values[place]))
     return stored
@@ -137,7 +129,7 @@ class StoreWriter:
 
     Args:
         final: where the store goes when it is finished; must not exist.
-        partial: folder to work in, best on the same file system; kept when the block ends early, removed by `finish`.
+        partial: folder to work in, on the same file system; kept when the block ends early, removed by `finish`.
         rows: images.
         arrays: what each holds of one image.
         attributes: plain JSON values that say what made the features; stored, and compared before resuming.
@@ -228,22 +220,8 @@ class StoreWriter:
         return self.unit_writer()
 
     def record(self, unit: int, device: str = "") -> None:
-        """Records a unit as done whose chunks were written by a `unit_writer`; on return the record is on disk.
-
-        Raises:
-            OutOfReach: its chunks are not to be seen here, for a minute.
-        """
+        """Records a unit as done whose chunks were written by a `unit_writer`; on return the record is on disk."""
         self._require_lock()
-        patience = time.monotonic() + SEEN_WITHIN
-        while not self._has_chunks(unit):
-            if time.monotonic() > patience:
-                raise OutOfReach(
-                    f"{self.partial} shows no chunks of unit {unit}, which another process wrote; it must lie on a file "
-                    "system that all workers share"
-                )
-            for name in self.layout.arrays:
-                os.listdir(self._store / name)  # asks the server of a network file system anew what there is
-            time.sleep(0.1)
         path = self.partial / "done" / str(unit)
         path.write_text(device, encoding="utf-8")
         sync(path)
@@ -265,7 +243,9 @@ class StoreWriter:
         _sweep(self._store)
         zarr.open_group(LocalStore(self._store), mode="r+", zarr_format=3).attrs["complete"] = True
         sync(self._store / "zarr.json")
-        _move_folder(self._store, self.final)
+        self.final.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(self._store, self.final)
+        sync_folder(self.final.parent)
         shutil.rmtree(self.partial)
 
     def _agrees(self) -> bool:
@@ -363,26 +343,3 @@ def _sweep(folder: Path) -> None:
     """Deletes the temporary files that a killed zarr writer leaves."""
     for file in sorted(folder.rglob("*.partial")):
         file.unlink()
-
-
-def _move_folder(source: Path, target: Path) -> None:
-    """Renames a folder in one step, by way of a copy beside the target where that is on another file system.
-
-    Raises:
-        OSError: the target exists and is not an empty folder.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.rename(source, target)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        beside = target.with_name(f"{target.name}.partial")
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.copytree(source, beside)
-        for file in beside.rglob("*"):
-            if file.is_file():
-                sync(file)
-        os.rename(beside, target)
-        shutil.rmtree(source)
-    sync_folder(target.parent)

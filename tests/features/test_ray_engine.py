@@ -215,7 +215,7 @@ def test_devices_of_two_kinds_do_not_share_a_store(tmp_path, cluster, node, back
 def test_without_an_address_it_starts_and_ends_ray_on_this_machine_where_a_worker_fits(
     tmp_path, backbone, dataset, in_process
 ):
-    with pytest.raises(EngineError, match=r"no node has room for a worker of 700 CPUs; there are nodes of \d+ CPUs"):
+    with pytest.raises(EngineError, match=r"this machine has no room for a worker of 700 CPUs on cpu: it has \d+ CPUs"):
         run(tmp_path, backbone, dataset, engine=RayEngine(cpus_per_worker=700))
     assert tree(run(tmp_path, backbone, dataset, engine=RayEngine()).path) == in_process
     assert not ray.is_initialized()

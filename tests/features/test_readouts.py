@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.stats import kstest
 
-from regvit.features.readouts import READOUTS, InMemory, available, read_all, readout
+from regvit.features.readouts import InMemory, available, readout
 
 
 class Store:
@@ -45,16 +45,9 @@ def test_each_readout_is_what_its_name_says(store, name, expected):
     assert features.tolist() == expected and features.dtype == np.float32
 
 
-def test_reading_all_reads_each_array_once(store):
-    features = read_all(store, READOUTS)
-    assert list(features) == list(READOUTS)
-    assert sorted(store.read_names) == ["cls", "patch_mean", "registers"]
-    assert all(np.array_equal(features[name], readout(store, name)) for name in READOUTS)
-
-
 def test_reading_one_leaves_the_other_arrays_alone(store):
-    read_all(store, ["cls"])
-    assert store.read_names == ["cls"]
+    readout(store, "cls_patch")
+    assert store.read_names == ["cls", "patch_mean"]
 
 
 def test_readouts_that_the_run_cannot_give_are_left_out_with_the_reason():

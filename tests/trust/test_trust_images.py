@@ -340,7 +340,7 @@ def features_by_image(dataset, folder):
     """CLS of each image, by the image's id."""
     backbone = vit()
     extract(folder / "x.zarr", backbone, dataset, options=Options(batch_size=1))
-    store = FeatureStore.open(folder / "x.zarr", dataset.digest, [row.image_id for row in dataset.rows])
+    store = FeatureStore.open(folder / "x.zarr", dataset.digest)
     return dict(zip([row.image_id for row in dataset.rows], store.read("cls"), strict=True))
 
 

@@ -11,8 +11,8 @@ import torch
 from extracting import Interrupting, tree
 from PIL import Image
 
-from regvit.data.transform import Transform
 from regvit.data.manifest import Row, read_dataset, write_dataset
+from regvit.data.transform import Transform
 from regvit.features import extraction, store, store_writer
 from regvit.features.extraction import Options, fill_store
 from regvit.features.forward import Forward, Readouts
