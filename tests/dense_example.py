@@ -9,7 +9,7 @@ from regvit.data.manifest import Row, read_dataset, write_dataset
 from regvit.data.transform import Transform
 from regvit.data.whole_images import WholeTransform
 from regvit.features.dense_set import DenseSet
-from regvit.features.store import FeatureStore, image_ids_digest
+from regvit.features.store import FeatureStore
 from regvit.features.store_writer import write_store
 
 
@@ -49,7 +49,6 @@ def dense_set(
         "detection": None,
         "transform": WholeTransform.of(Transform(4 * side, (0.5,) * 3, (0.5,) * 3)).to_dict(),
         "manifest_sha256": dataset.digest,
-        "image_ids_sha256": image_ids_digest(dataset.rows.column("image_id")),
     }
     arrays = {"outliers": np.zeros((n, side**2), dtype=bool), **arrays}
     write_store(folder / "made.zarr", arrays, about | attributes, rows_per_unit=4)

@@ -46,7 +46,7 @@ class DenseSet:
         """
         dataset, about = read_dataset(data), FeatureStore.open(store).attributes
         dataset = drawn_images(dataset, about["images"], about["seed"])
-        return cls(dataset, FeatureStore.open(store, dataset.digest, dataset.rows.column("image_id")), device)
+        return cls(dataset, FeatureStore.open(store, dataset.digest), device)
 
     @property
     def layout(self) -> TokenLayout:
