@@ -1,7 +1,6 @@
 """What timm's architectures are made of, by name, so that parameters can be held to them before anything is computed.
 
-timm takes seconds to import. What it said is kept in work/architectures.json under its version, so that it is asked for new
-names only.
+timm takes seconds to import. What it said is kept in work/ under its version, so that it is asked for new names only.
 """
 
 import json
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from regvit.files import write_json
 
-KEPT = Path("work/architectures.json")
+KEPT = Path(f"work/architectures-{version('timm')}.json")
 
 
 @dataclass(frozen=True)
@@ -26,27 +25,18 @@ def architecture(name: str) -> Architecture:
     """The architecture of a name in timm, with or without a tag of weights.
 
     Raises:
-        ValueError: timm has no such model (the nearest names are given), or it is no transformer with a list of blocks; or
-            the file of those known is damaged.
+        ValueError: timm has no such model (the nearest names are given), or it is no transformer with a list of blocks.
         OSError: the file of those known cannot be written.
     """
-    known = _known()
+    try:
+        known = json.loads(KEPT.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
     if name not in known:
         known[name] = asdict(_ask(name))
         KEPT.parent.mkdir(exist_ok=True)
-        write_json(KEPT, {"timm": version("timm"), "architectures": known})
+        write_json(KEPT, known)
     return Architecture(**known[name])
-
-
-def _known() -> dict[str, dict[str, int]]:
-    """What the installed timm has said before."""
-    if not KEPT.is_file():
-        return {}
-    try:
-        kept = json.loads(KEPT.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{KEPT} is damaged ({error}): remove it, it is made again") from error
-    return kept["architectures"] if kept["timm"] == version("timm") else {}
 
 
 def _ask(name: str) -> Architecture:

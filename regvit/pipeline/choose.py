@@ -10,7 +10,6 @@ import argparse
 import io
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from ruamel.yaml import YAML
@@ -58,8 +57,10 @@ def main() -> None:
     if faults := faults_of(after) or list(broken_sources(Params.model_validate(after))):
         raise BadChoice(f"choice {given.choice} would leave {given.params} with faults:\n  - " + "\n  - ".join(faults))
     write_text(given.params, text)
-    changes = list(differences(before, after))
-    print("\n".join([f"{given.params}: {given.choice}", *(changes or ["  nothing changes"])]))
+    print(
+        f"{given.params}: {given.choice}"
+        + (", as it was" if after == before else "; `dvc params diff` shows what changed")
+    )
 
 
 def choices() -> list[tuple[str, str]]:
@@ -78,11 +79,10 @@ def read_choice(name: str, images: str | None) -> str:
     if name not in known:
         raise BadChoice(f"there is no choice {name!r}; there are {', '.join(known)}")
     text = (CHOICES / f"{name}.yaml").read_text(encoding="utf-8")
-    wanted = re.findall(r"\{images\}/?([^\s\"':]+)", text)
-    if wanted and not images:
+    if "{images}" in text and not images:
+        holds = ", ".join(dict.fromkeys(re.findall(r"\{images\}/([^\s\"':]+)", text))) or "them"
         raise BadChoice(
-            f"choice {name} reads images of yours: say --images FOLDER (make: IMAGES=FOLDER), the folder that holds "
-            + ", ".join(dict.fromkeys(wanted))
+            f"choice {name} reads images of yours: say --images FOLDER (make: IMAGES=FOLDER), which holds {holds}"
         )
     folder = str(Path(images).expanduser().absolute()) if images else ""
     if '"' in folder or "\\" in folder:
@@ -108,23 +108,6 @@ def merge(params: CommentedMap, overlay: CommentedMap) -> None:
             if inner not in params[key]:
                 raise BadChoice(f"params.yaml has no {key}.{inner}; a choice changes what is there")
             params[key][inner] = value
-
-
-def differences(before: dict, after: dict) -> Iterator[str]:
-    """One line for each block of named entries, and for each other value, that changes."""
-    for key, new in after.items():
-        old = before.get(key)
-        if old != new and key in NAMED:
-            names = f"{', '.join(old) or 'none'} -> {', '.join(new) or 'none'}"
-            yield f"  {key}: {'the same names, other settings' if list(old) == list(new) else names}"
-        elif isinstance(new, dict) and isinstance(old, dict):
-            yield from (f"  {key}.{k}: {_shown(old.get(k))} -> {_shown(v)}" for k, v in new.items() if old.get(k) != v)
-        elif old != new:
-            yield f"  {key}: {_shown(old)} -> {_shown(new)}"
-
-
-def _shown(value: object) -> str:
-    return "null" if value is None else ", ".join(map(str, value)) if isinstance(value, list | dict) else str(value)
 
 
 if __name__ == "__main__":

@@ -77,16 +77,6 @@ class Block(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    # Until every stage reads attributes.
-    def __getitem__(self, key: str) -> object:
-        return getattr(self, key)
-
-    def keys(self) -> list[str]:
-        return list(self.model_dump(exclude_none=False, exclude_unset=True))
-
-    def get(self, key: str, default: object = None) -> object:
-        return getattr(self, key) if key in self.model_fields_set else default
-
 
 class Splits(Block):
     """Images of a split at most."""

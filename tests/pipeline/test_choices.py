@@ -81,7 +81,7 @@ def test_the_sources_backbones_and_files_of_classes_of_a_choice_are_known(name):
 
 
 def test_the_default_choice_changes_nothing_in_the_parameters_of_this_repository(pick):
-    assert pick("emoji") == f"{pick.file}: emoji\n  nothing changes\n"
+    assert pick("emoji") == f"{pick.file}: emoji, as it was\n"
     assert pick.file.read_text() == PARAMS
 
 
@@ -97,17 +97,15 @@ def test_a_choice_keeps_the_comments_and_the_settings_that_no_choice_names(pick,
     assert "\n\nbackbones:" in text  # and the blocks stay apart
 
 
-def test_what_changed_is_said(pick, pictures):
-    said = pick("imagenet", "--images", pictures)
-    assert "  in_distribution: twemoji -> imagenet\n" in said
-    assert "  probe.steps: 1000 -> 10000\n" in said
-    assert "  baselines.logistic: 0.001, 0.01, 0.1 -> null\n" in said
-    assert "  runs: intact, original, test_time_reg -> large, base, giant\n" in said
+def test_what_changed_is_shown_by_dvc(pick, pictures):
+    assert "`dvc params diff` shows what changed" in pick("imagenet", "--images", pictures)
     assert f'source: "folder:{pictures}/imagenet-a"' in pick.file.read_text()
 
 
 def test_a_choice_that_reads_images_asks_for_their_folder_and_names_the_files_that_are_missing(pick, tmp_path):
-    with pytest.raises(choose.BadChoice, match=r"say --images FOLDER .* that holds .*imagenet-a, imagenet-r, sketch"):
+    with pytest.raises(
+        choose.BadChoice, match=r"say --images FOLDER .*, which holds imagenet, imagenet-a, imagenet-r, sketch"
+    ):
         pick("imagenet")
     (tmp_path / "imagenet").mkdir()
     with pytest.raises(choose.BadChoice, match=r"datasets\.imagenet_a\.source: .*/imagenet-a does not exist") as caught:
@@ -118,7 +116,9 @@ def test_a_choice_that_reads_images_asks_for_their_folder_and_names_the_files_th
 
 
 def test_an_unknown_choice_is_answered_with_those_that_there_are(pick):
-    with pytest.raises(choose.BadChoice, match="no choice 'imagnet'; there are cifar10, dense, emoji, emoji_large, "):
+    with pytest.raises(
+        choose.BadChoice, match="no choice 'imagnet'; there are cifar10, dense, emoji, emoji_large, imagenet, mine"
+    ):
         pick("imagnet")
 
 

@@ -7,13 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
 
-from regvit.pipeline import classes
+from regvit.pipeline import architectures, classes
 from regvit.pipeline.params import load_params, read_values
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +48,7 @@ def project(tmp_path) -> Path:
     shutil.copy(ROOT / "params.yaml", tmp_path)
     known = {"vit_small_patch14_dinov2": {"depth": 12, "trained": 0}}
     (tmp_path / "work").mkdir()
-    (tmp_path / "work/architectures.json").write_text(json.dumps({"timm": version("timm"), "architectures": known}))
+    (tmp_path / architectures.KEPT).write_text(json.dumps(known))
     return tmp_path
 
 

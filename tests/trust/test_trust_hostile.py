@@ -59,8 +59,14 @@ BUILTINS = {"eval", "exec", "compile", "__import__"}
 IMPORTS = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "yaml", "imp"}
 ALLOWED = {  # file, what: why
     ("regvit/__init__.py", "importlib.import_module()"): "of modules of this package that stand in a table there",
-    ("regvit/features/ray_engine.py", "import pickle"): "a job goes from the driver to its own workers, as in Ray itself",
-    ("regvit/features/ray_engine.py", "pickle.loads()"): "of what the driver of the same run has just sent: never of a file",
+    (
+        "regvit/features/ray_engine.py",
+        "import pickle",
+    ): "a job goes from the driver to its own workers, as in Ray itself",
+    (
+        "regvit/features/ray_engine.py",
+        "pickle.loads()",
+    ): "of what the driver of the same run has just sent: never of a file",
 }
 
 
