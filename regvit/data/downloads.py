@@ -16,16 +16,14 @@ import requests
 from filelock import FileLock
 from tqdm.auto import tqdm
 
+from regvit.data.packages import DownloadFailed
+
 ATTEMPTS = 5  # connections; each goes on where the last broke off
 PAUSE = 1.0  # seconds before the second attempt, doubled before each later one
 TIMEOUT = 60.0  # seconds without a byte
 BLOCK = 1 << 16  # bytes received at once; what a break leaves of the last one is fetched again
 pooch.get_logger().setLevel("WARNING")  # the bar says what it does
 DIGEST = re.compile("sha256:[0-9a-f]{64}|md5:[0-9a-f]{32}")
-
-
-class DownloadFailed(RuntimeError):
-    """A file could not be fetched, or is another one than was expected."""
 
 
 def fetch_file(url: str, digest: str, cache_dir: Path | str, label: str | None = None) -> Path:

@@ -65,7 +65,11 @@ PACKAGES = {
 }
 
 
-class PackageUnavailable(RuntimeError):
+class DownloadFailed(RuntimeError):
+    """A file could not be fetched, or is another one than was expected."""
+
+
+class PackageUnavailable(DownloadFailed):
     """The package client could not deliver a wheel, or delivered another one than was pinned."""
 
 

@@ -4,7 +4,8 @@ import os
 import pytest
 
 from regvit.data import downloads
-from regvit.data.downloads import DownloadFailed, fetch_file
+from regvit.data.downloads import fetch_file
+from regvit.data.packages import DownloadFailed
 
 
 def sha256(content: bytes) -> str:

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from regvit.data.downloads import DownloadFailed
+from regvit.data.packages import DownloadFailed
 from regvit.data.sources.hub import HubSource
 
 datasets.disable_progress_bars()

@@ -12,7 +12,7 @@ import scipy.io
 import torchvision.datasets
 from PIL import Image
 
-from regvit.data.downloads import DownloadFailed
+from regvit.data.packages import DownloadFailed
 from regvit.data.sources import Made, torchvision_sets
 
 GENERATOR = np.random.default_rng(0)

@@ -21,7 +21,6 @@ from typing import IO
 from filelock import FileLock
 
 from regvit.data.dataset_builder import DatasetBuilder
-from regvit.data.downloads import fetch_file
 from regvit.data.manifest import escapes
 from regvit.data.sources.folder import read_tree
 
@@ -49,6 +48,10 @@ class NoArchive(ValueError):
 
 def archive(builder: DatasetBuilder, rest: str) -> None:
     """`<address>#sha256=<digest>`: class folders (or split folders with class folders) in a .tar or .zip archive."""
+    from regvit.data.downloads import (
+        fetch_file,  # requests takes a quarter of a second, which no other source should pay
+    )
+
     address, _, fragment = rest.partition("#")
     match = re.fullmatch(r"sha256=([0-9a-f]{64})", fragment)
     if not match:

@@ -204,6 +204,7 @@ def _texture(builder: DatasetBuilder, member: str, generator: np.random.Generato
 def _photograph(split: str, generator: np.random.Generator) -> Image.Image:
     name = PHOTOGRAPHS[int(generator.integers(len(PHOTOGRAPHS)))]
     photograph = decode_rgb(_sklearn_data(f"images/{name}").read_bytes(), name)
+    photograph.info.clear()  # its colour profile would go into the PNGs
     width, height = photograph.size
     region = (width // 2, 0, width, height) if split == "test" else (0, 0, width // 2, height)
     return scenes.random_crop(photograph, region, generator)

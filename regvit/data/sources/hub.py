@@ -20,8 +20,8 @@ from urllib.parse import parse_qsl, unquote
 
 from regvit.data.dataset_builder import DatasetBuilder
 from regvit.data.decoding import UnreadableImage, read_file
-from regvit.data.downloads import DownloadFailed
 from regvit.data.manifest import Row
+from regvit.data.packages import DownloadFailed
 from regvit.data.splits import split_of
 
 GRAMMAR = re.compile(

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from regvit.data.dataset_builder import DatasetBuilder
-from regvit.data.downloads import DownloadFailed
 from regvit.data.manifest import Row
+from regvit.data.packages import DownloadFailed
 from regvit.data.sources.npy import add_arrays
 
 
