@@ -5,16 +5,17 @@ in for DINOv2.
 """
 
 import csv
+import io
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from data.test_dense_sets import make_ade, make_coco, make_devkit
+from data.test_nyu import make as make_nyu
 from ruamel.yaml import YAML
 from run_example import write_run
-from test_dense_sets import make_ade, make_coco, make_devkit
-from test_nyu import make as make_nyu
 
 from regvit.data.manifest import read_dataset
 from regvit.data.transform import Transform
@@ -44,8 +45,12 @@ def chosen(images: Path) -> Params:
     """params.yaml after `make choose NAME=dense IMAGES=<images>`, with less work in every stage."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        text = choose.merge(Path("params.yaml").read_text(), choose.read_choice("emoji", None))
-        found = YAML(typ="safe", pure=True).load(choose.merge(text, choose.read_choice("dense", str(images))))
+        merged = choose.ROUND_TRIP.load(Path("params.yaml").read_text())
+        for text in (choose.read_choice("emoji", None), choose.read_choice("dense", str(images))):
+            choose.merge(merged, choose.ROUND_TRIP.load(text))
+    text = io.StringIO()
+    choose.ROUND_TRIP.dump(merged, text)
+    found = YAML(typ="safe", pure=True).load(text.getvalue())
     found["discover"] |= {"features": ["k", "token"], "biases": [0.0, -0.5]}
     for kept in found["extract_dense"]["datasets"].values():
         kept["img_size"] = SIZE

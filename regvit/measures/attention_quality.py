@@ -4,17 +4,14 @@ For the attention A of one prefix token in one head, over all n tokens, and its 
 a_i = A_i / Σ_patches A (so that maps compare whatever share CLS and registers take):
 
     on_outliers, on_registers, on_patches, on_cls    sums of A, registers of either kind
-    entropy             −Σ a_i ln a_i in nats, and entropy_share = entropy / ln P in [0, 1]
+    entropy             −Σ a_i ln a_i in nats
     largest             max a_i
     morans_i            (P / W) Σ_ij w_ij (a_i − m)(a_j − m) / Σ_i (a_i − m)², m = 1/P; w_ij = 1 where j is a neighbour of
                         i by an edge (rook), W = Σ w_ij. 1: smooth, about 0: scattered at random (Moran 1950)
     distance_correlation  Pearson correlation over the patches but the peak of a_i with the distance on the grid from the
                         peak, the largest a_i. Negative: attention falls off around its peak; about 0: isolated peaks
     object_mass         Σ a_i f_i, f_i the share of the patch's pixels that belong to an object
-    object_lift         object_mass over the objects' share of the image: 1 where objects get no more than their area
     object_auroc        probability that a pixel of an object has more attention than one of the background, ties half
-    object_iou          intersection over union of the objects with the smallest set of patches that holds 60 % of the
-                        map (Caron et al. 2021, arXiv:2104.14294, threshold their visualisations so)
 
 Shape letters: b image, l layer, h head, q query (CLS, then registers), n token, p patch, i and j row and column.
 """
@@ -40,10 +37,9 @@ from regvit.models.attention import query_names
 from regvit.models.tokens import TokenLayout
 from regvit.stats.figures import Figure
 
-OBJECT_MASS = 0.6  # of the map, that the patches taken for the object hold
 METRICS = (
-    "entropy", "entropy_share", "largest", "on_outliers", "on_registers", "on_patches", "on_cls", "morans_i",
-    "distance_correlation", "object_mass", "object_lift", "object_auroc", "object_iou",
+    "entropy", "largest", "on_outliers", "on_registers", "on_patches", "on_cls", "morans_i", "distance_correlation",
+    "object_mass", "object_auroc",
 )  # fmt: skip
 
 
@@ -109,19 +105,6 @@ def object_auroc(maps: Float[Tensor, "*b p"], objects: Float[Tensor, "*b p"]) ->
     return (hit * (below + up_to)).sum(-1) / (2 * hit.sum(-1) * (1 - hit).sum(-1))
 
 
-def object_iou(maps: Float[Tensor, "*b p"], objects: Float[Tensor, "*b p"]) -> Float[Tensor, "*b"]:
-    """Intersection over union, in pixels, of objects and the smallest set of patches that holds 60 % of the map.
-
-    Args:
-        objects: as in `object_auroc`.
-    """
-    ordered, order = maps.sort(dim=-1, descending=True)
-    before = ordered.cumsum(-1) - ordered
-    taken = torch.zeros_like(maps).scatter(-1, order, (before < OBJECT_MASS * ordered.sum(-1, keepdim=True)).to(maps))
-    overlap = (taken * objects).sum(-1)
-    return overlap / (taken.sum(-1) + objects.sum(-1) - overlap)
-
-
 def qualities(
     attention: Float[Tensor, "b l h q n"],
     layout: TokenLayout,
@@ -150,17 +133,14 @@ def qualities(
         "morans_i": morans_i(a),
         "distance_correlation": distance_correlation(a),
     }
-    found["entropy_share"] = found["entropy"] / np.log(a.shape[-1])
     if not layout.num_registers:
         found["on_registers"] = torch.full_like(on_patches, torch.nan)
     if objects is None:
         objects = torch.full(outliers.shape, torch.nan, device=a.device)
     f = objects.double()[lift]
     found["object_mass"] = (a * f).sum(-1)
-    found["object_lift"] = found["object_mass"] / f.mean(-1)
     known = ~f.isnan().any(-1) & (f.sum(-1) > 0)
-    for name, measure in (("object_auroc", object_auroc), ("object_iou", object_iou)):
-        found[name] = measure(a, f.nan_to_num(0.0))
+    found["object_auroc"] = object_auroc(a, f.nan_to_num(0.0))
     return {name: found[name].where(known, torch.nan) if name.startswith("object") else found[name] for name in METRICS}
 
 

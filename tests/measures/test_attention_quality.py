@@ -21,7 +21,6 @@ from regvit.measures.attention_quality import (
     measure_attention,
     morans_i,
     object_auroc,
-    object_iou,
     object_shares,
     qualities,
     write_tables,
@@ -87,13 +86,6 @@ def test_object_auroc_is_that_of_the_pixels_with_ties_counted_half():
         assert one.item() == pytest.approx(roc_auc_score(truth, values.repeat(4)))
 
 
-def test_object_iou_takes_the_smallest_set_of_patches_that_holds_sixty_percent():
-    attention = torch.tensor([0.35, 0.05, 0.3, 0.3], dtype=torch.float64)  # 0.35 + 0.3 is enough
-    objects = torch.tensor([1.0, 0.0, 0.5, 0.0], dtype=torch.float64)
-    assert object_iou(attention, objects).item() == pytest.approx(1.5 / 2)
-    assert object_iou(attention, 1 - objects).item() == pytest.approx(0.5 / (2 + 2.5 - 0.5))
-
-
 def test_shares_of_attention_are_those_of_the_whole_row_and_maps_those_of_the_patches():
     layout = TokenLayout(1, 0, 1)
     row = torch.tensor([0.2, 0.3, 0.1, 0.1, 0.05, 0.25])  # CLS, register, four patches
@@ -107,8 +99,6 @@ def test_shares_of_attention_are_those_of_the_whole_row_and_maps_those_of_the_pa
     assert found["on_patches"] == pytest.approx(0.5) and found["on_outliers"] == pytest.approx(0.25)
     assert found["largest"] == pytest.approx(0.5)
     assert found["object_mass"] == pytest.approx(0.2 + 0.5 * 0.2)
-    assert found["object_lift"] == pytest.approx(0.3 / 0.375)
-    assert found["entropy_share"] == pytest.approx(found["entropy"] / np.log(4))
 
 
 def test_what_an_image_lacks_is_nan_and_nothing_else_is():
@@ -127,7 +117,7 @@ def test_what_an_image_lacks_is_nan_and_nothing_else_is():
 
 def test_a_mask_without_objects_has_no_auroc():
     found = qualities(random_maps(1, 1, 1, 1, 17), TokenLayout(1, 0), torch.zeros(1, 16).bool(), torch.zeros(1, 16))
-    assert found["object_auroc"].isnan().all() and found["object_lift"].isnan().all()
+    assert found["object_auroc"].isnan().all()
 
 
 def test_attention_is_measured_image_by_image_in_the_places_of_the_untreated_models_outliers(tmp_path):
