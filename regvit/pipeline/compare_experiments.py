@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 from dvc.api import DVCFileSystem
 from dvc.exceptions import DvcException
+from dvc_data.index.index import DataIndexDirError
 from ruamel.yaml import YAML
 from scmrepo.exceptions import SCMError
 
@@ -24,6 +25,12 @@ from regvit.report.study import Study, all_figures
 from regvit.report.tables import Table, show, show_change
 
 WORKSPACE = "workspace"
+UNAVAILABLE = (
+    DvcException,
+    SCMError,
+    DataIndexDirError,
+    OSError,
+)  # what DVC raises for names and outputs that it has not
 NOTE = "Differences are of the same images; ▲ better, ▼ worse: the 95 % interval leaves out zero, which 1 in 20 does by chance."
 OUTPUTS = ("metrics/runs", "metrics/backbones", "features/predictions")
 
@@ -40,7 +47,7 @@ def fetch(name: str, folder: Path) -> Study:
             for output in OUTPUTS:
                 (folder / output).parent.mkdir(parents=True, exist_ok=True)
                 tree.get(output, str(folder / output), recursive=True)
-        except (DvcException, SCMError, OSError) as error:
+        except UNAVAILABLE as error:
             sys.exit(f"compare: {name}: {error}; is it an experiment, branch or commit, and its results in the cache?")
     return Study.of(YAML(typ="safe", pure=True).load(text), folder / "metrics")
 

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import dvc.api
-from dvc.exceptions import DvcException
 from ruamel.yaml import YAML
 
+from regvit.pipeline.compare_experiments import UNAVAILABLE
 from regvit.report.catalogue import METRICS, Metric
 from regvit.report.study import Value
 from regvit.report.tables import NONE, Table, show
@@ -103,7 +103,7 @@ def _figures(revision: str, stage: str) -> Mapping[str, Value]:
     try:
         with dvc.api.open(f"{folder}/{dataset}/figures.csv".replace("//", "/"), rev=revision) as file:
             rows = read_figures(file)
-    except (DvcException, OSError):
+    except UNAVAILABLE:
         return {}
     found: dict[str, Value] = {}
     for row in rows.dropna(subset="value").itertuples():

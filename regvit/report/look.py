@@ -27,9 +27,8 @@ from regvit.registers.outliers import Detection
 from regvit.registers.test_time import add_test_time_registers
 
 INK, PALE = "#1b1f24", "#6a737d"  # text, lesser text
-DPI = 160
-MARGIN, GAP, SIDE = 0.2, 0.14, 2.93  # inches: border, between columns, of a map; 1,024 pixels wide, as a phone is
-HEADER, BAND = 0.46, 0.74  # inches: over the image, over each row of maps
+DPI, WIDTH = 160, 6.4  # pixels an inch, inches: 1,024 pixels, as a phone is wide
+HEAD, ROW = 0.4, 3.7  # inches: of the title, and of a row of maps with its headings
 
 
 @dataclass(frozen=True)
@@ -180,35 +179,31 @@ def draw_look(path: Path, look: Look, title: str) -> None:
     if look.after is None:
         singles = [row[0] for row in maps]
         maps = [singles[i : i + 2] for i in range(0, len(singles), 2)]
-    sheet = _Sheet(len(maps))
-    sheet.write(MARGIN, sheet.y - 0.02, title, size=16, weight="bold", va="top")
-    sheet.down(HEADER)
-    _show(sheet.panel(0), look, {"X": look.image})
-    _write_figures(sheet, look)
-    sheet.down(SIDE)
-    for row in maps:
-        sheet.down(BAND)
-        for column, part in enumerate(row):
-            sheet.write(sheet.left(column), sheet.y + 0.36, part.name, size=14.5, weight="bold")
-            sheet.write(sheet.left(column), sheet.y + 0.09, part.caption, size=12, color=PALE)
-            _show(sheet.panel(column), look, part.panel)
-            if part.bar is not None:
-                _colour_bar(sheet, *part.bar, look.threshold)
-        sheet.down(SIDE)
+    figure = Figure(figsize=(WIDTH, HEAD + (1 + len(maps)) * ROW), layout="constrained", facecolor="white")
+    figure.suptitle(title, x=0.02, ha="left", fontsize=16, fontweight="bold", color=INK)
+    figure.get_layout_engine().set(h_pad=0.12)
+    panels = figure.subplots(1 + len(maps), 2)
+    for axes in panels.flat:
+        axes.set_axis_off()
+    _show(panels[0, 0], look, {"X": look.image})
+    _write_figures(panels[0, 1], look)
+    for row, parts in zip(panels[1:], maps, strict=True):
+        for axes, part in zip(row, parts, strict=False):
+            axes.set_title(f"{part.name}\n", loc="left", fontsize=14.5, fontweight="bold", color=INK)
+            axes.text(0, 1.03, part.caption, transform=axes.transAxes, fontsize=11, color=PALE)
+            _show(axes, look, part.panel)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as beside:
-        sheet.figure.savefig(beside, dpi=DPI, metadata={"Software": None})
+        figure.savefig(beside, dpi=DPI, metadata={"Software": None})
 
 
 @dataclass(frozen=True)
 class _Map:
-    """One map: its heading ("" under that of its left neighbour), caption, and what `imshow` gets; `bar` has the ends
-    of a colour bar that stands over the right column."""
+    """One map: its heading ("" under that of its left neighbour), caption, and what `imshow` gets."""
 
     name: str
     caption: str
     panel: dict
-    bar: tuple[float, float] | None = None
 
 
 def _maps(look: Look) -> list[list[_Map]]:
@@ -216,125 +211,58 @@ def _maps(look: Look) -> list[list[_Map]]:
     views = [look.before] if look.after is None else [look.before, look.after]
     side, normal = round(look.outliers.size**0.5), ~look.outliers
 
-    def row(name: str, captions: list[str], values: list[np.ndarray], bar: tuple | None = None, **scale) -> list[_Map]:
+    def row(name: str, captions: list[str], values: list[np.ndarray], **scale: object) -> list[_Map]:
         if len(views) == 2:
             captions = [": ".join(filter(None, pair)) for pair in zip(("before", "after"), captions, strict=True)]
         panels = [{"X": value.reshape(side, side, *value.shape[1:]), **scale} for value in values]
-        parts = zip((name, "")[: len(views)], captions, panels, (None, bar)[: len(views)], strict=True)
-        return [_Map(*part) for part in parts]
+        return [_Map(*part) for part in zip((name, "")[: len(views)], captions, panels, strict=True)]
 
     threshold = np.inf if look.threshold is None else look.threshold
-    ends = normal_range((view.norms for view in views), threshold)
-    largest = [f"largest {short(view.norms.max())}, median {short(np.median(view.norms))}" for view in views]
-    if len(views) == 1:  # no room for the colour bar
-        largest = [f"{short(ends[0])} to {short(ends[1])}+, largest {short(look.before.norms.max())}"]
-    colours = [norm_colours(view.norms, *ends, threshold) for view in views]
-    rows = [row("Patch norms", largest, colours, bar=ends)]
+    least, most = normal_range((view.norms for view in views), threshold)
+    captions = [f"{short(least)} to {short(most)}+, largest {short(view.norms.max())}" for view in views]
+    rows = [row("Patch norms", captions, [norm_colours(view.norms, least, most, threshold) for view in views])]
     if look.before.attention is not None:
         # The scale ends where the patches that are no outliers end: they are what one wants to see.
-        most = max(float(view.attention[normal].max(initial=0)) for view in views)
-        shares = [f"up to {view.attention.max():.1%} a patch" for view in views]
+        brightest = max(float(view.attention[normal].max(initial=0)) for view in views)
+        captions = [f"up to {view.attention.max():.1%} a patch" for view in views]
         if len(views) == 2:
-            shares[1] = f"{look.after.on_registers:.1%} on the register{'s' if look.num_registers > 1 else ''}"
-        attention = [view.attention for view in views]
-        rows.append(row("CLS attention", shares, attention, cmap="viridis", vmin=0, vmax=most or 1.0))
+            captions[1] = f"{look.after.on_registers:.1%} on the register{'s' if look.num_registers > 1 else ''}"
+        scale = {"cmap": "viridis", "vmin": 0, "vmax": brightest or 1.0}
+        rows.append(row("CLS attention", captions, [view.attention for view in views], **scale))
     rows.append(row("Features as colours (PCA)", ["", "the same colours"][: len(views)], feature_colours(look)))
     return rows
-
-
-class _Sheet:
-    """A figure measured in inches from its upper left corner, filled row by row."""
-
-    def __init__(self, rows: int):
-        self.height = 2 * MARGIN + HEADER + SIDE + rows * (BAND + SIDE)
-        self.width = 2 * MARGIN + 2 * SIDE + GAP
-        self.figure = Figure(figsize=(self.width, self.height), facecolor="white")
-        self.y = self.height - MARGIN  # from the bottom, where the next row begins
-
-    def down(self, inches: float) -> None:
-        """Goes on further down."""
-        self.y -= inches
-
-    def left(self, column: int) -> float:
-        """Where a column begins."""
-        return MARGIN + column * (SIDE + GAP)
-
-    def panel(self, column: int) -> Axes:
-        """Axes for a square map under the current place."""
-        return self.axes(self.left(column), self.y - SIDE, SIDE, SIDE)
-
-    def axes(self, x: float, y: float, width: float, height: float) -> Axes:
-        """Axes at a place in inches."""
-        return self.figure.add_axes((x / self.width, y / self.height, width / self.width, height / self.height))
-
-    def write(self, x: float, y: float, text: str, size: float, color: str = INK, **style: object) -> None:
-        """A line of text whose lower left corner is at a place in inches."""
-        self.figure.text(x / self.width, y / self.height, text, fontsize=size, color=color, **style)
 
 
 def _show(axes: Axes, look: Look, panel: dict) -> None:
     """A map with a frame around each patch that is an outlier in the untreated model."""
     axes.imshow(**panel, interpolation="nearest", extent=(0, 1, 1, 0))
-    axes.set_axis_off()
     side = round(look.outliers.size**0.5)
+    frame = {"fill": False, "edgecolor": OUTLIER, "linewidth": 1.2, "clip_on": False}
     for row, column in np.argwhere(look.outliers.reshape(side, side)):
-        axes.add_patch(
-            Rectangle(
-                (column / side, row / side),
-                1 / side,
-                1 / side,
-                fill=False,
-                edgecolor=OUTLIER,
-                linewidth=1.2,
-                clip_on=False,
-            )
-        )
+        axes.add_patch(Rectangle((column / side, row / side), 1 / side, 1 / side, **frame))
 
 
-def _write_figures(sheet: _Sheet, look: Look) -> None:
+def _write_figures(axes: Axes, look: Look) -> None:
     """The numbers beside the image: large what counts, small what it is."""
-    n, total, x, y = int(look.outliers.sum()), look.outliers.size, sheet.left(1), sheet.y
-    after = _registers(look.num_registers)
-    figures = [
-        (f"{n} of {total}" if n else "No outliers", ["patches are outliers"] if n else [f"among {total} patches"])
-    ]
+    n, total, after = int(look.outliers.sum()), look.outliers.size, _registers(look.num_registers)
+    lines = [(f"{n} of {total}" if n else "No outliers", 25, INK)]
+    lines.append(("patches are outliers" if n else f"among {total} patches", 12.5, INK))
     if n and look.after is not None:
-        figures[0][1].append(f"{int(look.over(look.after).sum())} with {after}")
+        lines.append((f"{int(look.over(look.after).sum())} with {after}", 12.5, INK))
     if n and look.before.attention is not None:
-        text = ["of CLS attention on them"]
+        lines += [("", 12.5, INK), (f"{look.attention_on_outliers(look.before):.0%}", 25, INK)]
+        lines.append(("of CLS attention on them", 12.5, INK))
         if look.after is not None:
-            text.append(f"{look.attention_on_outliers(look.after):.1%} with {after}")
-        figures.append((f"{look.attention_on_outliers(look.before):.0%}", text))
-    y -= 0.42
-    for large, small in figures:
-        sheet.write(x + 0.1, y, large, size=25, weight="bold")
-        for line in small:
-            y -= 0.25
-            sheet.write(x + 0.1, y, line, size=12.5)
-        y -= 0.66
-    notes = [f"norms: after block {look.layer}"]
-    notes += [f"outlier: norm over {short(look.threshold)}"] if look.threshold is not None else []
-    notes += [f"attention: blocks {look.later[0]} to {look.later[-1]}"] if look.before.attention is not None else []
-    for i, note in enumerate(reversed(notes)):
-        sheet.write(x + 0.1, sheet.y - SIDE + 0.03 + 0.21 * i, note, size=11, color=PALE)
-
-
-def _colour_bar(sheet: _Sheet, least: float, most: float, threshold: float | None) -> None:
-    """A slim bar at the right end of the row's heading, and right of it the colour of norms over the threshold."""
-    length, box, y = 0.7, 0.15, sheet.y + 0.37
-    x = sheet.left(1) + 0.42
-    axes = sheet.axes(x, y + 0.005, length, 0.13)
-    axes.imshow(np.linspace(0, 1, 256)[None], cmap="magma", aspect="auto")
-    axes.set_axis_off()
-    sheet.write(x - 0.06, y, short(least), size=11, color=PALE, ha="right")
-    sheet.write(x + length + 0.06, y, f"{short(most)}+", size=11, color=PALE)
-    if threshold is None:
-        return
-    x += length + 0.62
-    axes = sheet.axes(x, y - 0.005, box, box)
-    axes.add_patch(Rectangle((0, 0), 1, 1, color=OUTLIER))
-    axes.set_axis_off()
-    sheet.write(x + box + 0.07, y, f"over {short(threshold)}", size=11, color=PALE)
+            lines.append((f"{look.attention_on_outliers(look.after):.1%} with {after}", 12.5, INK))
+    lines += [("", 12.5, INK), (f"norms: after block {look.layer}", 11, PALE)]
+    if look.threshold is not None:
+        lines.append((f"outlier: norm over {short(look.threshold)}, framed", 11, PALE))
+    if look.before.attention is not None:
+        lines.append((f"attention: blocks {look.later[0]} to {look.later[-1]}", 11, PALE))
+    y = 1.0
+    for text, size, color in lines:
+        axes.text(0.03, y, text, fontsize=size, color=color, va="top", fontweight="bold" if size > 20 else None)
+        y -= size / 150
 
 
 def _registers(count: int) -> str:

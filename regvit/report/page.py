@@ -93,7 +93,6 @@ class Block:
     pictures: Sequence[Shown] = ()
     key: str = ""  # of the pictures, once a page
     chosen: int = 0  # picture that is shown first
-    note: str = ""
 
 
 @dataclass(frozen=True)
