@@ -58,6 +58,7 @@ ORDER = (
     ("verify", "cured"),
     ("extract_dense", "cured", "rooms"),
     ("extract_dense", "cured", "boxed"),
+    ("extract_dense", "cured", "home"),
     ("tokens", "cured", "rooms"),
     ("attention", "cured", "rooms"),
     ("discover", "cured", "boxed"),
