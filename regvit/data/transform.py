@@ -25,7 +25,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from regvit.data.decoding import read_rgb
+from regvit.data.decoding import read_rgb, to_rgb
 
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
@@ -34,6 +34,7 @@ INTERPOLATIONS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 RESIZINGS = ("pillow", "torch")
+CROP_MODES = ("center", "squash")
 TORCH_INTERPOLATIONS = ("bilinear", "bicubic")  # those that torch does with antialiasing
 LONGEST = 100  # sides; of a longer image only the middle is resized: a line of 30,000 px would grow to gigabytes
 
@@ -48,6 +49,8 @@ class Transform:
         std: standard deviation of each channel, on the same scale.
         interpolation: "nearest", "bilinear", "bicubic" or "lanczos".
         crop_pct: share of the resized shorter side that the crop keeps, in (0, 1].
+        crop_mode: "center": the shorter side is resized, and the ends of the longer one are cut off; "squash": both sides
+            are resized to the same length, whatever the image's shape. As in timm.
         resizing: "pillow" or "torch", see the module.
     """
 
@@ -57,6 +60,7 @@ class Transform:
     interpolation: str = "bicubic"
     crop_pct: float = 1.0
     resizing: str = "pillow"
+    crop_mode: str = "center"
 
     def __post_init__(self):
         object.__setattr__(self, "mean", tuple(float(v) for v in self.mean))
@@ -69,6 +73,8 @@ class Transform:
             raise ValueError(f"interpolation {self.interpolation!r} is unknown; use one of {', '.join(INTERPOLATIONS)}")
         if not 0 < self.crop_pct <= 1:
             raise ValueError(f"crop_pct {self.crop_pct} must lie in (0, 1]")
+        if self.crop_mode not in CROP_MODES:
+            raise ValueError(f"crop_mode {self.crop_mode!r} is unknown; use one of {', '.join(CROP_MODES)}")
         if self.resizing not in RESIZINGS:
             raise ValueError(f"resizing {self.resizing!r} is unknown; use one of {', '.join(RESIZINGS)}")
         if self.resizing == "torch" and self.interpolation not in TORCH_INTERPOLATIONS:
@@ -78,10 +84,12 @@ class Transform:
             )
 
     def to_dict(self) -> dict:
-        """Plain values for JSON; `from_dict` is the inverse. `resizing` is left out where it is Pillow's."""
+        """Plain values for JSON; `from_dict` is the inverse. `resizing` and `crop_mode` are left out where they are as by
+        default, so that what was written before there was a choice stays as it is."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        if self.resizing == "pillow":  # so that what was written before there was a choice stays as it is
-            del values["resizing"]
+        for name, default in (("resizing", "pillow"), ("crop_mode", "center")):
+            if values[name] == default:
+                del values[name]
         return values
 
     @classmethod
@@ -97,6 +105,15 @@ class Transform:
             keys = ", ".join(cls.__dataclass_fields__)
             raise ValueError(f"transform {dict(values)} does not fit; its keys are {keys}") from error
 
+    def __call__(self, image: Image.Image | Path | str) -> Float[Tensor, "3 s s"]:
+        """One image as a backbone's input: a PIL image, or the path of a file.
+
+        Raises:
+            UnreadableImage: as `load`.
+        """
+        image = to_rgb(image) if isinstance(image, Image.Image) else read_rgb(image)
+        return self.normalise(torch.from_numpy(self._cropped(image))[None])[0]
+
     def load(self, path: Path | str, sha256: str = "") -> UInt8[Tensor, "3 s s"]:
         """Decode, resize and crop one image.
 
@@ -110,17 +127,20 @@ class Transform:
 
     def pixels(self, path: Path | str, sha256: str = "") -> UInt8[np.ndarray, "3 s s"]:
         """As `load`, for NumPy: its copies run on the calling thread alone, those of torch on a pool of each thread's own."""
-        image = self.crop(read_rgb(path, sha256))
-        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))  # (s, s, 3) -> (3, s, s)
+        return self._cropped(read_rgb(path, sha256))
+
+    def _cropped(self, image: Image.Image) -> UInt8[np.ndarray, "3 s s"]:
+        return np.ascontiguousarray(np.asarray(self.crop(image)).transpose(2, 0, 1))  # (s, s, 3) -> (3, s, s)
 
     def crop(self, image: Image.Image) -> Image.Image:
-        """Resize the shorter side to size / crop_pct and take the centre (size, size); timm's evaluation geometry."""
-        image = _middle(image)
+        """Resize to size / crop_pct, as `crop_mode` says, and take the centre (size, size); timm's evaluation geometry."""
         short = math.floor(self.size / self.crop_pct)
+        if self.crop_mode == "center":
+            image = _middle(image)
         width, height = image.size
         # The longer side is cut down to an integer, as torchvision.transforms.Resize does.
         new = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
-        image = self.resize(image, new)
+        image = self.resize(image, new if self.crop_mode == "center" else (short, short))
         left, top = round((new[0] - self.size) / 2.0), round((new[1] - self.size) / 2.0)
         return image.crop((left, top, left + self.size, top + self.size))
 

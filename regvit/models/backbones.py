@@ -6,13 +6,16 @@ A folder `data/backbones/<name>/` holds
 - `backbone.json`: `{name, architecture, model_args, transform, weights_sha256, source, licence, planted}`, where
   `weights_sha256` is the digest of that file's bytes and `planted` is null or `{neurons: {layer: [..]}, …}`;
 - `replaced.safetensors`, of planted backbones only: the values that planting replaced, under the names of the state
-  dict, so that the model before planting comes back exactly.
+  dict, so that the model before planting comes back exactly;
+- `positions.safetensors`, where the position table was resampled: the one that was trained (`regvit.models.positions`),
+  from which other sizes are made; `positions` of `backbone.json` has its digest.
 
 This module is the only caller of `timm.create_model`.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -30,9 +33,10 @@ from regvit.files import replacing, write_text
 from regvit.models.backbone_file import DESCRIPTION, KEYS, read_description
 from regvit.models.checkpoints import WeightsError, check_finite, read_safetensors
 from regvit.models.hooks import blocks, output_projection
+from regvit.models.positions import TrainedPositions, set_image_size
 from regvit.models.tokens import TokenLayout
 
-WEIGHTS, REPLACED = "weights.safetensors", "replaced.safetensors"
+WEIGHTS, REPLACED, POSITIONS = "weights.safetensors", "replaced.safetensors", "positions.safetensors"
 
 
 @dataclass
@@ -131,6 +135,12 @@ def save_backbone(
     digest = file_sha256(folder / WEIGHTS)
     made = {"transform": transform.to_dict(), "weights_sha256": digest, "planted": planted}
     description = {key: ({**origin, **made})[key] for key in KEYS}
+    if trained := getattr(model, "trained_positions", None):
+        _write_weights(_storable({"pos_embed": trained.table}), folder / POSITIONS)
+        about = {"prefix": trained.prefix, "rule": trained.rule, "sha256": file_sha256(folder / POSITIONS)}
+        description["positions"] = about
+    else:
+        (folder / POSITIONS).unlink(missing_ok=True)
     description["trained_registers"] = TokenLayout.of(model).trained
     description["mlp_widths"] = [output_projection(block).in_features for block in blocks(model)]
     write_text(folder / DESCRIPTION, json.dumps(description, indent=1, ensure_ascii=False) + "\n")
@@ -165,21 +175,45 @@ def unplanted(folder: Path | str) -> Backbone:
 def _load(folder: Path, replaced: Mapping[str, Tensor]) -> Backbone:
     info = read_description(folder)
     weights = folder / WEIGHTS
-    state = read_safetensors(weights)
-    if (found := file_sha256(weights)) != info["weights_sha256"]:
-        raise WeightsError(
-            f"{weights} has SHA-256 {found}, but {DESCRIPTION} says {info['weights_sha256']}: "
-            "one of them was changed; run the backbone stage again"
-        )
+    state = _verified(weights, info["weights_sha256"])
     _check_replaced(replaced, state, str(folder / REPLACED))
     model = create(info["architecture"], info["model_args"])
     load_strictly(model, {**state, **replaced}, str(weights))
+    if about := info.get("positions"):
+        table = _verified(folder / POSITIONS, about["sha256"])["pos_embed"]
+        model.trained_positions = TrainedPositions(table, about["prefix"], about["rule"])
     planted = info["planted"] and {int(layer): list(units) for layer, units in info["planted"]["neurons"].items()}
-    return Backbone(info["name"], model, Transform.from_dict(info["transform"]), found, planted or None, info)
+    transform = Transform.from_dict(info["transform"])
+    _tell_timm(model, transform)
+    return Backbone(info["name"], model, transform, info["weights_sha256"], planted or None, info)
+
+
+def _verified(path: Path, sha256: str) -> dict[str, Tensor]:
+    """The tensors of a file of a backbone's folder, held to the digest in its description."""
+    state = read_safetensors(path)
+    if (digest := file_sha256(path)) != sha256:
+        raise WeightsError(
+            f"{path} has SHA-256 {digest}, but {DESCRIPTION} says {sha256}: one of them was changed; run the backbone "
+            "stage again"
+        )
+    return state
+
+
+def _tell_timm(model: nn.Module, transform: Transform) -> None:
+    """Lets the model's own configuration name the transform, for those who ask timm for it."""
+    names = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+    size = {"input_size": (3, transform.size, transform.size)}
+    model.pretrained_cfg = model.default_cfg = {
+        **model.pretrained_cfg,
+        **size,
+        **{n: getattr(transform, n) for n in names},
+    }
 
 
 def resized(backbone: Backbone, img_size: int | None) -> Backbone:
-    """The same model looking at images of another size, as dense measurements want it; None leaves it as it is.
+    """A copy of the model for images of another size, as dense measurements want it; None leaves it as it is.
+
+    Its position table is resampled from the one that was trained, not from that of the backbone's own size.
 
     Args:
         img_size: side of the square input, pixels, a multiple of the patch size.
@@ -200,7 +234,12 @@ def resized(backbone: Backbone, img_size: int | None) -> Backbone:
             f"backbone {backbone.name} ({type(backbone.model).__name__}) takes images of {backbone.transform.size} px "
             f"only, not of {img_size}; use img_size: null, or give the backbone itself another img_size"
         )
-    return replace(backbone, transform=replace(backbone.transform, size=img_size))
+    model, transform, info = copy.deepcopy(backbone.model), replace(backbone.transform, size=img_size), backbone.info
+    if hasattr(model, "set_input_size"):
+        set_image_size(model, img_size)
+        info = {**info, "model_args": {**info.get("model_args", {}), "img_size": img_size}}
+    _tell_timm(model, transform)
+    return replace(backbone, model=model, transform=transform, info=info)
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:

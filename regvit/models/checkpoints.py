@@ -1,68 +1,87 @@
-"""Reading weights: only ever as safetensors or by `torch.load(weights_only=True)`, so that no file can execute code."""
+"""Reading weights: only ever as safetensors or by `torch.load(weights_only=True)`, so that no file can execute code.
+
+A checkpoint may be a file, a folder of Hugging Face, or the index of shards. In it, the weights of one vision transformer
+are looked for: in the containers and behind the prefixes that training code puts around them. Averaged weights (EMA, or a
+teacher) are taken where there are any, since they are what is evaluated.
+"""
 
 from __future__ import annotations
 
+import argparse
+import hashlib
+import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from regvit.data.packages import file_sha256
+
+AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher")
+CONTAINERS = (*AVERAGED, "state_dict", "model_state_dict", "model", "module", "student", "net", "backbone", "weights")
+PATCH_EMBEDDINGS = {  # the weight by which a transformer is known, without what stands before it -> whose names these are
+    "patch_embed.proj.weight": "timm",
+    "embeddings.patch_embeddings.projection.weight": "transformers",
+    "embeddings.patch_embedding.weight": "transformers CLIP",
+    "visual.conv1.weight": "CLIP",
+    "embeds.proj.weight": "timm",
+}
+IN_FOLDER = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+PLAIN_OBJECTS = [argparse.Namespace]  # holds attributes and has no code of its own; DeiT's and MAE's files have one
+
 
 class WeightsError(ValueError):
     """Weights that are missing, damaged, unsafe, or those of another model; the message gives the cure."""
 
 
-def read_checkpoint(path: Path | str) -> dict[str, Tensor]:
-    """The tensors of a user's file: safetensors, or what torch reads with `weights_only=True`.
+class Checkpoint(NamedTuple):
+    """The weights of one transformer.
 
-    A dict under `model` or `state_dict` is unwrapped, and a `module.` before every name (DataParallel) dropped.
+    Args:
+        tensors: by name, without prefixes.
+        names: whose names these are, see `PATCH_EMBEDDINGS`; "" where no transformer was recognised.
+        taken: where in the file they stood: containers and prefix, as in "state_dict_ema: module."; may be empty.
+        sha256: digest of the file, or of its shards' digests.
+    """
+
+    tensors: dict[str, Tensor]
+    names: str
+    taken: str
+    sha256: str
+
+
+def read_checkpoint(path: Path | str) -> Checkpoint:
+    """The weights of a user's file or folder.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file, or a shard is missing.
         WeightsError: the file is damaged, would have to execute code, or holds something else than tensors.
     """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give the path of a weights file, from the repository's root")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # what torch's reader raises on bytes that are no checkpoint is of any kind
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise WeightsError(
-            f"{path} cannot be read as plain tensors ({reason}); files that need code to be executed are refused: "
-            "save the state dict alone, best as .safetensors"
-        ) from error
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        kinds = (
-            sorted({type(v).__name__ for v in content.values()})
-            if isinstance(content, dict)
-            else type(content).__name__
-        )
-        raise WeightsError(f"{path} holds {kinds}; expected a dict of name to tensor: save model.state_dict()")
-    if strange := [name for name in content if not isinstance(name, str)]:
-        raise WeightsError(f"{path} holds a tensor named {strange[0]!r}; expected names that are text: save "
-                           "model.state_dict()")  # fmt: skip
-    for name, value in content.items():
-        if fault := _unusable(value):
-            raise WeightsError(f"{path}: {name} is {fault}; save model.state_dict() of the whole model, on the CPU")
-    if all(name.startswith("module.") for name in content):
-        content = {name.removeprefix("module."): value for name, value in content.items()}
-    return content
+    files = _files(Path(path).expanduser())
+    contents = [_read(file) for file in files]
+    content, containers = _unwrapped(contents[0]) if len(files) == 1 else (_merged(contents), [])
+    _check_tensors(content, files[0])
+    prefix, names = _transformer(content, files[0])
+    if names:
+        content = {name.removeprefix(prefix): value for name, value in content.items() if name.startswith(prefix)}
+    taken = ": ".join([*containers, *([prefix] if prefix else [])])
+    digests = [file_sha256(file) for file in files]
+    sha256 = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    return Checkpoint(content, names, taken, sha256)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU."""
+    """The tensors of a safetensors file, on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        WeightsError: it is damaged.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; run the backbone stage, or give the path of a weights file")
     try:
@@ -85,6 +104,106 @@ def check_finite(state: Mapping[str, Tensor], where: str) -> None:
             raise WeightsError(
                 f"{where}: {name} has {bad} of {value.numel()} values NaN or infinite; get the weights again"
             )
+
+
+def _files(path: Path) -> list[Path]:
+    """The file that is meant, or the shards of it."""
+    if path.is_dir():
+        known = [path / name for name in IN_FOLDER if (path / name).is_file()] or sorted(path.glob("*.safetensors"))
+        if not known:
+            raise FileNotFoundError(f"{path} holds no weights; expected one of {', '.join(IN_FOLDER)} in it")
+        path = known[0]
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give the path of a weights file, from the repository's root")
+    if not path.name.endswith(".index.json"):
+        return [path]
+    try:
+        shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{path} is no index of shards: it has no weight_map; copy it again") from error
+    files = [path.with_name(Path(name).name) for name in shards]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise FileNotFoundError(
+            f"{path} names {len(files)} shards, of which {', '.join(missing)} is not beside it; copy all of them"
+        )
+    return files
+
+
+def _read(path: Path) -> object:
+    """What a file holds."""
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    try:
+        with torch.serialization.safe_globals(PLAIN_OBJECTS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # what torch's reader raises on bytes that are no checkpoint is of any kind
+        raise WeightsError(
+            f"{path} cannot be read as plain tensors ({_reason(error)}); files that need code to be executed are refused: "
+            "save the state dict alone, best as .safetensors"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Why torch could not read a file, in a few words: its own advice, in colours, is to execute what the file says."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    if code := re.search(r"GLOBAL ([\w.]+)", text) or re.search(r"Unsupported class ([\w.]+)", text):
+        return f"it needs the code of {code[1]}"
+    return (text.splitlines() or [type(error).__name__])[0].partition("weights_only")[0].strip() or type(error).__name__
+
+
+def _merged(contents: list[dict]) -> dict:
+    return {name: value for content in contents for name, value in content.items()}
+
+
+def _unwrapped(content: object) -> tuple[object, list[str]]:
+    """What is inside of the containers, and their names."""
+    inside: list[str] = []
+    while isinstance(content, dict):
+        name = next((name for name in CONTAINERS if isinstance(content.get(name), dict) and content[name]), None)
+        if name is None:
+            break
+        content = content[name]
+        inside.append(name)
+    return content, inside
+
+
+def _check_tensors(content: object, path: Path) -> None:
+    """Refuses what is no state dict, and tensors that cannot be weights."""
+    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        kinds = (
+            sorted({type(v).__name__ for v in content.values()})
+            if isinstance(content, dict)
+            else type(content).__name__
+        )
+        raise WeightsError(f"{path} holds {kinds}; expected a dict of name to tensor: save model.state_dict()")
+    for name, value in content.items():
+        if not isinstance(name, str):
+            raise WeightsError(
+                f"{path} holds a tensor named {name!r}; expected names that are text: save model.state_dict()"
+            )
+        if fault := _unusable(value):
+            raise WeightsError(f"{path}: {name} is {fault}; save model.state_dict() of the whole model, on the CPU")
+
+
+def _transformer(content: Mapping[str, Tensor], path: Path) -> tuple[str, str]:
+    """What stands before the names of the one vision transformer, and whose names these are; "" twice where none is known."""
+    known = []
+    for name in content:
+        for embedding, names in PATCH_EMBEDDINGS.items():
+            prefix = name.removesuffix(embedding)
+            if prefix != name and (not prefix or prefix.endswith(".")):
+                known.append((prefix, names))
+                break
+    averaged = [one for one in known if re.search(r"(^|[._])(ema|teacher)", one[0])]
+    chosen = averaged or known
+    if len(chosen) > 1:
+        raise WeightsError(
+            f"{path} holds {len(chosen)} vision transformers, under {', '.join(repr(prefix) for prefix, _ in chosen)}; "
+            "save the state dict of the one that is meant"
+        )
+    return chosen[0] if chosen else ("", "")
 
 
 def _unusable(value: Tensor) -> str:

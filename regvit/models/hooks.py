@@ -1,12 +1,17 @@
-"""Reading the inside of a timm vision transformer: hooks that live in a `with` block and leave no trace."""
+"""Reading the inside of a timm vision transformer: hooks that live in a `with` block and leave no trace.
+
+Inside of the block, what `torch.compile` made of the model stands back: compiled code runs past hooks that came after it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 class _Stop(Exception):
@@ -67,14 +72,11 @@ def residual_scale(block: nn.Module) -> Float[Tensor, " d"] | float:
 @contextmanager
 def watch_outputs(modules: Mapping[int, nn.Module], watcher: Callable[[int, Tensor], None]) -> Iterator[None]:
     """Calls `watcher(key, output)` after each module runs, inside the `with` block only."""
-    handles = []
-    try:
-        for key, module in modules.items():
-            handles.append(module.register_forward_hook(lambda _, __, out, key=key: watcher(key, out)))
+    handles = [
+        module.register_forward_hook(lambda _, __, out, key=key: watcher(key, out)) for key, module in modules.items()
+    ]
+    with _removing(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -88,14 +90,8 @@ def watch_inputs(modules: Mapping[int, nn.Module], watcher: Callable[[int, Tenso
 
         return before
 
-    handles = []
-    try:
-        for key, module in modules.items():
-            handles.append(module.register_forward_pre_hook(hook(key)))
+    with _removing([module.register_forward_pre_hook(hook(key)) for key, module in modules.items()]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def forward_until(model: nn.Module, images: Float[Tensor, "b 3 h w"], module: nn.Module) -> None:
@@ -104,10 +100,16 @@ def forward_until(model: nn.Module, images: Float[Tensor, "b 3 h w"], module: nn
     def stop(*_: object) -> None:
         raise _Stop
 
-    handle = module.register_forward_hook(stop)
-    try:
+    with suppress(_Stop), _removing([module.register_forward_hook(stop)]):
         model.forward_features(images)
-    except _Stop:
-        pass
+
+
+@contextmanager
+def _removing(handles: list[RemovableHandle]) -> Iterator[None]:
+    """Takes the hooks away at the end of the block; inside of it nothing runs compiled."""
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()

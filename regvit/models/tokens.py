@@ -78,6 +78,10 @@ class TokenLayout:
         """The patch tokens: neither CLS nor any register."""
         return x[:, self.prefix :]
 
+    def cls_and_patches(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b m d"]:
+        """The class tokens and the patches: no register."""
+        return torch.cat([x[:, : self.cls], self.patches(x)], dim=1)
+
     def untrained(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b rp d"]:
         """Test-time registers and patches: the tokens among which a register neuron's activation is moved."""
         return x[:, self.cls + self.trained :]

@@ -20,7 +20,7 @@ import importlib.util
 import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,71 +28,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from regvit.files import replacing, write_json
-from regvit.models.backbones import DESCRIPTION, WEIGHTS, Backbone, load_backbone, save_backbone
+from regvit.models.backbones import DESCRIPTION, POSITIONS, WEIGHTS, Backbone, load_backbone, save_backbone
 from regvit.models.tokens import TokenLayout
-from regvit.registers.test_time import _Insert, _Shift, _Strip, add_test_time_registers, shift
+from regvit.registers.test_time import add_test_time_registers
 
 REGISTERS, PT2, ONNX, BESIDE = "registers.json", "model.pt2", "model.onnx", "model.onnx.data"
-FILES = (WEIGHTS, DESCRIPTION, REGISTERS, PT2, ONNX, BESIDE)
+FILES = (WEIGHTS, DESCRIPTION, POSITIONS, REGISTERS, PT2, ONNX, BESIDE)
 FORMAT = 1
+UNFINISHED = {"format": 0}  # what registers.json holds until all else is written
 KEYS = ("format", "num_registers", "statistic", "patches", "scale", "neurons")
 OPSET = 18  # the first that reduces with the axes as an input, and what torch's newer exporter writes
 EMBEDDED = 1.9e9  # bytes of weights that go into the ONNX file itself; its format ends at 2 GiB
 TOLERANCE = 1e-4  # of the largest value of each output: float32 sums in another order, see docs/formats.md
-
-
-class ShiftedLinear(nn.Linear):
-    """An MLP output projection that first moves the register neurons' activation into the registers; see `shift`."""
-
-    def __init__(self, linear: nn.Linear, hook: _Shift):
-        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        self.weight, self.bias = linear.weight, linear.bias
-        self.register_buffer("register_neurons", linear.register_neurons, persistent=False)
-        self.layout, self.statistic, self.patches, self.scale = hook.layout, hook.statistic, hook.patches, hook.scale
-        self.train(linear.training)
-
-    def forward(self, x: Float[Tensor, "b n k"]) -> Float[Tensor, "b n d"]:
-        return super().forward(shift(x, self.register_neurons, self.layout, self.statistic, self.patches, self.scale))
-
-
-class AfterInsertion(nn.Module):
-    """A block before which zero tokens are put after the prefix tokens, for models without a usable `reg_token`."""
-
-    def __init__(self, block: nn.Module, hook: _Insert):
-        super().__init__()
-        self.block, self.prefix, self.num_registers = block, hook.prefix, hook.num_registers
-
-    def forward(self, x: Float[Tensor, "b n d"], *args: object, **kwargs: object) -> Float[Tensor, "b n2 d"]:
-        new = x.new_zeros(x.shape[0], self.num_registers, x.shape[2])
-        return self.block(torch.cat([x[:, : self.prefix], new, x[:, self.prefix :]], dim=1), *args, **kwargs)
-
-
-class WithoutRegisters(nn.Module):
-    """An attention pooling that does not see the test-time registers."""
-
-    def __init__(self, pool: nn.Module, hook: _Strip):
-        super().__init__()
-        self.pool, self.start, self.stop = pool, hook.start, hook.stop
-
-    def forward(self, x: Float[Tensor, "b n d"], *args: object, **kwargs: object) -> Float[Tensor, "b d"]:
-        return self.pool(torch.cat([x[:, : self.start], x[:, self.stop :]], dim=1), *args, **kwargs)
-
-
-@dataclass(frozen=True)
-class Baked:
-    """The record on a model with baked registers, as `model.test_time_registers`: how many, and the layout before."""
-
-    num_registers: int
-    layout: TokenLayout
-
-    @property
-    def prefix_counts(self) -> dict[str, int]:
-        """What the removal of registers would ask for.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError("these test-time registers are baked in and cannot be removed; open the backbone without them")
 
 
 class TokenOutputs(nn.Module):
@@ -138,15 +85,11 @@ def bake(model: nn.Module) -> nn.Module:
         ValueError: the model has no test-time registers, or has them baked in already.
     """
     surgery = getattr(model, "test_time_registers", None)
-    if surgery is None or isinstance(surgery, Baked):
+    if surgery is None or not surgery.removable:
         state = "no test-time registers" if surgery is None else "test-time registers that are baked in already"
         raise ValueError(f"the model has {state}; bake takes a model after add_test_time_registers")
     plain = copy.deepcopy(model)
-    for name, module in reversed(list(plain.named_modules())):  # a block's projection before the block itself
-        for hook in _take_hooks(module):
-            kind = {_Shift: ShiftedLinear, _Insert: AfterInsertion, _Strip: WithoutRegisters}[type(hook)]
-            plain.set_submodule(name, kind(module, hook))
-    plain.test_time_registers = Baked(surgery.num_registers, surgery.layout)
+    plain.test_time_registers = replace(surgery, removable=False)
     return plain
 
 
@@ -183,7 +126,6 @@ def export(
     options = {"statistic": statistic, "patches": patches, "scale": scale}
     hooked = copy.deepcopy(backbone.model).cpu().float()
     size = backbone.transform.size
-    _settle_size(hooked, size)
     handle = add_test_time_registers(hooked, neurons, num_registers, **options)
     images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -209,7 +151,7 @@ def export(
     differences = {name: _difference(run, images, expected) for name, run in _written(folder, pt2, onnx).items()}
     for name, difference in differences.items():
         if not difference <= TOLERANCE:
-            (folder / REGISTERS).unlink()
+            write_json(folder / REGISTERS, UNFINISHED)
             raise ArithmeticError(
                 f"{folder}: the {name} differs from the hooked model by {difference:.2g} of an output's largest value, "
                 f"expected {TOLERANCE:g} at most; do not use it, and report the architecture ({backbone.info['architecture']})"
@@ -218,18 +160,28 @@ def export(
 
 
 def load(folder: Path | str) -> Backbone:
-    """Opens what `export` wrote: a backbone whose model has its test-time registers baked in.
+    """Opens what `export` wrote, its test-time registers baked in; or a backbone of the pipeline, without any:
 
-    Returns: `.model`, on the CPU, in eval mode, without gradients, and `.transform`, at the image size of the export.
+        backbone = regvit.load("data/backbones/focus")
+        tokens = backbone.model.forward_features(backbone.transform("photograph.jpg")[None])
+
+    Returns: `.model`, on the CPU, in eval mode, without gradients, and `.transform`, which makes the model's input of a PIL
+        image or of the path of a file, at the image size of the export.
     Raises:
-        FileNotFoundError: the folder is no export.
+        FileNotFoundError: the folder is neither.
         ValueError: `registers.json` lacks a key or is of another format; else as `load_backbone`.
     """
     folder = Path(folder)
     path = folder / REGISTERS
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; give a folder written by `regvit export`")
+        if (folder / DESCRIPTION).is_file():
+            return load_backbone(folder)
+        raise FileNotFoundError(
+            f"{path} is missing; give a folder written by `regvit export`, or a pipeline's backbone"
+        )
     about = json.loads(path.read_text(encoding="utf-8"))
+    if about == UNFINISHED:
+        raise ValueError(f"{folder} is an export that was broken off, or found to differ; export the model again")
     if missing := [key for key in KEYS if key not in about]:
         raise ValueError(f"{path} lacks {', '.join(missing)}; export the model again")
     if about["format"] != FORMAT:
@@ -292,15 +244,6 @@ def onnx_outputs(path: Path, images: Float[Tensor, "b 3 h w"]) -> tuple[Tensor, 
     return tuple(torch.from_numpy(value) for value in session.run(None, {"images": images.numpy()}))
 
 
-def _take_hooks(module: nn.Module) -> list[_Insert | _Strip | _Shift]:
-    """The hooks of test-time registers on a module, which then has them no more."""
-    hooks = module._forward_pre_hooks
-    ours = {key: hook for key, hook in hooks.items() if isinstance(hook, _Insert | _Strip | _Shift)}
-    for key in ours:
-        del hooks[key]
-    return list(ours.values())
-
-
 def _check(neurons: Mapping[int, tuple[int, ...]], num_registers: int, folder: Path) -> None:
     if not neurons:
         raise ValueError("no register neurons are given, so nothing can be baked in: search on images with outliers")
@@ -310,17 +253,11 @@ def _check(neurons: Mapping[int, tuple[int, ...]], num_registers: int, folder: P
         raise ValueError(f"{folder} holds {others[0]!r}, which is not of an export; give a new or empty folder")
 
 
-def _settle_size(model: nn.Module, size: int) -> None:
-    """Resamples the position table once where the model would do it anew in each forward, as graphs cannot all do that."""
-    own = getattr(model.patch_embed, "img_size", None)
-    if own is not None and own[-1] != size and hasattr(model, "set_input_size"):
-        model.set_input_size(img_size=(size, size))
-        model.requires_grad_(False)
-
-
 def _write_folder(backbone: Backbone, folder: Path) -> None:
     """The backbone's files; what an earlier export left is gone before that."""
-    for old in (REGISTERS, PT2, ONNX, BESIDE):
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / REGISTERS, UNFINISHED)
+    for old in (PT2, ONNX, BESIDE):
         (folder / old).unlink(missing_ok=True)
     about = {key: backbone.info[key] for key in ("name", "architecture", "model_args", "licence")}
     planted = ", with register neurons planted on purpose" if backbone.planted else ""

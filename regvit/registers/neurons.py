@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -24,12 +24,22 @@ from torch import Tensor, nn
 
 from regvit.models.arithmetic import arithmetic, check_precision
 from regvit.models.hooks import blocks, output_projection, watch_inputs
+from regvit.models.sources import transform_of
 from regvit.models.tokens import TokenLayout
+from regvit.registers.images import Loading, batches_of
 from regvit.registers.neurons_file import MIN_SHARE, Neuron, read_neurons
 from regvit.registers.norms import LayerNorms
 from regvit.registers.outliers import Detection, check_layer
 from regvit.registers.scores import Scores
-from regvit.registers.search import Batches, search
+from regvit.registers.search import SearchOptions, search
+from regvit.registers.treatable import check_treatable, uncompiled
+
+PUBLISHED = {  # of Jiang et al.'s code and paper; without the notebook's sparsity filter
+    "openai_clip_base": SearchOptions(30.0, -1, top_k=10, max_layer=5, score="activation", cls_counts=True),
+    "openclip_base": SearchOptions(30.0, -1, top_k=10, max_layer=5, score="activation", cls_counts=True),
+    "openclip_large": SearchOptions(150.0, -2, top_k=10, max_layer=14, score="activation", cls_counts=True),
+    "dinov2_large": SearchOptions(150.0, -2, top_k=50, max_layer=17, score="activation", cls_counts=True),
+}
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,7 @@ class RegisterNeurons:
         outlier_fraction: share of outlier patches, of each image; zero where the model has none.
         again: images that were gone through twice.
         precision: of the forward passes, see `regvit.models.arithmetic`.
+        options: of the search.
     """
 
     detection: Detection | None
@@ -58,6 +69,7 @@ class RegisterNeurons:
     outlier_fraction: Float[np.ndarray, " b"] = field(default_factory=lambda: np.zeros(0), repr=False)
     again: int = 0
     precision: str = "float32"
+    options: SearchOptions = field(default_factory=SearchOptions)
 
     @property
     def num_selected(self) -> int:
@@ -65,10 +77,11 @@ class RegisterNeurons:
         return sum(len(units) for units in self.selected.values())
 
     def to_json(self, **about: object) -> str:
-        """Readable, diffable text; `about` stands first (backbone, weights digest, seed, …)."""
+        """Readable, diffable text; `about` stands first (backbone, weights digest, seed, …), then what is not as by default."""
         document = {
             **about,
             **({} if self.precision == "float32" else {"precision": self.precision}),
+            **({"search": self.options.changed()} if self.options.changed() else {}),
             "threshold": self.detection and self.detection.threshold,
             "detect_layer": self.detection and self.detection.layer,
             "explained": self.explained,
@@ -92,60 +105,66 @@ def read_selected(text: str) -> tuple[Detection | None, dict[int, tuple[int, ...
 @torch.inference_mode()
 def find_register_neurons(
     model: nn.Module,
-    images: Float[Tensor, "b 3 h w"] | Batches,
+    images: object,
+    options: SearchOptions | None = None,
     *,
-    threshold: float | None = None,
-    layer: int | None = None,
-    top_k: int | None = None,
-    max_layer: int | None = None,
-    explained: float = 0.99,
-    score: str = "attribution",
+    transform: Loading | None = None,
     keep: int = 200,
     precision: str = "float32",
+    **changes: object,
 ) -> RegisterNeurons:
     """Finds the register neurons of a timm vision transformer.
 
     Args:
-        model: a timm ViT without test-time registers, in evaluation mode.
-        images: normalised; one tensor, or batches that can be iterated more than once. A hundred varied images do; they
-            should come in random order (`regvit.data.batches.sample`), as the first ones settle the layer.
-        threshold, layer: norm and block that make a patch an outlier; found from the data when None. Published:
-            30 at the last layer (CLIP B/16), 150 at -2 (DINOv2-L).
-        top_k: number of neurons to select; when None, the smallest set that writes `explained` of what all neurons
-            with a share of at least `MIN_SHARE` write of the outliers' excess.
-        max_layer: last block whose neurons may be selected; the detection layer when None.
-        explained: share, over 0 and up to 1.
-        score: `attribution`, or `activation` (the published one, which needs `top_k`).
+        model: a timm ViT without test-time registers, in evaluation mode, compiled or not.
+        images: a tensor (images, 3, height, width), normalised; a list of such images, of batches, of PIL images or of
+            paths; a folder; or a DataLoader that yields tensors, `(images, labels)` or dicts. A hundred varied images
+            do; they should come in random order, as the first ones settle the layer.
+        options: `SearchOptions`; `PUBLISHED` has those of the published searches. Each may be given by its name too:
+            `find_register_neurons(model, images, layer=-2, threshold=150)`.
+        transform: of PIL images and files; when None, the one that timm names for the model's weights.
         keep: how many of the best scored neurons to report.
         precision: of the forward passes: `float32`, `float32_medium`, `bfloat16` or `float16`, see `regvit.models.arithmetic`.
     Returns: with nothing selected where the model has no outliers.
     Raises:
-        ValueError: an option is out of range, or the images can be iterated only once.
+        ValueError: an option is out of range, the model cannot be treated, or the images are none, not normalised, or
+            others when they are gone through again.
     Source: Jiang et al. 2025, arXiv:2506.08010, section 3; attribution is ours.
     """
-    _check_options(top_k, explained, score)
+    options = replace(options or SearchOptions(), **changes)
     check_precision(precision)
-    batches = _again(images)
+    model = uncompiled(model)
     if getattr(model, "test_time_registers", None) is not None:
         raise ValueError(
             "the model has test-time registers, which take its outliers away; remove them before the search"
         )
-    _check_layers(len(blocks(model)), threshold, layer, max_layer)  # before the long work
+    depth = len(blocks(model))
+    check_layer(depth, options.threshold, options.layer, options.sigma)  # before the long work
+    if options.max_layer is not None and not 0 <= options.max_layer < depth:
+        raise ValueError(
+            f"max_layer {options.max_layer} is out of range: the model has {depth} blocks (0 to {depth - 1})"
+        )
+    check_treatable(model)
+    batches = batches_of(images, transform or (lambda image: transform_of(model)(image)))
     with arithmetic(precision, next(model.parameters()).device):
-        found = search(model, batches, threshold, layer, attribution=score == "attribution")
-    seen = {"outlier_fraction": found.outlier_fraction, "again": found.again, "precision": precision}
+        found = search(model, batches, options)
+    seen = {
+        "outlier_fraction": found.outlier_fraction,
+        "again": found.again,
+        "precision": precision,
+        "options": options,
+    }
     if found.scores is None:
         return RegisterNeurons(None, found.norms, **seen)
-    return RegisterNeurons(
-        found.detection, found.norms, **_select(found.scores, top_k, max_layer, explained, keep), **seen
-    )
+    return RegisterNeurons(found.detection, found.norms, **_select(found.scores, options, keep), **seen)
 
 
-def _select(scores: Scores, top_k: int | None, max_layer: int | None, explained: float, keep: int) -> dict[str, object]:
+def _select(scores: Scores, options: SearchOptions, keep: int) -> dict[str, object]:
     """Ranks the neurons up to `max_layer` and takes the smallest set that explains the excess, or the first `top_k`.
 
     Returns: `neurons`, `active`, `selected` and `explained` of `RegisterNeurons`.
     """
+    top_k, max_layer, explained = options.top_k, options.max_layer, options.explained
     ranked = scores.activation if scores.attribution is None else scores.attribution
     allowed = ranked[: None if max_layer is None else max_layer + 1].flatten()
     order = torch.argsort(allowed, descending=True, stable=True)
@@ -191,33 +210,3 @@ def ablated(model: nn.Module, selected: dict[int, tuple[int, ...]]) -> Iterator[
 
     with watch_inputs({layer: output_projection(all_blocks[layer]) for layer in selected}, silence):
         yield
-
-
-def _check_options(top_k: int | None, explained: float, score: str) -> None:
-    if score not in ("attribution", "activation"):
-        raise ValueError(f"score is {score!r}; expected 'attribution' or 'activation'")
-    if score == "activation" and top_k is None:
-        raise ValueError("score='activation' needs top_k: activations do not add up to a share (published: 10 to 50)")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}; expected 1 or more, or None to let the data decide")
-    if not 0 < explained <= 1:
-        raise ValueError(f"explained is {explained}; expected a share over 0 and up to 1")
-
-
-def _check_layers(depth: int, threshold: float | None, layer: int | None, max_layer: int | None) -> None:
-    check_layer(depth, threshold, layer)
-    if max_layer is not None and not 0 <= max_layer < depth:
-        raise ValueError(f"max_layer {max_layer} is out of range: the model has {depth} blocks (0 to {depth - 1})")
-
-
-def _again(images: Tensor | Batches) -> Batches:
-    """Batches that can be gone through more than once."""
-    if isinstance(images, Tensor):
-        if images.ndim != 4:
-            raise ValueError(f"images have shape {tuple(images.shape)}; expected (images, 3, height, width)")
-        return images.split(32)
-    if iter(images) is images:
-        raise ValueError(
-            "the images can be gone through only once, and the search goes back to some; give a list or a DataLoader"
-        )
-    return images

@@ -58,6 +58,10 @@ class LayerNorms:
         """The mean norm; within a bin, the middle stands for each."""
         return float(np.average(self.middles, weights=self.counts))
 
+    def std(self) -> float:
+        """The standard deviation; within a bin, the middle stands for each."""
+        return float(np.sqrt(np.average((self.middles - self.mean()) ** 2, weights=self.counts)))
+
     def quantile(self, q: float) -> float:
         """The norm that the share `q` of all norms does not exceed, linear between two of them; off by less than a bin."""
         if len(self.counts) == self.size:
@@ -86,7 +90,7 @@ class NormCounter:
         self._kept: Tensor | None = torch.zeros(layers, ONE_BY_ONE, device=device)
         self._counts: Int[Tensor, "l c"] | None = None
 
-    def see(self, norms: Float[Tensor, "l b p"]) -> None:
+    def add(self, norms: Float[Tensor, "l b p"]) -> None:
         """Adds float32 norms of the first layers; of no more layers than the call before, as a forward may stop earlier."""
         flat = norms.flatten(1)  # (l, bp)
         start, count = self._seen[0], flat.shape[1]

@@ -136,7 +136,10 @@ def detect(norms: Sequence[LayerNorms] | Float[np.ndarray, "l b p"]) -> Detectio
 
 
 def settle_detection(
-    norms: Sequence[LayerNorms] | Float[np.ndarray, "l b p"], threshold: float | None = None, layer: int | None = None
+    norms: Sequence[LayerNorms] | Float[np.ndarray, "l b p"],
+    threshold: float | None = None,
+    layer: int | None = None,
+    sigma: float | None = None,
 ) -> Detection | None:
     """The detection to use: found from the data, or as given.
 
@@ -144,29 +147,35 @@ def settle_detection(
         norms: of all patches, or their cells.
         threshold: norm above which a patch is an outlier; found from the data when None.
         layer: block index, negative ones count from the end; found from the data when None.
+        sigma: instead of a threshold: outliers lie this many standard deviations above the layer's mean norm.
     Returns: None where no patch is above the threshold.
     Raises:
         ValueError: the layer is out of range, or a threshold is given without its layer.
     """
     depth = len(norms)
-    check_layer(depth, threshold, layer)
+    check_layer(depth, threshold, layer, sigma)
     if layer is None:
         return detect(norms)
     layer %= depth
+    if sigma is not None:
+        threshold = _cells(norms[layer]).mean() + sigma * _cells(norms[layer]).std()
     if threshold is None:
         split = _split_logs(norms[layer])
         return Detection(layer, float(np.exp(split.threshold)), split.separation)
     return Detection(layer, float(threshold), float("nan")) if _cells(norms[layer]).max() > threshold else None
 
 
-def check_layer(depth: int, threshold: float | None, layer: int | None) -> None:
+def check_layer(depth: int, threshold: float | None, layer: int | None, sigma: float | None = None) -> None:
     """Holds a given layer and threshold to a model of `depth` blocks.
 
     Raises:
-        ValueError: the layer is out of range, or a threshold is given without its layer.
+        ValueError: the layer is out of range, a threshold or sigma is given without its layer, or both are.
     """
-    if layer is None and threshold is not None:
-        raise ValueError(f"threshold {threshold} needs its layer: norms differ by layer; set layer too (e.g. -2)")
+    if threshold is not None and sigma is not None:
+        raise ValueError(f"threshold {threshold} and sigma {sigma} exclude each other; leave one out")
+    for name, value in (("threshold", threshold), ("sigma", sigma)):
+        if layer is None and value is not None:
+            raise ValueError(f"{name} {value} needs its layer: norms differ by layer; set layer too (e.g. -2)")
     if layer is not None and not -depth <= layer < depth:
         raise ValueError(
             f"layer {layer} is out of range: the model has {depth} blocks (0 to {depth - 1}, or -{depth} to -1)"

@@ -60,6 +60,7 @@ class Sums:
         outliers: Bool[Tensor, "b p"],
         before: Bool[Tensor, "b p"] | None = None,
         fresh: Bool[Tensor, " b"] | None = None,
+        sparse: Sequence[Bool[Tensor, "b k"]] | None = None,
     ) -> None:
         """Adds a batch; nothing here waits for a GPU.
 
@@ -69,6 +70,7 @@ class Sums:
             outliers: which patches are outliers.
             before: which were when the image was added; none where it was not.
             fresh: which images are new; all by default.
+            sparse: of each block, the neurons that may score by activation in an image; all by default.
         """
         before = torch.zeros_like(outliers) if before is None else before
         fresh = torch.ones_like(outliers[:, 0]) if fresh is None else fresh
@@ -78,7 +80,10 @@ class Sums:
         mean = (_shares(outliers, dtype) - _shares(before, dtype))[rows]
         for layer, a in enumerate(activations):
             hot = a[rows]
-            self._absolute[layer] += self._total(hot.abs() * mean[..., None])
+            weight = mean[..., None]
+            if sparse is not None:
+                weight = weight * (sparse[layer][rows[0]] if self._few else sparse[layer][:, None])
+            self._absolute[layer] += self._total(hot.abs() * weight)
             self._out[layer] += self._total(hot * change[..., None])
             self._all[layer] += self._whole(a, fresh)
         self._residual_out = self._residual_out + self._total(residual[rows] * change[..., None])

@@ -15,8 +15,8 @@ Blocks after the settled layer are judged by the first images alone, and only th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from regvit.models.hooks import blocks, forward_until, output_projection, residual_scale, watch_inputs, watch_outputs
 from regvit.models.tokens import TokenLayout
+from regvit.registers.images import Batches
 from regvit.registers.norms import LayerNorms, NormCounter
 from regvit.registers.outliers import Detection, detect, settle_detection
 from regvit.registers.scores import Scores, Sums
@@ -32,8 +33,59 @@ from regvit.registers.scores import Scores, Sums
 SETTLE_ON = 64  # images; ten showed the right layer wherever it was tried
 KEPT_BYTES = 256 * 2**20  # activations kept at a time on a CPU; larger batches are taken in parts
 KEPT_SHARE = 0.25  # of a GPU's free memory, likewise
+SPARSE_BELOW, SPARSE_SHARE = 0.5, 0.5  # activation, and share of an image's tokens below it, of the published filter
 
-Batches = Iterable[Float[Tensor, "b 3 h w"]]
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """What counts as an outlier, and which neurons are taken for register neurons.
+
+    Args:
+        threshold, layer: norm and block that make a patch an outlier, negative layers count from the end; found from the
+            data when None.
+        sigma: instead of a threshold: outliers lie this many standard deviations above the layer's mean norm.
+        top_k: number of neurons to select; when None, the smallest set that writes `explained` of what all neurons with
+            a share of at least a thousandth write of the outliers' excess.
+        max_layer: last block whose neurons may be selected; the detection layer when None.
+        explained: share, over 0 and up to 1.
+        score: `attribution`, or `activation` (the published one, which needs `top_k`).
+        sparsity_filter: of the published notebook, for `activation`: in each image, a neuron scores 0 unless its
+            activation is below `SPARSE_BELOW` in at least half of the tokens.
+        cls_counts: whether CLS is an outlier too where its norm is above the threshold, as in the published code; for
+            `activation`.
+    Raises:
+        ValueError: an option is out of range, or needs another one.
+    """
+
+    threshold: float | None = None
+    layer: int | None = None
+    sigma: float | None = None
+    top_k: int | None = None
+    max_layer: int | None = None
+    explained: float = 0.99
+    score: str = "attribution"
+    sparsity_filter: bool = False
+    cls_counts: bool = False
+
+    def __post_init__(self):
+        if self.score not in ("attribution", "activation"):
+            raise ValueError(f"score is {self.score!r}; expected 'attribution' or 'activation'")
+        if self.score == "activation" and self.top_k is None:
+            raise ValueError(
+                "score='activation' needs top_k: activations do not add up to a share (published: 10 to 50)"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k is {self.top_k}; expected 1 or more, or None to let the data decide")
+        if not 0 < self.explained <= 1:
+            raise ValueError(f"explained is {self.explained}; expected a share over 0 and up to 1")
+        if self.score == "attribution" and (self.sparsity_filter or self.cls_counts):
+            raise ValueError("sparsity_filter and cls_counts are of the published search: set score='activation' too")
+        if self.cls_counts and self.threshold is None:
+            raise ValueError("cls_counts needs a threshold: the one found from the data is that of patches")
+
+    def changed(self) -> dict[str, object]:
+        """The options that are not as by default."""
+        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) != field.default}
 
 
 @dataclass(frozen=True)
@@ -55,41 +107,34 @@ class Findings:
     again: int
 
 
-def search(
-    model: nn.Module,
-    batches: Batches,
-    threshold: float | None = None,
-    layer: int | None = None,
-    attribution: bool = True,
-) -> Findings:
+def search(model: nn.Module, batches: Batches, options: SearchOptions) -> Findings:
     """Detection and scores of all neurons up to the detection layer.
 
     Args:
         batches: normalised images, each time the same ones in the same order; those with a method `select(rows)`, which
             gives batches of these images, need not go through all of them again.
-        threshold, layer: as for `settle_detection`.
-        attribution: False leaves that score out.
     Raises:
         ValueError: there are no images, or not the same ones again; a norm is not finite; no patch lies under the
             threshold; the MLPs differ in width, or attribution is not defined for the blocks.
     """
-    depth = len(blocks(model))
-    given = None if threshold is None else Detection(layer % depth, float(threshold), float("nan"))
-    seen = _Pass(model, attribution, given)
+    layer, given = options.layer, None
+    if options.threshold is not None:
+        given = Detection(layer % len(blocks(model)), float(options.threshold), float("nan"))
+    seen = _Pass(model, options, given)
     for part in _parts(batches):
         if seen.images == SETTLE_ON and given is None:
-            seen.settle(settle_detection(seen.result(), None, layer))
+            seen.settle(settle_detection(seen.result(), None, layer, options.sigma))
         seen.add(part)
     settled, again = seen.settled, 0
     if settled is not None and layer is None:  # up to the settled layer, the norms of all images are known
         detection = detect(seen.result()[: settled.layer + 2])
         if detection is None or detection.layer != settled.layer:
-            again, seen = seen.images, _Pass(model, attribution)
+            again, seen = seen.images, _Pass(model, options)
             for images in batches:
                 seen.add(images)
             detection = detect(seen.result())
     else:
-        detection = settle_detection(seen.result(), threshold, layer)
+        detection = settle_detection(seen.result(), options.threshold, layer, options.sigma)
     if detection is None:
         return Findings(None, seen.result(), np.zeros(seen.images), None, again)
     rows = seen.unlike(detection)
@@ -106,8 +151,8 @@ class _Pass:
         settled: the detection to score by; while there is none, the norms of all layers are looked at.
     """
 
-    def __init__(self, model: nn.Module, attribution: bool, settled: Detection | None = None):
-        self.model, self.attribution = model, attribution
+    def __init__(self, model: nn.Module, options: SearchOptions, settled: Detection | None = None):
+        self.model, self.options, self.attribution = model, options, options.score == "attribution"
         self.blocks, self.layout = blocks(model), TokenLayout.of(model)
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
@@ -143,14 +188,14 @@ class _Pass:
         for part in self._fitting(images):
             depth = len(self.blocks) if self.settled is None or self.images < SETTLE_ON else self.settled.layer + 1
             look = _Look(self, part, depth)
-            self.norms.see(look.norms)
+            self.norms.add(look.norms)
             bad = ~look.norms.isfinite().all(2)  # (l, b)
             first_bad = torch.where(bad.any(0), bad.int().argmax(0), -1)
             record = torch.zeros(len(part), 4, device=self.device)
             record[:, 3] = first_bad
             if self.settled is not None:
                 at, outliers = look.at_detection, look.outliers
-                self.sums.add(look.activations, look.residual, outliers)
+                self.sums.add(look.activations, look.residual, outliers, sparse=look.sparse)
                 record[:, 0] = outliers.sum(1)
                 record[:, 1] = at.masked_fill(~outliers, torch.inf).amin(1)  # the smallest outlier
                 record[:, 2] = at.masked_fill(outliers, -torch.inf).amax(1)  # the largest other patch
@@ -167,7 +212,7 @@ class _Pass:
             numbers = torch.from_numpy(here).to(self.device)
             rank = look.at_detection.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
             before = rank < self.counts[numbers, None]  # as many as were counted, whatever their last digits are now
-            self.sums.add(look.activations, look.residual, look.outliers, before, numbers < self.unscored)
+            self.sums.add(look.activations, look.residual, look.outliers, before, numbers < self.unscored, look.sparse)
             self.counts[numbers] = look.outliers.sum(1)
 
     def unlike(self, detection: Detection) -> Int[np.ndarray, " n"]:
@@ -194,7 +239,8 @@ class _Pass:
         return norms
 
     def outlier_fraction(self) -> Float[np.ndarray, " b"]:
-        return self.counts.cpu().numpy() / self.patches
+        """Of each image; where CLS counts, it is one of the places."""
+        return self.counts.cpu().numpy() / (self.patches + (self.layout.cls if self.options.cls_counts else 0))
 
     def scores(self) -> Scores:
         return self.sums.scores(self.blocks[: self.settled.layer + 1], self.attribution)
@@ -212,19 +258,24 @@ class _Pass:
 
 
 class _Look:
-    """What one forward shows: norms of the first `depth` blocks, and where a detection is settled, what is scored."""
+    """What one forward shows: norms of the first `depth` blocks, and where a detection is settled, what is scored.
+
+    Scored are the places at which an outlier may be: the patches, and CLS before them where it counts.
+    """
 
     def __init__(self, go: _Pass, images: Float[Tensor, "b 3 h w"], depth: int):
-        self.norms: Float[Tensor, "l b p"]
         self.activations: list[Float[Tensor, "b p k"]] = []
+        self.sparse: list[Bool[Tensor, "b k"]] | None = [] if go.options.sparsity_filter else None
         self.residual: Float[Tensor, "b p d"] | None = None
+        self.at_detection: Float[Tensor, "b p"] | None = None
         self._norms: list[Float[Tensor, "b p"]] = []
         self._go, self._layer = go, None if go.settled is None else go.settled.layer
+        self._places = go.layout.cls_and_patches if go.options.cls_counts else go.layout.patches
         used = dict(enumerate(go.blocks[:depth]))
         scored = {} if self._layer is None else {i: output_projection(used[i]) for i in range(self._layer + 1)}
         with watch_inputs(scored, self._see_activation), watch_outputs(used, self._see_output):
             forward_until(go.model, images, used[depth - 1])
-        self.norms = torch.stack(self._norms)
+        self.norms: Float[Tensor, "l b p"] = torch.stack(self._norms)
         patches = self.norms.shape[2]
         if go.patches not in (0, patches):
             raise ValueError(
@@ -233,22 +284,19 @@ class _Look:
         go.patches = patches
 
     def _see_activation(self, layer: int, a: Float[Tensor, "b n k"]) -> None:
-        self.activations.append(self._go.layout.patches(a))
+        self.activations.append(self._places(a))
+        if self.sparse is not None:
+            self.sparse.append((a < SPARSE_BELOW).sum(1) >= SPARSE_SHARE * a.shape[1])
 
     def _see_output(self, layer: int, x: Float[Tensor, "b n d"]) -> None:
-        patches = self._go.layout.patches(x)
-        self._norms.append(patches.float().norm(dim=-1))
+        self._norms.append(self._go.layout.patches(x).float().norm(dim=-1))
         if layer == self._layer:
-            self.residual = patches
-
-    @property
-    def at_detection(self) -> Float[Tensor, "b p"]:
-        """Norms in the detection layer."""
-        return self.norms[self._layer]
+            self.residual = self._places(x)
+            self.at_detection = self.residual.float().norm(dim=-1)
 
     @property
     def outliers(self) -> Bool[Tensor, "b p"]:
-        """Patches over the threshold in force."""
+        """Places over the threshold in force."""
         return self.at_detection > self._go.settled.threshold
 
 

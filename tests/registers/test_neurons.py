@@ -1,4 +1,6 @@
+import copy
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -7,9 +9,10 @@ import timm
 import torch
 
 from regvit import add_test_time_registers, find_register_neurons
-from regvit.registers.neurons import ablated, read_selected
-from regvit.registers.outliers import patch_norms
+from regvit.registers.neurons import Neuron, RegisterNeurons, SearchOptions, ablated, read_selected
+from regvit.registers.outliers import Detection, patch_norms
 
+SPARSE_BELOW = 0.02  # half of this model's activations are about as large
 UNITS = {1: (5,), 2: (11, 40)}  # block 1 unit 5 fires on a marked patch; block 2's units on what it wrote
 
 
@@ -90,41 +93,56 @@ def test_random_neurons_leave_the_outliers_where_they_are(planted):
     assert (norms > found.detection.threshold).mean() == pytest.approx(0.01)
 
 
-def published_scores(model, x, layer, threshold):
-    """The published search, image by image as the paper words it: mean |activation| at the outliers, over images."""
-    totals, images = 0.0, 0
+def published_scores(model, x, layer, threshold, cls_counts=False, sparsity_filter=False):
+    """The published search, image by image as its code does it: mean |activation| at the outliers, over images."""
+    totals, images, start = 0.0, 0, 0 if cls_counts else model.num_prefix_tokens
     for image in x:
-        acts = {}
+        acts, out = {}, {}
         handles = [
             block.mlp.fc2.register_forward_pre_hook(lambda _, a, i=i, acts=acts: acts.__setitem__(i, a[0][0]))
             for i, block in enumerate(model.blocks)
         ]
+        handles.append(model.blocks[layer].register_forward_hook(lambda _, __, o, out=out: out.update({0: o[0]})))
         with torch.no_grad():
-            out = model.forward_intermediates(image[None], indices=[layer], intermediates_only=True, output_fmt="NLC")[
-                0
-            ]
+            model.forward_features(image[None])
         for handle in handles:
             handle.remove()
-        where = out[0].norm(dim=-1) > threshold
+        where = out[0][start:].norm(dim=-1) > threshold
         if where.any():
-            stack = torch.stack([acts[i][model.num_prefix_tokens :] for i in range(layer + 1)])  # (l, p, k)
-            totals, images = totals + stack[:, where].abs().mean(1).double(), images + 1
+            stack = torch.stack([acts[i] for i in range(layer + 1)])  # (l, n, k)
+            scores = stack[:, start:][:, where].abs().mean(1).double()
+            if sparsity_filter:
+                scores = scores * ((stack < SPARSE_BELOW).sum(1) >= 0.5 * stack.shape[1])
+            totals, images = totals + scores, images + 1
     return totals / images
 
 
-def test_reference_settings_rank_as_the_published_search_does(planted):
-    model, x = planted
-    norms = patch_norms(model, [x])
-    threshold = float(np.median(norms[-2])) * 1.1  # several outliers in some images, none in others
-    expected = published_scores(model, x, 4, threshold)
-    found = find_register_neurons(
-        model, x.split(7), threshold=threshold, layer=-2, top_k=20, score="activation", keep=100
-    )
-    width = expected.shape[1]
-    order = expected.flatten().argsort(descending=True)[:100].tolist()
-    assert [(n.layer, n.neuron) for n in found.neurons] == [divmod(flat, width) for flat in order]
-    assert np.allclose([n.activation for n in found.neurons], expected.flatten()[order], atol=2e-6)
+@pytest.mark.parametrize("options", [{}, {"cls_counts": True}, {"cls_counts": True, "sparsity_filter": True}])
+def test_published_settings_rank_as_the_published_search_does(planted, options, monkeypatch):
+    model, x = copy.deepcopy(planted[0]), planted[1]
+    model.cls_token.data.fill_(3.0)  # its norm is above the threshold in some images
+    monkeypatch.setattr("regvit.registers.search.SPARSE_BELOW", SPARSE_BELOW)
+    threshold = float(np.median(patch_norms(model, [x])[-2])) * 1.1  # several outliers in some images, none in others
+    expected = published_scores(model, x, 4, threshold, **options)
+    if options:
+        assert not torch.allclose(expected, published_scores(model, x, 4, threshold))
+    published = SearchOptions(threshold=threshold, layer=-2, top_k=20, score="activation", **options)
+    found = find_register_neurons(model, x.split(7), published, keep=100)
+    scores = [n.activation for n in found.neurons]
+    assert np.allclose(scores, expected.flatten().sort(descending=True).values[:100], atol=2e-6)
+    assert np.allclose(scores, [expected[n.layer, n.neuron] for n in found.neurons], atol=2e-6)
     assert found.num_selected == 20
+    assert json.loads(found.to_json())["search"] == {
+        "threshold": threshold, "layer": -2, "top_k": 20, "score": "activation", **options
+    }  # fmt: skip
+
+
+def test_a_threshold_may_be_given_in_standard_deviations(planted):
+    model, x = planted
+    norms = patch_norms(model, [x], [3])[0]
+    found = find_register_neurons(model, x.split(5), sigma=4.0, layer=3)
+    assert found.detection.threshold == pytest.approx(norms.mean() + 4 * norms.std(), rel=1e-5)
+    assert found.selected == UNITS
 
 
 def test_attribution_is_the_share_of_the_excess_that_a_neuron_writes(planted):
@@ -198,12 +216,6 @@ def test_the_file_reads_back_what_was_found(planted):
     ]
 
 
-def test_images_that_can_be_iterated_once_are_refused(planted):
-    model, x = planted
-    with pytest.raises(ValueError, match="can be gone through only once"):
-        find_register_neurons(model, iter(x.split(4)))
-
-
 def test_a_model_with_test_time_registers_is_refused(planted):
     model, x = planted
     with add_test_time_registers(model, UNITS), pytest.raises(ValueError, match="remove them before the search"):
@@ -214,11 +226,17 @@ def test_a_model_with_test_time_registers_is_refused(planted):
     ("options", "message"),
     [
         ({"score": "activation"}, "score='activation' needs top_k"),
-        ({"score": "magic"}, "score is 'magic'"),
-        ({"top_k": 0}, "top_k is 0"),
-        ({"explained": 1.5}, "explained is 1.5"),
+        ({"score": "magic"}, "score is 'magic'; expected 'attribution' or 'activation'"),
+        ({"top_k": 0}, "top_k is 0; expected 1 or more, or None"),
+        ({"explained": 0.0}, r"explained is 0\.0; expected a share over 0 and up to 1"),
+        ({"explained": 1.01}, r"explained is 1\.01; expected a share"),
         ({"precision": "float8"}, "precision is 'float8'; expected one of float32, float32_medium, bfloat16, float16"),
-        ({"max_layer": 6}, "max_layer 6 is out of range: the model has 6 blocks"),
+        ({"max_layer": 6}, r"max_layer 6 is out of range: the model has 6 blocks \(0 to 5\)"),
+        ({"max_layer": -1}, "max_layer -1 is out of range"),
+        ({"sigma": 3.0}, "sigma 3.0 needs its layer"),
+        ({"sigma": 3.0, "threshold": 2.0, "layer": 1}, "threshold 2.0 and sigma 3.0 exclude each other"),
+        ({"sparsity_filter": True}, "are of the published search: set score='activation' too"),
+        ({"cls_counts": True, "score": "activation", "top_k": 1}, "cls_counts needs a threshold"),
     ],
 )
 def test_options_out_of_range_are_refused(planted, options, message):
@@ -256,3 +274,63 @@ def test_the_search_leaves_no_hook_behind(planted):
     model, x = planted
     find_register_neurons(model, x)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+FOUND = RegisterNeurons(
+    Detection(3, 12.5, math.nan), (), (Neuron(1, 5, 2.0, 0.75),), (Neuron(2, 7, 3.0, None),), {1: (5, 6), 2: (7,)}, 0.75
+)
+
+
+def test_the_text_of_a_search_is_this():
+    assert FOUND.to_json(backbone="tiny", seed=0) == (
+        '{\n "backbone": "tiny",\n "seed": 0,\n "threshold": 12.5,\n "detect_layer": 3,\n "explained": 0.75,\n'
+        ' "selected": {\n  "1": [\n   5,\n   6\n  ],\n  "2": [\n   7\n  ]\n },\n'
+        ' "neurons": [\n  {\n   "layer": 1,\n   "neuron": 5,\n   "activation": 2.0,\n   "attribution": 0.75\n  }\n ],\n'
+        ' "active": [\n  {\n   "layer": 2,\n   "neuron": 7,\n   "activation": 3.0,\n   "attribution": null\n  }\n ]\n}\n'
+    )
+    detection, selected = read_selected(FOUND.to_json())
+    assert (detection.layer, detection.threshold, selected) == (3, 12.5, {1: (5, 6), 2: (7,)})
+    assert FOUND.num_selected == 3
+
+
+def test_a_search_that_found_nothing_says_so_in_its_text():
+    text = RegisterNeurons(None, ()).to_json()
+    assert json.loads(text) == {"threshold": None, "detect_layer": None, "explained": 0.0, "selected": {},
+                                "neurons": [], "active": []}  # fmt: skip
+    assert read_selected(text) == (None, {})
+
+
+def test_a_score_that_is_not_a_number_is_never_written():
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        RegisterNeurons(None, (), (Neuron(0, 0, math.nan, None),)).to_json()
+
+
+@pytest.mark.parametrize("key", ["threshold", "detect_layer", "selected"])
+def test_a_text_that_lacks_a_key_is_refused_and_the_key_named(key):
+    document = json.loads(FOUND.to_json())
+    del document[key]
+    with pytest.raises(ValueError, match=f"the neurons file lacks {key}; run the identify stage again"):
+        read_selected(json.dumps(document))
+
+
+def test_the_ends_of_the_ranges_are_taken(planted):
+    found = find_register_neurons(*planted, layer=4, top_k=1, max_layer=0, explained=1.0)
+    assert found.num_selected == 1 and list(found.selected) == [0]
+    assert found.detection.layer == 4
+
+
+@pytest.mark.parametrize("last", [0, 2])
+def test_no_neuron_after_the_last_layer_is_listed_and_each_listed_list_is_sorted(planted, last):
+    found = find_register_neurons(*planted, layer=4, top_k=3, max_layer=last, keep=1000)
+    width = planted[0].blocks[0].mlp.fc2.in_features
+    assert len(found.active) == len(found.neurons) == min(1000, (last + 1) * width)
+    assert (
+        {neuron.layer for neuron in found.neurons} == {neuron.layer for neuron in found.active} == set(range(last + 1))
+    )
+    shares = [neuron.attribution for neuron in found.neurons]
+    assert shares == sorted(shares, reverse=True)
+    active = [neuron.activation for neuron in found.active]
+    assert active == sorted(active, reverse=True)
+    first = [(neuron.layer, neuron.neuron) for neuron in found.neurons[:3]]
+    assert sorted(first) == sorted((layer, unit) for layer, units in found.selected.items() for unit in units)
+    assert found.explained == pytest.approx(sum(shares[:3]))

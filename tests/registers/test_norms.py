@@ -19,7 +19,7 @@ def two_modes(layers: int = 2, images: int = 40, patches: int = 50) -> torch.Ten
 def counted(values: torch.Tensor, batch: int) -> tuple[LayerNorms, ...]:
     counter = NormCounter(len(values), CPU)
     for part in values.split(batch, dim=1):
-        counter.see(part)
+        counter.add(part)
     return counter.result()
 
 
@@ -66,14 +66,14 @@ def test_later_images_may_show_fewer_layers_and_never_more(limit, monkeypatch):
     monkeypatch.setattr(norms, "ONE_BY_ONE", limit)
     values = two_modes(layers=3)
     counter = NormCounter(3, CPU)
-    counter.see(values[:, :4])
+    counter.add(values[:, :4])
     for part in values[:2, 4:].split(9, dim=1):
-        counter.see(part)
+        counter.add(part)
     found = counter.result()
     assert [layer.size for layer in found] == [2000, 2000, 200]
     assert found[1].max() == values[1].max() and found[2].max() == values[2, :4].max()
     with pytest.raises(ValueError, match="norms of 3 layers come after norms of fewer"):
-        counter.see(values[:, :1])
+        counter.add(values[:, :1])
 
 
 def test_norms_beyond_the_bins_are_counted_in_the_outermost_ones(monkeypatch):
@@ -91,10 +91,10 @@ def test_the_counter_takes_no_more_memory_for_more_images(monkeypatch):
     def held() -> int:
         return sum(v.numel() * v.itemsize for v in vars(counter).values() if isinstance(v, torch.Tensor))
 
-    counter.see(two_modes())
+    counter.add(two_modes())
     before = held()
     for _ in range(5):
-        counter.see(two_modes())
+        counter.add(two_modes())
     assert held() == before
 
 

@@ -7,7 +7,7 @@ from regvit.models.hooks import blocks
 from regvit.registers import search as module
 from regvit.registers.outliers import Detection, detect, patch_norms, settle_detection
 from regvit.registers.planting import plant
-from regvit.registers.search import picked, search
+from regvit.registers.search import SearchOptions, picked, search
 
 IMAGES = 60
 
@@ -58,7 +58,7 @@ def test_one_pass_finds_what_two_passes_find_however_many_images_settle_the_laye
 ):
     model, images = planted
     monkeypatch.setattr(module, "SETTLE_ON", settle_on)
-    found = search(model, images.split(batch))
+    found = search(model, images.split(batch), SearchOptions())
     expected = detect(patch_norms(model, [images]))
     assert found.detection.layer == expected.layer
     assert found.detection.threshold == pytest.approx(expected.threshold, rel=1e-5)
@@ -75,7 +75,7 @@ def test_images_that_the_first_threshold_took_wrongly_are_gone_through_again(pla
     first = float(np.quantile(norms[right.layer], quantile))
     monkeypatch.setattr(module, "SETTLE_ON", 8)
     monkeypatch.setattr(module, "settle_detection", lambda *_: Detection(right.layer, first, 0.5))
-    found = search(model, images.split(7))
+    found = search(model, images.split(7), SearchOptions())
     low, high = sorted([first, right.threshold])
     wrong = ((norms[right.layer] > low) & (norms[right.layer] <= high))[8:].any(1).sum()
     assert wrong > 0, "the case that is tested"
@@ -89,7 +89,7 @@ def test_where_all_images_contradict_the_first_they_are_gone_through_again(plant
     right = detect(patch_norms(model, [images]))
     monkeypatch.setattr(module, "SETTLE_ON", 8)
     monkeypatch.setattr(module, "settle_detection", lambda *_: Detection(right.layer + 1, 1.0, 0.5))
-    found = search(model, images.split(7))
+    found = search(model, images.split(7), SearchOptions())
     assert found.detection.layer == right.layer
     assert found.again == IMAGES
     assert [layer.size for layer in found.norms] == [IMAGES * 64] * 6  # nothing stops early then
@@ -106,7 +106,7 @@ def test_outliers_that_the_first_images_lack_are_found_in_the_end(planted, monke
 
     monkeypatch.setattr(module, "SETTLE_ON", 8)
     monkeypatch.setattr(module, "settle_detection", none_at_first)
-    found = search(model, images.split(7))
+    found = search(model, images.split(7), SearchOptions())
     assert sizes == [8 * 64, IMAGES * 64]
     assert found.detection.layer == detect(patch_norms(model, [images])).layer
     assert found.again == IMAGES
@@ -115,7 +115,7 @@ def test_outliers_that_the_first_images_lack_are_found_in_the_end(planted, monke
 
 def test_a_model_without_outliers_is_gone_through_once(tiny_vit, noise_images, monkeypatch):
     monkeypatch.setattr(module, "SETTLE_ON", 8)
-    found = search(tiny_vit(1), noise_images(20).split(7))
+    found = search(tiny_vit(1), noise_images(20).split(7), SearchOptions())
     assert (found.detection, found.scores, found.again) == (None, None, 0)
     assert found.outlier_fraction.tolist() == [0.0] * 20
     assert [cells.size for cells in found.norms] == [20 * 64] * 6
@@ -126,16 +126,16 @@ def test_with_a_given_layer_and_threshold_no_image_is_gone_through_twice(planted
     model, images = planted
     monkeypatch.setattr(module, "SETTLE_ON", 8)
     threshold = float(np.quantile(patch_norms(model, [images], [4]), 0.99))
-    found = search(model, images.split(7), threshold, layer)
+    found = search(model, images.split(7), SearchOptions(threshold, layer))
     assert (found.detection.layer, found.detection.threshold, found.again) == (4, threshold, 0)
     assert_as_in_two_passes(model, images, found)
-    assert search(model, images.split(7), 1e9, layer).detection is None
+    assert search(model, images.split(7), SearchOptions(1e9, layer)).detection is None
 
 
 def test_with_a_given_layer_the_threshold_is_that_of_all_images(planted, monkeypatch):
     model, images = planted
     monkeypatch.setattr(module, "SETTLE_ON", 8)
-    found = search(model, images.split(7), layer=2)
+    found = search(model, images.split(7), SearchOptions(layer=2))
     expected = settle_detection(patch_norms(model, [images]), None, 2)
     assert found.detection.layer == 2
     assert found.detection.threshold == pytest.approx(expected.threshold, rel=1e-5)
@@ -150,7 +150,7 @@ def test_the_forward_stops_at_the_detection_layer_once_it_is_settled(planted, mo
         block.register_forward_pre_hook(lambda _, a, i=i: seen.__setitem__(i, seen[i] + len(a[0])))
         for i, block in enumerate(blocks(model))
     ]
-    found = search(model, images.split(7))
+    found = search(model, images.split(7), SearchOptions())
     for handle in handles:
         handle.remove()
     layer = found.detection.layer
@@ -161,7 +161,7 @@ def test_the_forward_stops_at_the_detection_layer_once_it_is_settled(planted, mo
 def test_the_size_of_a_batch_changes_nothing_but_the_last_digits(planted, monkeypatch):
     model, images = planted
     monkeypatch.setattr(module, "SETTLE_ON", 10)
-    one, other = search(model, images.split(60)), search(model, images.split(1))
+    one, other = search(model, images.split(60), SearchOptions()), search(model, images.split(1), SearchOptions())
     assert one.again == other.again
     assert [a.size for a in one.norms] == [b.size for b in other.norms]
     torch.testing.assert_close(one.scores.attribution, other.scores.attribution, rtol=1e-4, atol=1e-8)
@@ -169,7 +169,7 @@ def test_the_size_of_a_batch_changes_nothing_but_the_last_digits(planted, monkey
 
 def test_large_batches_are_taken_in_parts_whose_activations_fit(planted, monkeypatch):
     model, images = planted
-    whole = search(model, [images])
+    whole = search(model, [images], SearchOptions())
     kept = []
     monkeypatch.setattr(module, "SETTLE_ON", 8)
     monkeypatch.setattr(module, "KEPT_BYTES", 2**20)
@@ -180,7 +180,7 @@ def test_large_batches_are_taken_in_parts_whose_activations_fit(planted, monkeyp
         kept.append(sum(a.numel() * a.itemsize for a in self.activations))
 
     monkeypatch.setattr(module._Look, "__init__", counting)
-    parted = search(model, [images])
+    parted = search(model, [images], SearchOptions())
     assert 0 < max(kept) <= 2**20 < 4 * max(kept)
     assert parted.detection.threshold == pytest.approx(whole.detection.threshold, rel=1e-5)
     torch.testing.assert_close(parted.scores.attribution, whole.scores.attribution, rtol=1e-4, atol=1e-8)
@@ -188,9 +188,9 @@ def test_large_batches_are_taken_in_parts_whose_activations_fit(planted, monkeyp
 
 def test_many_norms_in_bins_give_the_same_outliers(planted, monkeypatch):
     model, images = planted
-    exact = search(model, images.split(7))
+    exact = search(model, images.split(7), SearchOptions())
     monkeypatch.setattr("regvit.registers.norms.ONE_BY_ONE", 500)
-    binned = search(model, images.split(7))
+    binned = search(model, images.split(7), SearchOptions())
     assert len(binned.norms[0].counts) < binned.norms[0].size
     assert binned.detection.layer == exact.detection.layer
     assert binned.detection.threshold == pytest.approx(exact.detection.threshold, rel=2e-3)
@@ -226,7 +226,7 @@ def test_nothing_in_the_loop_would_make_a_gpu_wait(planted, limit, monkeypatch):
     monkeypatch.setattr("regvit.registers.norms.ONE_BY_ONE", limit)
     monkeypatch.setattr(module, "SETTLE_ON", 8)
     detection = detect(patch_norms(model, [images]))
-    go = module._Pass(model, True, detection)
+    go = module._Pass(model, SearchOptions(), detection)
     with torch.inference_mode():
         go.add(images[:8])  # parts of one image until their size is known
         go.sums._few = False
@@ -245,14 +245,14 @@ def test_images_of_several_sizes_are_refused(tiny_vit):
     model = tiny_vit(0, dynamic_img_size=True)
     batches = [torch.randn(2, 3, 64, 64), torch.randn(2, 3, 32, 32)]
     with pytest.raises(ValueError, match="an image of 16 patches comes after images of 64; give images of one size"):
-        search(model, batches)
+        search(model, batches, SearchOptions())
 
 
 def test_norms_that_are_not_finite_are_named_by_layer_and_image(planted, tiny_vit, noise_images):
     model, images = tiny_vit(1), noise_images(5)
     images[3] = float("nan")
     with pytest.raises(ValueError, match="patch norms are not finite in layer 0 for image 3; check weights and images"):
-        search(model, images.split(2))
+        search(model, images.split(2), SearchOptions())
 
 
 class Selecting(list):
@@ -275,7 +275,7 @@ def test_batches_that_can_select_are_gone_through_once(planted, monkeypatch):
     model, images = planted
     monkeypatch.setattr(module, "SETTLE_ON", 8)
     batches = Selecting(images, 7)
-    found = search(model, batches)
+    found = search(model, batches, SearchOptions())
     assert batches.gone_through == 1
     assert len(batches.selected) == 1 and len(batches.selected[0]) == found.again
     assert_as_in_two_passes(model, images, found)

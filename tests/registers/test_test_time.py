@@ -1,11 +1,20 @@
 import copy
+import json
+import pickle
 
 import numpy as np
 import pytest
 import timm
 import torch
 
-from regvit import RegisterNeurons, TokenLayout, add_test_time_registers, remove_test_time_registers
+from regvit import (
+    RegisterNeurons,
+    TokenLayout,
+    add_test_time_registers,
+    find_register_neurons,
+    remove_test_time_registers,
+)
+from regvit.registers.outliers import Detection
 from regvit.registers.test_time import PATCH_TREATMENTS, STATISTICS, shift, signed_max
 
 NEURONS = {1: [3, 5, 7], 2: [0]}
@@ -186,11 +195,25 @@ def test_attention_pooling_over_the_prefix_leaves_the_registers_out():
             assert torch.equal(model.pool(padded), plain)
 
 
-def test_state_dict_loads_into_timms_own_model_with_registers():
+def test_the_state_dict_is_that_of_the_plain_model_and_loads_into_either():
+    model, other = make(), make()
+    x, plain = images(model), features(make(), images(model))
+    state = {name: value + 0.01 for name, value in model.state_dict().items()}
+    add_test_time_registers(model, NEURONS, 2)
+    assert model.state_dict().keys() == other.state_dict().keys()
+    model.load_state_dict(state, strict=True)
+    other.load_state_dict(model.state_dict(), strict=True)
+    add_test_time_registers(other, NEURONS, 2)
+    assert torch.equal(features(other, x), features(model, x))
+    assert not torch.allclose(features(model, x)[:, 3:], plain[:, 1:], atol=1e-3)
+
+
+def test_with_empty_registers_it_is_timms_own_model_whose_register_tokens_are_zero():
     model = make("vit_small_patch14_dinov2", depth=3, img_size=56)
     add_test_time_registers(model, {}, 2)
     stock = timm.create_model("vit_small_patch14_dinov2", pretrained=False, depth=3, img_size=56, reg_tokens=2).eval()
-    stock.load_state_dict(model.state_dict(), strict=True)
+    shown = {"reg_token": model.reg_token, "pos_embed": model.pos_embed}
+    stock.load_state_dict({**model.state_dict(), **shown}, strict=True)
     x = images(stock)
     assert torch.equal(features(stock, x), features(model, x))
 
@@ -236,6 +259,79 @@ def test_compiles_without_a_graph_break():
         assert torch.allclose(compiled(x), model(x), atol=1e-6)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_in_the_model_registers_get_what_the_patches_lose_and_nothing_else_changes(count, scale, monkeypatch):
+    model, before, after = make(), {}, {}
+    for layer in NEURONS:
+        fc2 = model.blocks[layer].mlp.fc2
+        fc2.register_forward_pre_hook(lambda _, args, i=layer: before.update({i: args[0].clone()}))
+    add_test_time_registers(model, NEURONS, count, scale=scale)
+    plain, projections = torch.nn.Linear.forward, {id(model.blocks[i].mlp.fc2): i for i in NEURONS}
+
+    def seen(self, x):
+        after.update({projections[id(self)]: x} if id(self) in projections else {})
+        return plain(self, x)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", seen)
+    features(model, images(model, 3))
+    start = 1  # after CLS
+    for layer, units in NEURONS.items():
+        old, new = before[layer], after[layer]
+        for image in range(len(old)):
+            for unit in units:
+                pool = old[image, start:, unit]
+                expected = scale * pool[pool.abs().argmax()]
+                assert new[image, start : start + count, unit].tolist() == pytest.approx([float(expected)] * count)
+                assert (new[image, start + count :, unit] == 0).all()
+        others = [unit for unit in range(old.shape[2]) if unit not in units]
+        assert torch.equal(new[:, :, others], old[:, :, others])
+        assert torch.equal(new[:, :start], old[:, :start])
+
+
+def test_the_output_is_that_of_a_model_whose_projections_were_rewritten_by_hand():
+    model = make()
+    add_test_time_registers(model, NEURONS, 1)
+    plain = timm.create_model("test_vit", pretrained=False, reg_tokens=1, no_embed_class=False).eval()
+    plain.load_state_dict({**model.state_dict(), "reg_token": model.reg_token, "pos_embed": model.pos_embed})
+    for layer, units in NEURONS.items():
+
+        def rewritten(_, args, units=units):
+            a = args[0].clone()
+            for unit in units:
+                pool = a[:, 1:, unit]
+                a[:, 1, unit] = pool.gather(1, pool.abs().argmax(1, keepdim=True))[:, 0]
+                a[:, 2:, unit] = 0
+            return (a,)
+
+        plain.blocks[layer].mlp.fc2.register_forward_pre_hook(rewritten)
+    torch.testing.assert_close(features(model, images(model)), features(plain, images(model)), rtol=0, atol=1e-6)
+
+
+def test_trained_registers_stay_and_are_counted_with_the_new_ones():
+    model = make(reg_tokens=2)
+    trained = model.reg_token.detach().clone()
+    with add_test_time_registers(model, {1: (0,)}, 3) as handle:
+        assert handle.num_registers == 3 and handle.neurons == {1: (0,)}
+        assert (model.num_reg_tokens, model.num_prefix_tokens, model.reg_token.shape[1]) == (5, 6, 5)
+        assert torch.equal(model.reg_token[:, :2], trained) and not model.reg_token[:, 2:].any()
+    assert (model.num_reg_tokens, model.num_prefix_tokens) == (2, 3) and torch.equal(model.reg_token, trained)
+
+
+@pytest.mark.parametrize(("layer", "units"), [(0, (0,)), (5, (191,))])
+def test_the_first_and_the_last_layer_and_unit_are_in_range(layer, units):
+    with add_test_time_registers(make(), {layer: units}, 1) as handle:
+        assert handle.neurons == {layer: units}
+
+
+def test_a_model_that_averages_its_prefix_tokens_is_refused():
+    model = make(global_pool="avg", pool_include_prefix=True)
+    with pytest.raises(
+        ValueError, match=r"averages its prefix tokens \(pool_include_prefix\), so registers would enter"
+    ):
+        add_test_time_registers(model, {1: (0,)}, 1)
+
+
 REFUSED = [
     ("beit_base_patch16_224", {"depth": 2}, "relative position bias"),
     ("vit_relpos_small_patch16_224", {"depth": 2}, "relative position bias"),
@@ -243,6 +339,9 @@ REFUSED = [
     ("xcit_nano_12_p16_224", {"depth": 2}, "Xcit sends 196 tokens"),
     ("hiera_tiny_224", {}, "Hiera has no num_prefix_tokens"),
     ("samvit_base_patch16", {"depth": 2}, "VisionTransformerSAM has no num_prefix_tokens"),
+    ("vit_srelpos_small_patch16_224", {"depth": 2}, "relative position bias"),
+    ("tnt_s_legacy_patch16_224", {"depth": 2}, "TNT "),
+    ("convit_tiny", {}, "ConVit "),
     ("resnet18", {}, "ResNet has no list of transformer blocks"),
 ]
 
@@ -253,6 +352,8 @@ def test_models_that_cannot_take_registers_are_refused_by_name_and_left_as_they_
     state = list(model.state_dict())
     with pytest.raises(ValueError, match=reason):
         add_test_time_registers(model, {}, 1)
+    with pytest.raises(ValueError, match=reason):
+        find_register_neurons(model, torch.randn(2, 3, 224, 224))
     assert list(model.state_dict()) == state
     assert not any(module._forward_pre_hooks for module in model.modules())
 
@@ -261,8 +362,14 @@ def test_models_that_cannot_take_registers_are_refused_by_name_and_left_as_they_
     ("arguments", "message"),
     [
         (({9: [0]}, 1), "layer 9 is out of range: the model has 6 blocks"),
+        (({-1: [0]}, 1), "layer -1 is out of range"),
+        (({0: [-1]}, 1), "neuron -1 of layer 0 is out of range"),
         (({1: [999]}, 1), r"neuron 999 of layer 1 is out of range: its MLP has \d+"),
         ((NEURONS, -1), "num_registers is -1; expected 0 to 64"),
+        ((NEURONS, "1"), "num_registers is '1'; expected a whole number, not str"),
+        (({1: 3}, 1), r"the neurons of layer 1 are 3; expected a list, as in \{1: \[3\]\}"),
+        (({"blocks.1": [3]}, 1), r"a layer is 'blocks.1'; expected a whole number, as in \{4: \[12, 345\]\}"),
+        (({1: [3.5]}, 1), r"a neuron is 3.5; expected a whole number"),
     ],
 )
 def test_what_is_out_of_range_is_said(arguments, message):
@@ -276,6 +383,26 @@ def test_unknown_option_lists_the_known_ones():
         add_test_time_registers(make(), NEURONS, patches="none")
 
 
+def test_training_that_drops_patches_is_refused():
+    model = make("vit_tiny_patch16_224", depth=2, img_size=64, patch_drop_rate=0.5).train()
+    for refuse in (
+        lambda: add_test_time_registers(model, {1: [3]}),
+        lambda: find_register_neurons(model, images(model)),
+    ):
+        with pytest.raises(
+            ValueError, match=r"drops patches at random \(patch_drop_rate 0.5\).*call model.eval\(\) first"
+        ):
+            refuse()
+    add_test_time_registers(model.eval(), {1: [3]})
+
+
+@pytest.mark.parametrize("channels", [1, 4, 13])
+def test_models_of_other_channels_take_registers(channels):
+    model = make("vit_tiny_patch16_224", depth=2, img_size=64, in_chans=channels)
+    with add_test_time_registers(model, {1: [3]}, 2):
+        assert features(model, torch.randn(1, channels, 64, 64)).shape[1] == 1 + 2 + 16
+
+
 def test_registers_are_not_added_twice():
     model = make()
     add_test_time_registers(model, NEURONS)
@@ -283,7 +410,115 @@ def test_registers_are_not_added_twice():
         add_test_time_registers(model, NEURONS)
 
 
-def test_a_search_without_outliers_adds_a_register_that_nothing_writes_to():
+@pytest.mark.parametrize("nothing", [RegisterNeurons(None, ()), {"selected": {}, "threshold": None}])
+def test_where_the_search_found_nothing_a_warning_says_so_and_the_model_stays(nothing):
     model = make()
-    add_test_time_registers(model, RegisterNeurons(None, np.zeros((6, 2, 4))), 1)
-    assert TokenLayout.of(model).test_time == 1
+    x = images(model)
+    plain = features(model, x)
+    with pytest.warns(UserWarning, match="the search found no register neurons, so no test-time register is added"):
+        handle = add_test_time_registers(model, nothing, 2)
+    assert handle.num_registers == 0 and handle.layout == TokenLayout(1, 0)
+    assert torch.equal(features(model, x), plain)
+    handle.remove()
+
+
+def test_the_document_of_a_search_is_taken_as_json_gives_it():
+    found = RegisterNeurons(Detection(3, 1.0, 0.5), (), selected=NEURONS)
+    document = json.loads(found.to_json())
+    for neurons in (document, document["selected"], {np.int64(k): np.array(v) for k, v in NEURONS.items()}):
+        with add_test_time_registers(make(), neurons) as handle:
+            assert handle.neurons == {layer: tuple(sorted(units)) for layer, units in NEURONS.items()}
+
+
+def test_the_handle_tells_registers_from_patches_as_the_model_now_is():
+    model = make()
+    x = images(model)
+    handle = add_test_time_registers(model, NEURONS, 2)
+    assert handle.layout.patches(features(model, x)).shape[1] == features(model, x).shape[1] - 3
+    handle.remove()
+    assert handle.layout == TokenLayout(1, 0)
+
+
+# What is done to a model while it has registers is done to it.
+
+DONE = {
+    "bfloat16": lambda model: model.to(torch.bfloat16),
+    "float64": lambda model: model.double(),
+    "another size": lambda model: model.set_input_size(img_size=(96, 96)),
+    "trained": lambda model: [parameter.data.add_(0.01) for parameter in model.parameters()],
+    "loaded": lambda model: model.load_state_dict({k: v * 1.01 for k, v in model.state_dict().items()}),
+    "pickled": lambda model: None,
+}
+
+
+@pytest.mark.parametrize("name", ["test_vit", "deit_tiny_distilled_patch16_224", "test_vit2"])
+@pytest.mark.parametrize("done", DONE)
+def test_what_was_done_in_between_stays_when_the_registers_go(name, done):
+    kwargs = {} if name.startswith("test") else {"depth": 3, "img_size": 64}
+    model, plain = make(name, **kwargs), make(name, **kwargs)
+    add_test_time_registers(model, NEURONS, 2)
+    DONE[done](model), DONE[done](plain)
+    if done == "pickled":
+        model = pickle.loads(pickle.dumps(model))
+    x = images(plain).to(next(plain.parameters()).dtype)
+    treated = features(model, x)
+    remove_test_time_registers(model)
+    assert torch.equal(features(model, x), features(plain, x))
+    assert type(model) is type(plain)
+    add_test_time_registers(plain, NEURONS, 2)  # done first, treated then
+    assert torch.equal(features(plain, x), treated)
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_vit2"])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_model_is_fine_tuned_with_its_registers_which_stay_zero(name, before):
+    model = make(name, num_classes=5).requires_grad_(True)
+    trained = TokenLayout.of(model).trained
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3) if before else None
+    handle = add_test_time_registers(model, NEURONS, 2)
+    optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-3)
+    x, y = images(model, 6), torch.tensor([0, 1, 2, 3, 4, 0])
+    old = {key: value.clone() for key, value in model.state_dict().items()}
+    losses = []
+    for _ in range(6):
+        losses.append(torch.nn.functional.cross_entropy(model(x), y))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    assert not model.reg_token[:, trained:].any()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    state = model.state_dict()
+    assert not torch.equal(state["pos_embed"], old["pos_embed"])
+    handle.remove()
+    optimizer.step()
+    assert state.keys() == model.state_dict().keys()
+
+
+COMPILED = {
+    "the model": lambda model: (lambda c: (c, model, c))(torch.compile(model, backend="eager")),
+    "the model, wrapper treated": lambda model: (lambda c: (c, c, c))(torch.compile(model, backend="eager")),
+    "in place": lambda model: (model.compile(backend="eager"), (model, model, model))[1],
+    "forward_features": lambda model: (model, model, torch.compile(model.forward_features, backend="eager")),
+    "its blocks": lambda model: ([block.compile(backend="eager") for block in model.blocks], (model, model, model))[1],
+}
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "eva02_tiny_patch14_224"])
+@pytest.mark.parametrize("compiled", COMPILED)
+def test_a_compiled_model_gives_what_the_eager_one_gives_treated_alike(name, compiled):
+    torch.compiler.reset()
+    model = make(name, depth=3, img_size=56 if "eva" in name else 64)
+    eager, x = copy.deepcopy(model), images(model)
+    _, treated, run = COMPILED[compiled](model)
+    forward = (lambda m: m.forward_features) if compiled == "forward_features" else (lambda m: m)
+    with torch.no_grad():
+        plain = forward(eager)(x)
+        assert torch.allclose(run(x), plain, atol=1e-6)
+        for neurons, options in ((NEURONS, {}), ({0: [1, 9]}, {"scale": 0.5}), (NEURONS, {"patches": "same"})):
+            with add_test_time_registers(eager, neurons, 1, **options):
+                want = forward(eager)(x)
+            with add_test_time_registers(treated, neurons, 1, **options):
+                assert TokenLayout.of(treated).prefix == TokenLayout.of(eager).prefix + 1
+                assert torch.allclose(run(x), want, atol=1e-6)
+            assert torch.allclose(run(x), plain, atol=1e-6)
