@@ -191,8 +191,10 @@ def _from_file(
     state = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
     try:
         load_strictly(model, timm_names(state, model), path)
-    except (WeightsError, RuntimeError, KeyError, AttributeError) as error:  # the latter three: of timm's filters
+    except WeightsError as error:
         raise WeightsError(f"{error}; {described(state)}") from error
+    except (RuntimeError, KeyError, AttributeError) as error:  # of timm's filters, on weights that are not theirs
+        raise WeightsError(f"{path} does not fit {architecture}; {described(state)}") from error
     taken = f"; {checkpoint.taken}" if checkpoint.taken else ""
     if taken:
         say(f"{path}: the weights are those under {checkpoint.taken}")

@@ -1,5 +1,4 @@
 import json
-import pickle
 
 import pytest
 import timm
@@ -11,7 +10,7 @@ from regvit import add_test_time_registers
 from regvit.data.packages import file_sha256
 from regvit.data.transform import Transform
 from regvit.models.backbones import Backbone, create, load_backbone, load_strictly, resized, save_backbone, unplanted
-from regvit.models.checkpoints import WeightsError, read_checkpoint
+from regvit.models.checkpoints import WeightsError
 from regvit.models.sources import build
 from regvit.registers.planting import plant
 
@@ -179,42 +178,6 @@ def test_an_image_size_that_patches_do_not_fill_is_refused_with_the_nearest_ones
         build("file:weights.safetensors", "test_vit", size)
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-@pytest.mark.parametrize("wrapping", ["plain", "state_dict", "module"])
-def test_a_users_checkpoint_loads_with_its_head_left_out(suffix, wrapping, tmp_path):
-    torch.manual_seed(3)
-    trained = timm.create_model("test_vit", num_classes=10).eval()  # test_vit's own name for the head is "head"
-    state = {name: value.clone() for name, value in trained.state_dict().items()}
-    path = tmp_path / f"mine{suffix}"
-    if suffix == ".safetensors":
-        save_file(state, path)
-    elif wrapping == "module":
-        torch.save({"model": {f"module.{name}": value for name, value in state.items()}}, path)
-    else:
-        torch.save(state if wrapping == "plain" else {"state_dict": state, "epoch": 3}, path)
-    built = build(f"file:{path}", "test_vit")
-    images = torch.randn(2, 3, 160, 160)
-    with torch.no_grad():
-        torch.testing.assert_close(built.model.forward_features(images), trained.forward_features(images))
-    assert built.about["architecture"] == "test_vit"
-    assert str(tmp_path) not in json.dumps(built.about)
-    assert file_sha256(path) in built.about["source"]
-
-
-def test_positions_of_a_users_checkpoint_are_resampled_to_the_image_size(tmp_path):
-    state = small().state_dict()
-    save_file(state, tmp_path / "mine.safetensors")
-    built = build(f"file:{tmp_path / 'mine.safetensors'}", "test_vit", 96)
-    assert built.model.pos_embed.shape == (1, 1 + 6 * 6, 64)
-    assert torch.equal(built.model.pos_embed[:, 0], state["pos_embed"][:, 0])
-    # timm's own rule for inputs of another size is the reference
-    images = torch.randn(1, 3, 96, 96)
-    torch.testing.assert_close(
-        built.model.forward_features(images), small().forward_features(images), rtol=1e-4, atol=1e-4
-    )
-    assert built.transform.size == 96
-
-
 def test_the_transform_is_timms_own_for_the_pretrained_weights(tmp_path):
     save_file(small().state_dict(), tmp_path / "mine.safetensors")
     built = build(f"file:{tmp_path / 'mine.safetensors'}", "test_vit")
@@ -226,75 +189,12 @@ def test_the_transform_is_timms_own_for_the_pretrained_weights(tmp_path):
     assert built.transform.crop_pct == expected["crop_pct"]
 
 
-class Malicious:
-    def __reduce__(self):
-        return (print, ("executed",))
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_a_file_that_would_execute_code_is_refused(tmp_path, capsys):
-    torch.save({"weight": Malicious()}, tmp_path / "evil.pth")
-    with pytest.raises(WeightsError, match="files that need code to be executed are refused"):
-        read_checkpoint(tmp_path / "evil.pth")
-    (tmp_path / "raw.pth").write_bytes(pickle.dumps(Malicious()))
-    with pytest.raises(WeightsError, match="cannot be read as plain tensors"):
-        read_checkpoint(tmp_path / "raw.pth")
-    assert "executed" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "content", [b"\x80\x02.", b"", b"\x80\x02}q\x00h", b"PK\x03\x04" + bytes(99), b"hello", b"\x80\x02X\xff"]
-)
-def test_bytes_that_are_no_checkpoint_are_refused(tmp_path, content):
-    (tmp_path / "weights.pt").write_bytes(content)
-    with pytest.raises(WeightsError, match=r"weights\.pt cannot be read as plain tensors \(.+\); files that need code"):
-        read_checkpoint(tmp_path / "weights.pt")
-    (tmp_path / "weights.safetensors").write_bytes(content)
-    with pytest.raises(WeightsError, match=r"weights\.safetensors is not a whole safetensors file"):
-        read_checkpoint(tmp_path / "weights.safetensors")
-
-
-def test_names_that_are_no_text_are_refused(tmp_path):
-    torch.save({0: torch.zeros(1)}, tmp_path / "weights.pt")
-    with pytest.raises(WeightsError, match=r"weights\.pt holds a tensor named 0; expected names that are text"):
-        read_checkpoint(tmp_path / "weights.pt")
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("value", "said"),
-    [
-        (torch.eye(3).to_sparse(), "a sparse or nested tensor"),
-        (torch.zeros(3, device="meta"), "a meta tensor, which has a shape and no numbers"),
-        (torch.zeros(3, dtype=torch.complex64), "a tensor of torch.complex64, expected real numbers"),
-        (torch.zeros(1).expand(10**12), r"of shape \(1000000000000,\), more numbers than the file holds"),
-    ],
-)  # fmt: skip
-def test_tensors_that_cannot_be_weights_are_refused_by_name(tmp_path, value, said):
-    torch.save({"norm.weight": value}, tmp_path / "weights.pt")
-    with pytest.raises(WeightsError, match=rf"weights\.pt: norm\.weight is {said}.*; save model\.state_dict\(\)"):
-        read_checkpoint(tmp_path / "weights.pt")
-    with pytest.raises(WeightsError, match=r"norm\.weight is"):
-        build(f"file:{tmp_path / 'weights.pt'}", "test_vit", 32)
-
-
 @pytest.mark.parametrize(("content", "said"), [("{", r"is not JSON \("), ("[]", "holds a list, expected an object")])
 def test_a_description_that_is_no_json_object_is_refused(tmp_path, content, said):
     save(tmp_path, small())
     (tmp_path / "backbone.json").write_text(content)
     with pytest.raises(ValueError, match=rf"backbone\.json {said}.*run the backbone stage again"):
         load_backbone(tmp_path)
-
-
-def test_a_file_that_holds_no_state_dict_is_refused(tmp_path):
-    torch.save([torch.zeros(1)], tmp_path / "list.pth")
-    with pytest.raises(WeightsError, match=r"holds list; expected a dict of name to tensor"):
-        read_checkpoint(tmp_path / "list.pth")
-    torch.save({"epoch": 3}, tmp_path / "empty.pth")
-    with pytest.raises(WeightsError, match=r"holds \['int'\]; expected"):
-        read_checkpoint(tmp_path / "empty.pth")
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        read_checkpoint(tmp_path / "nothing.pth")
 
 
 def test_without_an_image_size_the_models_own_is_kept(tmp_path):

@@ -99,7 +99,7 @@ def test_a_backbone_at_one_size_that_is_measured_at_another_sees_the_trained_tab
     set_image_size(at_once, 224, rule)
     assert torch.equal(wide.model(x), at_once(x))
     (tmp_path / "positions.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="positions.safetensors"):
+    with pytest.raises(ValueError, match=r"positions\.safetensors"):
         load_backbone(tmp_path)
 
 
