@@ -21,7 +21,15 @@ def main(name: str) -> None:
     params, runtime = load_params(), Runtime.load()
     entry = entry_of(params, "backbones", name)
     cache = Path(os.environ.get("DVC_ROOT", ".")) / "work" / "packages"
-    built = build(entry.source, entry.architecture, entry.img_size, cache_dir=cache, progress=print)
+    built = build(
+        entry.source,
+        entry.architecture,
+        entry.img_size,
+        transform=entry.transform and entry.transform.model_dump(exclude_none=True),
+        positions=entry.positions,
+        cache_dir=cache,
+        progress=print,
+    )
     planted, recipe = None, entry.plant and entry.plant.model_dump()
     if recipe:
         planted = plant_on_train(built, recipe, params, runtime)

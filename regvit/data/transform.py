@@ -140,7 +140,8 @@ class Transform:
         width, height = image.size
         # The longer side is cut down to an integer, as torchvision.transforms.Resize does.
         new = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
-        image = self.resize(image, new if self.crop_mode == "center" else (short, short))
+        new = new if self.crop_mode == "center" else (short, short)
+        image = self.resize(image, new)
         left, top = round((new[0] - self.size) / 2.0), round((new[1] - self.size) / 2.0)
         return image.crop((left, top, left + self.size, top + self.size))
 

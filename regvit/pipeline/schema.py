@@ -106,10 +106,22 @@ class Plant(Block):
     cls_share: Share
 
 
+class TransformChanges(Block):
+    """What of a backbone's transform shall be other than its weights were evaluated with."""
+
+    crop_pct: Share | None = None
+    crop_mode: Literal["center", "squash"] | None = None
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
+    mean: Annotated[tuple[float, float, float], Strict(False)] | None = None
+    std: Annotated[tuple[Positive, Positive, Positive], Strict(False)] | None = None
+
+
 class Backbone(Block):
     source: Annotated[str, StringConstraints(pattern="^(package|timm|file):.+")]
     architecture: Text | None = None
     img_size: Count | None = None
+    transform: TransformChanges | None = None
+    positions: Literal["timm", "plain", "dinov2"] = "timm"
     plant: Plant | None = None
 
 
@@ -126,11 +138,14 @@ class Run(Block):
 class Identify(Block):
     images: Count
     threshold: Positive | None
-    layer: Index | None
+    layer: Annotated[int, Gt(-(2**63)), Lt(2**63)] | None  # negative ones count from the end
     top_k: Count | None
     max_layer: Index | None
     explained: Share
     score: Literal["attribution", "activation"] = "attribution"
+    sigma: Positive | None = None
+    sparsity_filter: bool = False
+    cls_counts: bool = False
     precision: Precision = "float32"
 
 
