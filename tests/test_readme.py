@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from ruamel.yaml import YAML
+from white_patches import picture, plant_one
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -20,9 +21,20 @@ def example(page: str) -> str:
     return text
 
 
-def test_the_two_lines_add_registers_to_a_model():
+def test_the_two_lines_search_a_model_and_leave_it_as_it_is_where_there_is_nothing_to_cure():
     model = timm.create_model("test_vit", pretrained=False).eval()
-    exec(example("README.md"), {"model": model, "images": torch.randn(8, 3, 160, 160)})
+    with pytest.warns(UserWarning, match="the search found no register neurons"):
+        exec(example("README.md"), {"model": model, "images": torch.randn(8, 3, 160, 160)})
+    assert model.num_prefix_tokens == 1
+
+
+def test_the_two_lines_add_a_register_to_a_model_with_outliers():
+    args = {"img_size": 64, "patch_size": 8, "depth": 6, "embed_dim": 64, "num_heads": 4, "num_classes": 0}
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", pretrained=False, **args).eval().requires_grad_(False)
+    images = torch.stack([torch.from_numpy(picture(i)).permute(2, 0, 1) / 127.5 - 1 for i in range(12)])
+    plant_one(model, images)
+    exec(example("README.md"), {"model": model, "images": images})
     assert model.num_prefix_tokens == 2
 
 

@@ -8,8 +8,6 @@ teacher) are taken where there are any, since they are what is evaluated.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from regvit.data.packages import file_sha256
+from regvit.models.checkpoint_files import WeightsError, checkpoint_files, files_sha256
 
 AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher")
 CONTAINERS = (*AVERAGED, "state_dict", "model_state_dict", "model", "module", "student", "net", "backbone", "weights")
@@ -31,12 +29,7 @@ PATCH_EMBEDDINGS = {  # the weight by which a transformer is known, without what
     "visual.conv1.weight": "CLIP",
     "embeds.proj.weight": "timm",
 }
-IN_FOLDER = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 PLAIN_OBJECTS = [argparse.Namespace]  # holds attributes and has no code of its own; DeiT's and MAE's files have one
-
-
-class WeightsError(ValueError):
-    """Weights that are missing, damaged, unsafe, or those of another model; the message gives the cure."""
 
 
 class Checkpoint(NamedTuple):
@@ -62,7 +55,7 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
         FileNotFoundError: there is no such file, or a shard is missing.
         WeightsError: the file is damaged, would have to execute code, or holds something else than tensors.
     """
-    files = _files(Path(path).expanduser())
+    files = checkpoint_files(path)
     contents = [_read(file) for file in files]
     content, containers = _unwrapped(contents[0]) if len(files) == 1 else (_merged(contents), [])
     _check_tensors(content, files[0])
@@ -70,9 +63,7 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
     if names:
         content = {name.removeprefix(prefix): value for name, value in content.items() if name.startswith(prefix)}
     taken = ": ".join([*containers, *([prefix] if prefix else [])])
-    digests = [file_sha256(file) for file in files]
-    sha256 = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-    return Checkpoint(content, names, taken, sha256)
+    return Checkpoint(content, names, taken, files_sha256(files))
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -104,29 +95,6 @@ def check_finite(state: Mapping[str, Tensor], where: str) -> None:
             raise WeightsError(
                 f"{where}: {name} has {bad} of {value.numel()} values NaN or infinite; get the weights again"
             )
-
-
-def _files(path: Path) -> list[Path]:
-    """The file that is meant, or the shards of it."""
-    if path.is_dir():
-        known = [path / name for name in IN_FOLDER if (path / name).is_file()] or sorted(path.glob("*.safetensors"))
-        if not known:
-            raise FileNotFoundError(f"{path} holds no weights; expected one of {', '.join(IN_FOLDER)} in it")
-        path = known[0]
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give the path of a weights file, from the repository's root")
-    if not path.name.endswith(".index.json"):
-        return [path]
-    try:
-        shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{path} is no index of shards: it has no weight_map; copy it again") from error
-    files = [path.with_name(Path(name).name) for name in shards]
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise FileNotFoundError(
-            f"{path} names {len(files)} shards, of which {', '.join(missing)} is not beside it; copy all of them"
-        )
-    return files
 
 
 def _read(path: Path) -> object:

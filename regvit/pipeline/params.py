@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from regvit.pipeline.checkpoint_changes import changed_checkpoints
 from regvit.pipeline.faults import nearest, sentences
 from regvit.pipeline.references import broken_layers, broken_references, broken_sources
 from regvit.pipeline.schema import Block, Images, Params
@@ -127,10 +128,12 @@ def _refuse(path: str | Path, faults: list[str]) -> None:
 
 def main() -> None:
     try:
-        check_params()
+        params = check_params()
     except (ParamsError, OSError) as error:
         sys.exit(str(error))
     print("params.yaml: no fault found")
+    for name in changed_checkpoints(params):
+        print(f"backbone {name}: its file is no longer the one that it was made of; make repro makes it again")
 
 
 if __name__ == "__main__":
