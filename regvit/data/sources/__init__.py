@@ -33,12 +33,12 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from regvit.data.dataset_builder import DatasetBuilder, Entry, Rejected, check_role, summed_up
 from regvit.data.manifest import SPLITS, Dataset, read_dataset, write_dataset
 from regvit.data.sources import archive, builtin, folder, hub, npy, nyu, published_sets, torchvision_sets
 from regvit.data.synthetic import rooms
+from regvit.files import locked
 
 Build = Callable[[DatasetBuilder, str], None]  # its second argument is the source without the prefix and its colon
 SOURCES: dict[str, tuple[Build, tuple[str, ...]]] = {  # by what stands before the first colon, with the usages
@@ -59,10 +59,6 @@ SOURCES: dict[str, tuple[Build, tuple[str, ...]]] = {  # by what stands before t
     "nyu": (nyu.nyu, ("nyu:<folder>",)),
     "relief": (rooms.relief, ("relief",)),
 }
-
-
-class DatasetLocked(RuntimeError):
-    """Another process makes the data set now."""
 
 
 @dataclass(frozen=True)
@@ -127,47 +123,47 @@ def make_dataset(
             image is usable, or too many are not (TooManyRejects), or the set cannot play its role.
         FileNotFoundError: the path of a `folder:` source does not exist.
         PackageUnavailable, DownloadFailed: a package or an archive cannot be had.
-        DatasetLocked: another process makes this data set now.
+        FolderLocked: another process makes this data set now; the message says which.
     """
     build, rest = find_source(source)
     folder, packages_dir = Path(os.path.abspath(folder)), Path(packages_dir)
     downloads = packages_dir.parent / "downloads" if downloads_dir is None else Path(downloads_dir)
     partial, previous = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.previous")
     builder = DatasetBuilder(name, partial, packages_dir, downloads, seed, Entry(source, **entry), not show_progress)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise DatasetLocked(
-            f"{folder} is being made by another process; wait for it, or end it and run again"
-        ) from error
-    try:
-        _put_back(previous, folder)  # a kill came between the two renames below
-        for leftover in (partial, previous):
-            shutil.rmtree(leftover, ignore_errors=True)
-        with builder:
-            builder.about["source"] = source
-            build(builder, rest)
-        builder.finish()
-        rows = builder.rows.rows()
-        if not rows:
-            raise ValueError(f"source {source!r} gave no usable image" + _first_rejected(builder))
-        check_role(name, builder.entry.role, rows)
-        write_dataset(partial, name, rows, builder.classes, builder.about, builder.root)
-        _write_rejected(partial / "rejected.csv", builder.rejected)
-        if builder.root != ".":
-            (partial / "images").rmdir()
-        if folder.exists():
-            folder.rename(previous)
-        partial.rename(folder)
-    finally:
-        _put_back(previous, folder)
-        for leftover in (partial, previous):
-            shutil.rmtree(leftover, ignore_errors=True)
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
+    lock = folder.with_name(f".{folder.name}.lock")
+    with locked(lock):
+        try:
+            _put_back(previous, folder)  # a kill came between the two renames below
+            for leftover in (partial, previous):
+                shutil.rmtree(leftover, ignore_errors=True)
+            _build(builder, build, rest)
+            if folder.exists():
+                folder.rename(previous)
+            partial.rename(folder)
+        finally:
+            _put_back(previous, folder)
+            for leftover in (partial, previous, lock):
+                shutil.rmtree(leftover, ignore_errors=True)
     return Made(read_dataset(folder), tuple(builder.rejected), builder.left_out)
+
+
+def _build(builder: DatasetBuilder, build: Build, rest: str) -> None:
+    """The data set in the builder's folder, whole."""
+    with builder:
+        builder.about["source"] = builder.entry.source
+        build(builder, rest)
+    builder.finish()
+    rows = builder.rows.rows()
+    if not rows:
+        first = (
+            f"; the first of {len(builder.rejected)} rejected: {builder.rejected[0].reason}" if builder.rejected else ""
+        )
+        raise ValueError(f"source {builder.entry.source!r} gave no usable image{first}")
+    check_role(builder.name, builder.entry.role, rows)
+    write_dataset(builder.folder, builder.name, rows, builder.classes, builder.about, builder.root)
+    _write_rejected(builder.folder / "rejected.csv", builder.rejected)
+    if builder.root != ".":
+        (builder.folder / "images").rmdir()
 
 
 def _put_back(previous: Path, folder: Path) -> None:
@@ -190,11 +186,6 @@ def find_source(source: str) -> tuple[Build, str]:
     known = [usage for _, usages in SOURCES.values() for usage in usages]
     near = get_close_matches(source, known, n=1, cutoff=0)[0]
     raise ValueError(f"source {source!r} is unknown; nearest is {near!r}, known are {', '.join(known)}")
-
-
-def _first_rejected(builder: DatasetBuilder) -> str:
-    count = len(builder.rejected)
-    return f"; the first of {count} rejected: {builder.rejected[0].reason}" if count else ""
 
 
 def _write_rejected(file: Path, rejected: Iterable[Rejected]) -> None:
