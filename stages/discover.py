@@ -22,6 +22,7 @@ from regvit.measures.tables import write_results, write_table
 from regvit.models.token_features import Feature
 from regvit.pipeline.command import command
 from regvit.pipeline.params import load_params
+from regvit.pipeline.runtime import Runtime
 from regvit.stats.boxes import draw_boxes, true_boxes
 
 PICTURES = 8
@@ -30,7 +31,8 @@ PICTURES = 8
 def main(run: str, name: str) -> None:
     params = load_params()
     knobs, out = params.discover, Path("metrics/runs") / run / "discover" / name
-    dense = DenseSet.open(Path("data") / name, Path("features/dense") / run / f"{name}.zarr")
+    store = Path("features/dense") / run / f"{name}.zarr"
+    dense = DenseSet.open(Path("data") / name, store, Runtime.load().device)
     learn, test = (dense.rows(*splits, having="boxes") for splits in (("train", "val"), ("test",)))
     features = kept_features(dense, knobs.features)
     tried = discover(dense, learn, settings(features, knobs.normalised, knobs.biases), knobs.k_patches)

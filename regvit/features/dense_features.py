@@ -127,7 +127,7 @@ class DenseArrays:
             arrays |= {"cls": layout.cls_token(tokens)} if layout.cls else {}
             arrays |= {"registers": layout.registers(tokens)} if layout.num_registers else {}
         if "norms" in self.groups:
-            e = patch_embeddings(model, images)
+            e = patch_embeddings(model, images).float()
             cosines = [neighbour_cosine(e), neighbour_cosine(e if self.centre is None else e - self.centre.to(e))]
             arrays |= {"norms": stacked, "neighbours": torch.stack(cosines, dim=1)}
         if attend:
