@@ -54,6 +54,7 @@ def main(run: str) -> None:
         probes = train_probes(
             train, val, dataset.classes, settings, runtime.device, Checkpoint(work, tell=bar.write), on_point
         )
+    (out / "curves/metrics.json").unlink()  # its last values: no table that DVC could plot
     Path("features/probes").mkdir(parents=True, exist_ok=True)
     save_probes(f"features/probes/{run}.safetensors", probes)
     write_figures(out / "figures.csv", figures_table(figures(probes), run, params.in_distribution))

@@ -83,16 +83,6 @@ def mean_over_images(values: Float[np.ndarray, " b"], seed: int = 0, resamples: 
     return Estimate(found.value, found.lo, found.hi, found.n)
 
 
-def mean_with_interval(
-    name: str, values: Float[np.ndarray, " b"], seed: int = 0, resamples: int = RESAMPLES
-) -> dict[str, float | None]:
-    """`mean_over_images` as `{name, name_lo, name_hi}`, rounded to 6 digits; None where no image has a value."""
-    found = mean_over_images(values, seed, resamples)
-    if found is None:
-        return {name: None, f"{name}_lo": None, f"{name}_hi": None}
-    return {key: round(value, 6) for key, value in found.named(name).items()}
-
-
 def paired_mean_difference(
     a: Float[np.ndarray, " b"], b: Float[np.ndarray, " b"], seed: int = 0, resamples: int = RESAMPLES
 ) -> Difference | None:

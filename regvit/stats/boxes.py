@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from PIL import Image, ImageDraw
 
 from regvit.data.manifest import Dataset
@@ -30,25 +30,11 @@ def true_boxes(dataset: Dataset) -> list[Float[np.ndarray, "m 4"]]:
     ]
 
 
-def iou(a: Float[np.ndarray, "m 4"], b: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, "m n"]:
-    """Intersection over union of every box of `a` with every box of `b`; 0 where both are empty.
-
-    Raises:
-        ValueError: an array is not one of boxes, or a box ends before it begins.
-    """
-    a, b = _boxes(a, "a"), _boxes(b, "b")
-    low = np.maximum(a[:, None, :2], b[None, :, :2])
-    high = np.minimum(a[:, None, 2:], b[None, :, 2:])
-    shared = (high - low).clip(min=0).prod(2)  # (m, n)
-    union = _areas(a)[:, None] + _areas(b)[None] - shared
-    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
-
-
 def best_iou(predicted: Float[np.ndarray, "b 4"], truth: Sequence[Float[np.ndarray, "m 4"]]) -> Float[np.ndarray, " b"]:
     """The largest overlap of each image's one predicted box with its true boxes; 0 where it has none.
 
     Raises:
-        ValueError: the numbers of images differ, or as `iou`.
+        ValueError: the numbers of images differ, an array is not one of boxes, or a box ends before it begins.
     """
     predicted = np.asarray(predicted, dtype=np.float64)
     if len(predicted) != len(truth):
@@ -64,11 +50,6 @@ def best_iou(predicted: Float[np.ndarray, "b 4"], truth: Sequence[Float[np.ndarr
     best = np.zeros(len(truth))
     np.maximum.at(best, owner, np.divide(shared, union, out=np.zeros_like(shared), where=union > 0))
     return best
-
-
-def localised(predicted: Float[np.ndarray, "b 4"], truth: Sequence[Float[np.ndarray, "m 4"]]) -> Bool[np.ndarray, " b"]:
-    """Whether each image's predicted box finds an object; CorLoc is the mean. Raises as `best_iou`."""
-    return best_iou(predicted, truth) >= HIT
 
 
 def draw_boxes(

@@ -34,10 +34,6 @@ class Estimate:
     hi: float
     n: int
 
-    def named(self, name: str) -> dict[str, float]:
-        """As `{name, name_lo, name_hi}`."""
-        return {name: self.value, f"{name}_lo": self.lo, f"{name}_hi": self.hi}
-
 
 @dataclass(frozen=True)
 class Difference:
@@ -55,10 +51,6 @@ class Difference:
     hi: float
     p: float
     n: int
-
-    def named(self, name: str) -> dict[str, float]:
-        """As `{name, name_lo, name_hi, name_p}`."""
-        return {name: self.value, f"{name}_lo": self.lo, f"{name}_hi": self.hi, f"{name}_p": self.p}
 
 
 @dataclass(frozen=True)
