@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from unicodedata import normalize
 
 Described = Sequence | Mapping | str  # as params.yaml gives it
 
@@ -53,6 +54,7 @@ class ClassChoice:
     def _of_pairs(cls, pairs: Sequence[tuple[str, str]], where: str) -> "ClassChoice":
         if not pairs:
             raise ValueError(f"{where[:200]} names no class; name at least one, or leave `classes` out to take all")
+        pairs = [(normalize("NFC", name), normalize("NFC", new)) for name, new in pairs]  # as labels are
         old = [name for name, _ in pairs]
         if twice := sorted({name for name in old if old.count(name) > 1}) if len(set(old)) < len(old) else []:
             raise ValueError(f"{where[:200]} names {twice[0]!r} twice; a class of the source can become only one")

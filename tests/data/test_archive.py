@@ -105,13 +105,22 @@ def zip_link() -> bytes:
         "zip soft",
     ],
 )
-def test_what_would_write_elsewhere_is_refused_and_nothing_is_left(tmp_path, content, said):
+def test_an_archive_with_a_hostile_member_is_refused_and_nothing_of_it_is_kept(tmp_path, content, said):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.bin").write_bytes(content)
     with pytest.raises(UnsafeArchive, match=said):
         unpack(tmp_path / "in/a.bin", tmp_path / "in/deep/out")
     left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     assert {name for name in left if not name.endswith(".lock")} == {"in/a.bin"}
+
+
+def test_files_of_an_archive_cannot_be_run_or_changed_by_others(tmp_path):
+    info = tarfile.TarInfo("x/a.png")
+    info.mode = 0o6777
+    with tarfile.open(tmp_path / "a.tar", "w") as packed:
+        packed.addfile(info)
+    unpack(tmp_path / "a.tar", tmp_path / "out")
+    assert (tmp_path / "out/x/a.png").stat().st_mode & 0o6111 == 0
 
 
 @pytest.mark.parametrize("pack", [tar_of, zip_of])

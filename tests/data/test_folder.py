@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 from regvit.data.dataset_builder import TooManyRejects
-from regvit.data.decoding import read_rgb
 
 
 @pytest.fixture
@@ -59,20 +58,6 @@ def test_a_missing_val_split_is_taken_out_of_train(make, photos):
     folder = photos(*(f"train/cat/{i}.png" for i in range(20)), *(f"test/cat/{i}.png" for i in range(5)))
     dataset = make(f"folder:{folder}", "mine").dataset
     assert [len(dataset.subset(split)) for split in ("train", "val", "test")] == [17, 3, 5]
-
-
-def test_unusable_images_are_listed_with_reasons_and_the_rest_is_kept(make, photos, tmp_path):
-    folder = photos("train/cat/1.png", "train/cat/2.png", "stray.png", "train/cat/bad\\name.png")
-    (folder / "train/cat/broken.jpg").write_text("no image")
-    (folder / "train/cat/notes.txt").write_text("not even meant as one")
-    (folder / "train/cat/.hidden.png").write_text("left by an operating system")
-    made = make(f"folder:{folder}", "mine", max_rejects=0.6)
-    assert {row.path for row in made.dataset.rows} == {"train/cat/1.png", "train/cat/2.png"}
-    reasons = {one.path: one.reason for one in made.rejected}
-    assert reasons.keys() == {"stray.png", "train/cat/bad\\name.png", "train/cat/broken.jpg"}
-    assert reasons["train/cat/broken.jpg"] == "not an image of a known format"
-    assert "beside the split folders" in reasons["stray.png"]
-    assert len((tmp_path / "data/mine/rejected.csv").read_text().splitlines()) == 4
 
 
 def test_an_image_changed_in_place_changes_the_digest(make, photos):
@@ -264,21 +249,6 @@ def test_images_in_the_wild_are_used_or_rejected_with_their_reasons(make, wild, 
     with open(tmp_path / "data/mine/rejected.csv", newline="") as file:
         assert {row["path"] for row in csv.DictReader(file)} == {one.path for one in made.rejected}
     assert made.summary().endswith("7 rejected")
-
-
-def test_every_image_that_was_not_rejected_can_be_decoded_upright_as_rgb(make, wild):
-    dataset = make(f"folder:{wild}", role="ood", max_rejects=0.5).dataset
-    sizes = {row.path: read_rgb(dataset.image_path(i)).size for i, row in enumerate(dataset.rows)}
-    assert sizes.pop("x/turned.jpg") == (40, 60)
-    assert sizes.pop("x/dot.png") == (1, 1)
-    assert set(sizes.values()) == {(60, 40)}
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_an_image_without_read_permission_is_rejected(make, photos):
-    folder = photos("x/1.png", "x/2.png")
-    (folder / "x/2.png").chmod(0)
-    assert [one.reason for one in make(f"folder:{folder}", max_rejects=0.5).rejected] == ["Permission denied"]
 
 
 def test_the_most_frequent_reasons_come_first_each_with_an_example(make, wild):

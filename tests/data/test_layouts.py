@@ -139,6 +139,12 @@ def test_every_file_of_a_tree_is_an_image_or_rejected_or_counted(make, tmp_path,
         assert f"  {sum(left_out.values())} files are no images: " in made.notes()
 
 
+def test_a_class_is_chosen_by_either_unicode_form(make, tmp_path):
+    write(tmp_path / "photos", [f"{NFD}/1.png", "dog/2.png"])
+    dataset = make(f"folder:{tmp_path / 'photos'}", role="ood", classes={"house": [NFD]}).dataset
+    assert [(row.path, row.label) for row in dataset.rows] == [(f"{NFD}/1.png", "house")]
+
+
 @pytest.mark.parametrize(
     ("files", "said"),
     [

@@ -342,10 +342,3 @@ def test_arrays_of_another_kind_are_refused(make, tmp_path):
             make(f"npy:{tmp_path}/{name}.npy{severity}")
     with pytest.raises(FileNotFoundError, match=r"gone\.npy does not exist; `npy:` takes"):
         make(f"npy:{tmp_path}/gone.npy")
-
-
-def test_an_array_of_python_objects_is_not_unpickled(make, tmp_path):
-    np.save(tmp_path / "x.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    np.save(tmp_path / "labels.npy", np.zeros(1, dtype=np.int64))
-    with pytest.raises(ValueError, match=r"x\.npy is not a plain \.npy array"):
-        make(f"npy:{tmp_path}/x.npy")

@@ -2,12 +2,9 @@
 
 import ast
 import hashlib
-import io
 import json
 import os
 import pickle
-import tarfile
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +17,6 @@ from ruamel.yaml.constructor import ConstructorError
 import regvit
 from regvit.data.dataset_builder import DatasetBuilder
 from regvit.data.manifest import InvalidManifest, Row, read_dataset, write_dataset
-from regvit.data.sources.archive import UnsafeArchive, unpack
 from regvit.data.sources.npy import npy
 from regvit.features.store import FeatureStore, InvalidStore
 from regvit.models.backbones import load_backbone
@@ -222,55 +218,7 @@ def test_a_backbone_folder_whose_description_names_a_path_for_an_architecture_is
             load_backbone(tmp_path)
 
 
-# Archives. (tests/test_archives.py has more: sizes, doubled names, truncation.)
-
-
-def tar_of(path, **fields):
-    info = tarfile.TarInfo(fields.pop("name", "x/a.png"))
-    for key, value in fields.items():
-        setattr(info, key, value)
-    with tarfile.open(path, "w") as archive:
-        archive.addfile(info, io.BytesIO(b"\0" * info.size))
-    return path
-
-
-HOSTILE = {
-    "a name that climbs out": {"name": "../../evil.png", "size": 3},
-    "a name that climbs out from within": {"name": "x/../../evil.png", "size": 3},
-    "an absolute name": {"name": "/tmp/evil.png", "size": 3},
-    "a name of Windows": {"name": "x\\..\\..\\evil.png", "size": 3},
-    "a folder that climbs out": {"name": "../evil", "type": tarfile.DIRTYPE},
-    "a link to elsewhere": {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"},
-    "a hard link to elsewhere": {"type": tarfile.LNKTYPE, "linkname": "/etc/passwd"},
-    "a character device": {"type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 5},
-    "a block device": {"type": tarfile.BLKTYPE, "devmajor": 8, "devminor": 0},
-    "a named pipe": {"type": tarfile.FIFOTYPE},
-}
-
-
-@pytest.mark.parametrize("kind", sorted(HOSTILE))
-def test_an_archive_with_a_hostile_member_is_refused_and_nothing_of_it_is_kept(tmp_path, kind):
-    (tmp_path / "in").mkdir()
-    file = tar_of(tmp_path / "in/a.tar", **HOSTILE[kind])
-    with pytest.raises(UnsafeArchive, match=r"leaves the folder|only files and folders"):
-        unpack(file, tmp_path / "in/out")
-    assert not (tmp_path / "in/out").exists()
-    assert {path.name for path in tmp_path.rglob("*")} <= {"in", "a.tar", ".out.unpack.lock"}
-
-
-def test_a_zip_bomb_of_many_files_is_refused_before_it_fills_the_disk(tmp_path):
-    file = tmp_path / "a.zip"
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        for i in range(40):
-            archive.writestr(f"x/{i}.png", bytes(100_000))
-    with pytest.raises(UnsafeArchive, match="unpacks to more than 1000000 bytes"):
-        unpack(file, tmp_path / "out", growth=2, floor=1_000_000)
-    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out.partial"))
-
-
-def test_files_of_an_archive_cannot_be_run_or_changed_by_others(tmp_path):
-    unpack(tar_of(tmp_path / "a.tar", size=3, mode=0o6777), tmp_path / "out")
-    assert (tmp_path / "out/x/a.png").stat().st_mode & 0o6111 == 0
+# Archives: see tests/data/test_archive.py.
 
 
 # Manifests.

@@ -1,4 +1,4 @@
-"""Images in the wild, and that none of them changes the row of another. (test_folders.py and test_images.py have more.)"""
+"""Images in the wild, and that none of them changes the row of another. (tests/data has more.)"""
 
 import contextlib
 import hashlib
@@ -238,16 +238,6 @@ def test_a_file_of_a_size_that_no_image_has_is_not_read(tmp_path):
     for read in (read_rgb, read_mask, original_size):
         with pytest.raises(UnreadableImage, match=f"it has {1 << 40} bytes; an image file may have {MAX_BYTES}"):
             read(tmp_path / "x.png")
-
-
-def test_a_file_of_a_size_that_no_image_has_is_rejected_and_the_others_are_used(tmp_path):
-    (tmp_path / "wild/x").mkdir(parents=True)
-    noise().save(tmp_path / "wild/x/good.png")
-    with open(tmp_path / "wild/x/vast.png", "wb") as file:
-        file.truncate(1 << 40)
-    made = made_of(tmp_path / "wild", tmp_path)
-    assert [row.image_id for row in made.dataset.rows] == ["x/good.png"]
-    assert [one.reason for one in made.rejected] == [f"it has {1 << 40} bytes; an image file may have {MAX_BYTES}"]
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):
