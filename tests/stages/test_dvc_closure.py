@@ -29,7 +29,7 @@ FRAME = {
 def graph() -> grimp.ImportGraph:
     """Which module of the library imports which; without those that look at params.yaml and decide no result."""
     modules = grimp.build_graph("regvit", exclude_type_checking_imports=True)
-    for name in ("architectures", "references"):
+    for name in ("architectures", "checkpoint_changes", "references"):
         modules.remove_module(f"regvit.pipeline.{name}")
     return modules
 
