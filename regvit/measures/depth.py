@@ -49,6 +49,7 @@ ETA = 0.001  # metres, inside logarithms
 MEAN_WEIGHT = 0.15  # of the squared mean log error, which makes up the scale; the variance has weight 1
 GRADIENT_WEIGHT = 0.5
 STRIDES = (1, 2, 4, 8)  # places, of the gradient loss
+ERRORS = ("rmse", "rmse_log", "abs_rel", "log10", "silog", "delta1", "delta2", "delta3")
 COMPARED = 8  # places; a patch has 14 to 16 pixels a side, and depth is smooth within it by construction
 # Rows 45 to 470 and columns 41 to 600 of 480 x 640 pixels: where every NYUd image has valid depth.
 CROPS = {"none": (0.0, 0.0, 1.0, 1.0), "eigen": (45 / 480, 41 / 640, 471 / 480, 601 / 640)}
@@ -110,40 +111,17 @@ class DepthModel:
 
 
 @dataclass(frozen=True)
-class DepthErrors:
-    """One value an image; nan where no pixel counts. Lower is better but for the deltas.
-
-    Attributes:
-        rmse: root mean square error, metres.
-        rmse_log: the same of natural logarithms.
-        abs_rel: mean |error| / truth.
-        log10: mean |log10 error|.
-        silog: standard deviation of the log error (times 100 in KITTI's tables).
-        delta1, delta2, delta3: share of pixels with max(depth / truth, truth / depth) below 1.25, 1.25², 1.25³.
-    """
-
-    rmse: Float[np.ndarray, " b"]
-    rmse_log: Float[np.ndarray, " b"]
-    abs_rel: Float[np.ndarray, " b"]
-    log10: Float[np.ndarray, " b"]
-    silog: Float[np.ndarray, " b"]
-    delta1: Float[np.ndarray, " b"]
-    delta2: Float[np.ndarray, " b"]
-    delta3: Float[np.ndarray, " b"]
-
-
-@dataclass(frozen=True)
 class DepthMeasured:
     """Errors of each image, and their sums in the square of each patch.
 
     Attributes:
-        errors: by image.
+        errors: by name (`ERRORS`), one value an image; nan where no pixel counts.
         squared: Σ error², m².
         relative: Σ |error| / truth.
         counted: pixels.
     """
 
-    errors: DepthErrors
+    errors: dict[str, Float[np.ndarray, " b"]]
     squared: Float[np.ndarray, "b p"]
     relative: Float[np.ndarray, "b p"]
     counted: Int[np.ndarray, "b p"]
@@ -177,7 +155,7 @@ def train(
 
     heads = train_heads(tokens, lambda row: _nearest(truth(row), bins, size), bins.bins, training, loss)
     models = [DepthModel(heads.layer(head), bins, {}) for head in range(len(heads))]
-    rmse = [float(np.nanmean(measure(model, val, truth, training.device).errors.rmse)) for model in models]
+    rmse = [float(np.nanmean(measure(model, val, truth, training.device).errors["rmse"])) for model in models]
     best = best_head(heads, rmse, "depth")
     return replace(models[best], val_rmse=dict(zip(heads.settings, rmse, strict=True)))
 
@@ -228,8 +206,8 @@ def measure(
             squared.append(np.bincount(patch, error**2, len(squares)))
             relative.append(np.bincount(patch, np.abs(error) / wanted, len(squares)))
             counted.append(np.bincount(patch, minlength=len(squares)))
-    by_name = {name: np.array([values[name] for values in found]) for name in DepthErrors.__annotations__}
-    return DepthMeasured(DepthErrors(**by_name), np.stack(squared), np.stack(relative), np.stack(counted))
+    by_name = {name: np.array([values[name] for values in found]) for name in ERRORS}
+    return DepthMeasured(by_name, np.stack(squared), np.stack(relative), np.stack(counted))
 
 
 def image_columns(measured: DepthMeasured, outliers: Bool[np.ndarray, "b p"]) -> dict[str, Float[np.ndarray, " b"]]:
@@ -239,7 +217,7 @@ def image_columns(measured: DepthMeasured, outliers: Bool[np.ndarray, "b p"]) ->
     Args:
         outliers: patches of the untreated model.
     """
-    columns = dict(vars(measured.errors))
+    columns = dict(measured.errors)
     for kind, where in (("at_outliers", outliers), ("elsewhere", ~outliers & outliers.any(1, keepdims=True))):
         counted = (measured.counted * where).sum(1)
         squared, relative = ((v * where).sum(1) / np.maximum(counted, 1) for v in (measured.squared, measured.relative))
@@ -261,9 +239,15 @@ def figures(
 
 
 def errors(depth: Float[np.ndarray, " n"], truth: Float[np.ndarray, " n"]) -> dict[str, float]:
-    """The errors of `DepthErrors` over some pixels, in float64; nan where there is none."""
+    """Errors over some pixels, in float64; nan where there is none. Lower is better but for the deltas.
+
+    - `rmse` root mean square error, metres; `rmse_log` the same of natural logarithms;
+    - `abs_rel` mean |error| / truth; `log10` mean |log10 error|;
+    - `silog` standard deviation of the log error (times 100 in KITTI's tables);
+    - `delta1`, `delta2`, `delta3` share of pixels with max(depth / truth, truth / depth) below 1.25, 1.25², 1.25³.
+    """
     if not len(truth):
-        return dict.fromkeys(DepthErrors.__annotations__, float("nan"))
+        return dict.fromkeys(ERRORS, float("nan"))
     depth, truth = depth.astype(np.float64), truth.astype(np.float64)
     log = np.log(depth) - np.log(truth)
     ratio = np.maximum(depth / truth, truth / depth)
