@@ -124,6 +124,7 @@ RUN = {
 }
 # Commands that cannot be run here, by their first line, and why.
 CANNOT = {
+    "REGVIT_SIMULATIONS=2000 pytest tests/stats/test_coverage.py": "takes minutes; the suite runs it with 300",
     "pip install .": "tests/test_wheel.py installs the library",
     "pip install '.[pipeline]'": "fetches packages",
     "python -m benchmarks.discovery": "takes minutes; tests/test_benchmarks.py runs the others small",
@@ -131,7 +132,6 @@ CANNOT = {
     "pip install 'regvit[cluster]'": "fetches packages; the tests of the Ray engine run extraction on Ray",
     "cd /shared/regvit && source .venv/bin/activate": "needs SLURM and GPUs; the tests of the Ray engine run it on two nodes",
 }
-PYTHON_CANNOT = {"docs/scaling.md": "writes to object storage from a cluster"}
 # Text of the docs that calls a library, and what stands in for its names.
 CALLS = {
     'regvit.load("cured")': {},
@@ -228,12 +228,12 @@ def project(tmp_path_factory) -> Iterator[Project]:
         "runs": {"original": {"backbone": "focus_planted", "registers": "none", "num_registers": 0},
                  "test_time_reg": {"backbone": "focus_planted", "registers": "test_time", "num_registers": 1}},
         "identify": small["identify"] | {"layer": 3, "top_k": 5},
-        **{stage: small[stage] | {"datasets": []} for stage in ("tokens", "patches", "segment", "depth")},
+        **{stage: small[stage] | {"datasets": []} for stage in ("tokens", "segment", "depth")},
     })  # fmt: skip
     shutil.copytree(folder / "images/plain/test", folder / "photos")
     Image.open(folder / "photos/one/0.png").save(folder / "cat.jpg")
     (folder / "tests").mkdir()
-    shutil.copy(ROOT / "tests/test_progress.py", folder / "tests")
+    shutil.copy(ROOT / "tests/data/test_splits.py", folder / "tests")
     (folder / "sweeps/patches.yaml").write_text(PATCHES)
     (folder / "choices/imagenet.yaml").write_text(IMAGENET)
     rules = read(folder / "guard.yaml").splitlines(keepends=True)  # the others guard what only planted backbones have
@@ -267,7 +267,6 @@ def test_every_command_is_run_or_has_a_reason():
 def test_no_entry_is_left_of_a_command_that_the_docs_do_not_have_any_more():
     assert RUN.keys() - commands().keys() == set()
     assert CANNOT.keys() - {command.splitlines()[0] for command in commands()} == set()
-    assert PYTHON_CANNOT.keys() - {block.page for block in iterate("python")} == set()
     assert not [command for command in RUN if cannot(command)]
     assert all(len(reason) > 10 for reason in CANNOT.values())
 
@@ -305,10 +304,6 @@ def test_a_call_in_the_text_works(project, call):
 def test_python_of_the_pages_in_docs_runs_as_it_stands(project, block, monkeypatch):
     if block.page in ("README.md", "docs/python.md"):
         pytest.skip("tests/test_readme.py runs it and looks at what comes out")
-    if block.page in PYTHON_CANNOT:
-        compile(block.text, block.page, "exec")
-        exec("\n".join(re.findall(r"^(?:from|import) .*$", block.text, re.M)), {})  # what it imports is there
-        return
     monkeypatch.chdir(project.folder)
     exec(block.text.replace("twemoji", "plain"), {})
 
