@@ -11,9 +11,11 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
-OURS = {"regvit", "stages", "benchmarks", "tests"} | {
-    path.stem for path in (*ROOT.glob("stages/*.py"), *ROOT.glob("tests/**/*.py"))
-}
+OURS = (
+    {"regvit", "stages", "benchmarks", "tests"}
+    | {path.stem for path in ROOT.glob("tests/**/*")}
+    | {path.stem for path in ROOT.glob("stages/*")}
+)
 PROGRAMS = {  # what is called, or read by what is imported, and why it is listed
     "dvc": "the pipeline",
     "ruamel-yaml-clib": "ruamel.yaml reads by it",
@@ -22,6 +24,10 @@ PROGRAMS = {  # what is called, or read by what is imported, and why it is liste
     "pip": "downloads packages", "setuptools": "builds the editable install", "uv": "installs and locks",
     "pytest": "runs the tests", "pytest-xdist": "-n 2", "ruff": "make test", "import-linter": "make test",
     "check-jsonschema": "the workflow's schema", "ipykernel": "executes the example",
+}  # fmt: skip
+COMPANIONS = {  # imported beside the package that brings them
+    "annotated-types": "pydantic", "pydantic-core": "pydantic", "markupsafe": "jinja2", "requests": "pooch", "pyyaml": "timm",
+    "dvc-data": "dvc", "scmrepo": "dvc",
 }  # fmt: skip
 
 
@@ -46,7 +52,8 @@ def imported(*folders: str) -> set[str]:
                 names.add(node.module)
     tops = {name.partition(".")[0] for name in names} - OURS - set(sys.stdlib_module_names)
     special = {"google": "protobuf", "ruamel": "ruamel-yaml"}  # namespaces that several share
-    return {special.get(top) or canonical(homes.get(top, [top])[0]) for top in tops}
+    found = {special.get(top) or canonical(homes.get(top, [top])[0]) for top in tops}
+    return {COMPANIONS.get(name, name) for name in found}
 
 
 def test_the_pipeline_imports_what_is_listed_and_nothing_else_is_listed():
