@@ -14,6 +14,7 @@
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
@@ -81,18 +82,19 @@ def read_sweep(name: str, slow: bool = False) -> Sweep:
 
 def table(sweep: Sweep) -> Table:
     """A row an experiment, a column a figure; a dash where an experiment has none, as where a backbone has no outliers."""
-    columns = [(stage, column) for stage, names in sweep.stages.items() for column in names]
+    combinations = range(1, 1 + math.prod(map(len, sweep.vary.values())))
+    names = [f"{sweep.name}-{point}" for point in sweep.points or combinations]  # as DVC numbers them
+    done = {experiment["Experiment"]: experiment for experiment in dvc.api.exp_show()}
     rows = []
-    for experiment in dvc.api.exp_show():
-        name = experiment["Experiment"] or ""
-        if name.rpartition("-")[0] != sweep.name and not (sweep.points and name.startswith(f"{sweep.name}-")):
-            continue
-        setting = [_shown(experiment, parameter) for parameter in sweep.vary] or [name.removeprefix(f"{sweep.name}-")]
-        figures = {stage: _figures(experiment["rev"], stage) for stage in sweep.stages}
-        rows.append((*setting, *(show(*_value(figures[stage], stage, column)) for stage, column in columns)))
-    labels = [_metric(stage, column).label for stage, column in columns]
-    header = (*(sweep.vary or ["point"]), *labels)
-    return Table.of(f"{sweep.title}. Expected: {sweep.expect}", header, sorted(rows, key=lambda row: _order(row[0])))
+    for name in [name for name in names if name in done]:
+        setting = [_shown(done[name], parameter) for parameter in sweep.vary] or [name.removeprefix(f"{sweep.name}-")]
+        cells = []
+        for stage, columns in sweep.stages.items():
+            figures = _figures(done[name]["rev"], stage)
+            cells += [show(figures.get(column), _metric(stage, column)) for column in columns]
+        rows.append((*setting, *cells))
+    labels = [_metric(stage, column).label for stage, columns in sweep.stages.items() for column in columns]
+    return Table.of(f"{sweep.title}. Expected: {sweep.expect}", (*(sweep.vary or ["point"]), *labels), rows)
 
 
 def _figures(revision: str, stage: str) -> Mapping[str, Value]:
@@ -114,10 +116,6 @@ def _figures(revision: str, stage: str) -> Mapping[str, Value]:
     return found
 
 
-def _value(figures: Mapping[str, Value], stage: str, column: str) -> tuple[Value | None, Metric]:
-    return figures.get(column), _metric(stage, column)
-
-
 def _metric(stage: str, column: str) -> Metric:
     name, _, about = column.partition(":")
     known = METRICS.get(stage.partition("@")[0], {}).get(name)
@@ -129,11 +127,6 @@ def _shown(experiment: Mapping, parameter: str) -> str:
     """The value of a parameter in an experiment."""
     value = experiment.get(parameter, experiment.get(f"params.yaml:{parameter}", NONE))
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _order(setting: str) -> tuple[bool, float, str]:
-    number = setting.replace(".", "", 1).isdigit()
-    return not number, float(setting) if number else 0.0, setting
 
 
 def _leaves(changes: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]:

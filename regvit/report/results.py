@@ -40,10 +40,10 @@ class Results:
     def of(cls, study: Study, figures: pd.DataFrame, differences: pd.DataFrame | None = None) -> Results:
         found, changes = {}, {}
         for row in _known(figures).itertuples():
-            found[row.run, _place(row)] = Value(row.value, _end(row.lo), _end(row.hi), _end(row.n))
+            found[row.run, _place(row)] = Value(row.value, *_interval(row))
         for row in () if differences is None else differences.itertuples():
             key = (row.run, row.reference, row.reference_readout, _place(row))
-            changes[key] = Value(row.difference, _end(row.lo), _end(row.hi), _end(row.n))
+            changes[key] = Value(row.difference, *_interval(row))
         return cls(study, found, changes)
 
     @classmethod
@@ -112,5 +112,7 @@ def _place(row) -> Place:
     return Place(row.stage, row.metric, row.dataset, row.readout, classifier, row.detector)
 
 
-def _end(value: float) -> float | None:
-    return None if pd.isna(value) else value
+def _interval(row) -> tuple[float | None, float | None, int | None]:
+    """Both ends and the number of images, as far as they are there."""
+    lo, hi, n = (None if pd.isna(value) else value for value in (row.lo, row.hi, row.n))
+    return lo, hi, None if n is None else int(n)

@@ -2,6 +2,7 @@
 is imported on the way."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -80,6 +81,7 @@ def test_the_comparison_is_printed_and_fails_with_a_check(project, capsys):
     assert compare_runs.main() == 0
     said = capsys.readouterr().out
     assert "What registers change" in said and "All 12 self-checks hold." in said
+    assert re.search(r"twemoji +40 ", said)  # images are counted in whole numbers
     table = Path("metrics/compare/figures.csv")
     before = table.read_text()
     table.write_text("\n".join(line for line in before.splitlines() if ",recall," not in line) + "\n")
