@@ -13,6 +13,7 @@ STAGES = YAML(typ="safe", pure=True).load(ROOT / "dvc.yaml")["stages"]
 STAGES = {name: stage.get("do", stage) for name, stage in STAGES.items()}
 FRAME = {
     "architectures",
+    "checkpoint_changes",
     "choose",
     "classes",
     "command",
