@@ -7,7 +7,6 @@ import os
 import shutil
 from pathlib import Path
 
-import numpy as np
 from dvclive import Live
 from tqdm.auto import tqdm
 
@@ -18,11 +17,10 @@ from regvit.pipeline.command import command
 from regvit.pipeline.params import load_params
 from regvit.pipeline.runtime import Runtime
 from regvit.probing.checkpoints import Checkpoint
-from regvit.probing.probes import ProbeSet, save_probes
+from regvit.probing.probes import at_end_of_grid, save_probes, validation_figures
 from regvit.probing.splits import open_splits
 from regvit.probing.training import Settings, train_probes
-from regvit.stats.accuracy import accuracy
-from regvit.stats.figures import Figure, figures_table, write_figures
+from regvit.stats.figures import figures_table, write_figures
 
 
 def main(run: str) -> None:
@@ -57,27 +55,12 @@ def main(run: str) -> None:
     (out / "curves/metrics.json").unlink()  # its last values: no table that DVC could plot
     Path("features/probes").mkdir(parents=True, exist_ok=True)
     save_probes(f"features/probes/{run}.safetensors", probes)
-    write_figures(out / "figures.csv", figures_table(figures(probes), run, params.in_distribution))
+    figures = figures_table(validation_figures(probes), run, params.in_distribution)
+    write_figures(out / "figures.csv", figures)
     shutil.rmtree(work, ignore_errors=True)
-
-
-def figures(probes: ProbeSet) -> list[Figure]:
-    """Validation accuracy of the chosen probes, and the learning rates that won; says which of them end the grid."""
-    found, rates = [], probes.settings["learning_rates"]
-    for name, of_seeds in probes.probes.items():
-        correct = np.stack([np.arange(probes.val_images) < probe.val_correct for probe in of_seeds])
-        won = [probe.learning_rate for probe in of_seeds]
-        found.append(Figure.of("val_top1", accuracy(correct), readout=name, classifier="linear"))
-        found.append(
-            Figure("learning_rate", float(np.mean(won)), min(won), max(won), readout=name, classifier="linear")
-        )
-        end = (
-            " (an end of the grid: widen learning_rates)"
-            if len(rates) > 1 and {min(rates), max(rates)} & set(won)
-            else ""
-        )
-        print(f"{name} {correct.mean():.4f} on validation, learning rate {', '.join(f'{rate:g}' for rate in won)}{end}")
-    return found
+    print(figures[["readout", "metric", "value", "lo", "hi"]].to_string(index=False))
+    for name in at_end_of_grid(probes):
+        print(f"{run}: the learning rate of {name} is an end of the grid: widen probe.learning_rates")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from regvit.files import write_atomic
+from regvit.stats.accuracy import accuracy
+from regvit.stats.figures import Figure
 
 METADATA_KEY = "regvit"  # one key: safetensors does not fix the order of several, which would change the bytes
 FORMAT_VERSION = 3
@@ -132,6 +134,25 @@ class Baselines:
     classes: tuple[str, ...]
     train_images: int
     val_images: int
+
+
+def validation_figures(probes: ProbeSet) -> list[Figure]:
+    """Validation accuracy of each readout's chosen probes, and the learning rates that won: mean, least and largest."""
+    figures, images = [], np.arange(probes.val_images)
+    for name, of_seeds in probes.probes.items():
+        correct = np.stack([images < probe.val_correct for probe in of_seeds])  # the same images: seeds narrow nothing
+        rates = [probe.learning_rate for probe in of_seeds]
+        keys = {"readout": name, "classifier": "linear"}
+        figures.append(Figure.of("val_top1", accuracy(correct), **keys))
+        figures.append(Figure("learning_rate", float(np.mean(rates)), min(rates), max(rates), **keys))
+    return figures
+
+
+def at_end_of_grid(probes: ProbeSet) -> list[str]:
+    """Readouts one of whose probes has the smallest or the largest of several learning rates."""
+    rates = probes.settings["learning_rates"]
+    ends = {min(rates), max(rates)} if len(rates) > 1 else set()
+    return [name for name, of_seeds in probes.probes.items() if ends & {probe.learning_rate for probe in of_seeds}]
 
 
 def save_probes(path: Path | str, probes: ProbeSet) -> None:

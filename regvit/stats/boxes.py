@@ -16,7 +16,7 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw
 
 from regvit.data.manifest import Dataset
-from regvit.files import replacing
+from regvit.files import write_atomic
 
 GREEN, RED, BLUE = (0, 160, 0), (230, 0, 0), (0, 90, 255)
 COLOURS = 40  # of a picture's photographs
@@ -94,7 +94,7 @@ def draw_boxes(
             edges = (left + x0, top + y0, left + max(x0, x1 - 1), top + max(y0, y1 - 1))
             pen.rectangle(edges, outline=colour, width=2)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as beside:
+    with write_atomic(path) as beside:
         sheet.save(beside, optimize=True)
 
 
