@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from regvit.files import replacing, write_bytes, write_json, write_table, write_text
+from regvit.files import write_atomic, write_bytes, write_json, write_table, write_text
 
 
 def test_what_is_written_is_what_is_read(tmp_path):
@@ -31,7 +31,7 @@ def test_an_error_in_the_middle_leaves_what_was_there_and_nothing_beside_it(tmp_
 
     with pytest.raises(RuntimeError, match="in the middle"):
         write_table(tmp_path / "a", ["x"], rows())
-    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "new") as beside:
+    with pytest.raises(KeyboardInterrupt), write_atomic(tmp_path / "new") as beside:
         beside.write_text("half")
         raise KeyboardInterrupt
     assert (tmp_path / "a").read_text() == "old"
@@ -40,14 +40,14 @@ def test_an_error_in_the_middle_leaves_what_was_there_and_nothing_beside_it(tmp_
 
 def test_the_final_name_is_taken_in_one_step(tmp_path):
     write_text(tmp_path / "a", "old")
-    with replacing(tmp_path / "a") as beside:
+    with write_atomic(tmp_path / "a") as beside:
         beside.write_text("new")
         assert (tmp_path / "a").read_text() == "old"
     assert (tmp_path / "a").read_text() == "new"
 
 
 def test_the_path_to_write_to_has_the_final_name_by_whose_suffix_libraries_tell_the_format(tmp_path):
-    with replacing(tmp_path / "a.png") as beside:
+    with write_atomic(tmp_path / "a.png") as beside:
         assert beside.name == "a.png"
         beside.touch()
 
@@ -56,7 +56,7 @@ def test_what_a_killed_process_left_is_cleared_away_with_the_temporary_files_of_
     (tmp_path / "a.safetensors.partial").mkdir()
     (tmp_path / "a.safetensors.partial/.tmpX1y2").write_bytes(b"half")
     (tmp_path / "a.safetensors.partial/a.safetensors").write_bytes(b"half")
-    with replacing(tmp_path / "a.safetensors") as beside:
+    with write_atomic(tmp_path / "a.safetensors") as beside:
         save_file({"x": np.arange(3)}, beside)
     assert load_file(tmp_path / "a.safetensors")["x"].tolist() == [0, 1, 2]
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
@@ -83,7 +83,7 @@ def test_a_number_that_json_has_no_word_for_is_refused_and_the_file_named(tmp_pa
 
 def test_a_block_that_writes_nothing_is_an_error_and_leaves_what_was_there(tmp_path):
     write_text(tmp_path / "a", "old")
-    with pytest.raises(FileNotFoundError), replacing(tmp_path / "a"):
+    with pytest.raises(FileNotFoundError), write_atomic(tmp_path / "a"):
         pass
     assert (tmp_path / "a").read_text() == "old"
 
@@ -95,7 +95,7 @@ def test_a_folder_that_does_not_exist_is_an_error(tmp_path):
 
 
 def test_of_two_that_write_the_same_file_at_once_the_first_fails_and_the_file_is_whole(tmp_path):
-    with pytest.raises(FileNotFoundError), replacing(tmp_path / "a") as first:
+    with pytest.raises(FileNotFoundError), write_atomic(tmp_path / "a") as first:
         first.write_text("first")
         write_text(tmp_path / "a", "second")
     assert (tmp_path / "a").read_text() == "second"

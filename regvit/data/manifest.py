@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from regvit.data.rows import COLUMNS, PART, SCHEMA, Row, Rows, table_of
-from regvit.files import replacing, write_text
+from regvit.files import write_atomic, write_text
 
 SPLITS = ("train", "val", "test")
 REQUIRED = ("image_id", "path", "label", "split")
@@ -121,7 +121,7 @@ def write_dataset(
     columns = [column for column in COLUMNS if column not in LATER or any(rows.column(column))]
     description = {"name": name, "root": Path(root).as_posix(), "classes": list(classes), "about": about}
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "manifest.csv") as beside:
+    with write_atomic(folder / "manifest.csv") as beside:
         rows.table().to_csv(beside, columns=columns, index=False, lineterminator="\n", chunksize=PART)
     write_text(folder / "dataset.json", json.dumps(description, indent=2, ensure_ascii=False) + "\n")
 

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure as Picture
 from sklearn.mixture import GaussianMixture
 
 from regvit.features.dense_set import DenseSet, grid_side
-from regvit.files import replacing
+from regvit.files import write_atomic
 from regvit.measures.tables import image_means, mean_figures
 from regvit.registers.outliers import MIN_RATIO, Detection, otsu
 from regvit.stats.figures import Figure
@@ -220,5 +220,5 @@ def draw_anatomy(path: Path, anatomy: Anatomy, title: str) -> None:
     for axis in (by_layer, by_place, by_cosine):
         axis.title.set_fontsize(9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as beside:
+    with write_atomic(path) as beside:
         picture.savefig(beside, dpi=80, metadata={"Software": None})

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from regvit.data.packages import file_sha256
 from regvit.data.transform import Transform
-from regvit.files import replacing, write_text
+from regvit.files import write_atomic, write_text
 from regvit.models.backbone_file import DESCRIPTION, KEYS, read_description
 from regvit.models.checkpoints import WeightsError, check_finite, read_safetensors
 from regvit.models.hooks import blocks, output_projection
@@ -283,7 +283,7 @@ def patch_size(model: nn.Module) -> int:
 
 def _write_weights(state: Mapping[str, Tensor], path: Path) -> None:
     """A safetensors file that others may read: the library makes it private to the user."""
-    with replacing(path) as beside:
+    with write_atomic(path) as beside:
         save_file(dict(state), beside)
         beside.chmod(0o644)
 

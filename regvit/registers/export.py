@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from regvit.files import replacing, write_json
+from regvit.files import write_atomic, write_json
 from regvit.models.backbones import DESCRIPTION, POSITIONS, WEIGHTS, Backbone, load_backbone, save_backbone
 from regvit.models.tokens import TokenLayout
 from regvit.registers.test_time import add_test_time_registers
@@ -202,7 +202,7 @@ def write_pt2(outputs: TokenOutputs, images: Float[Tensor, "b 3 h w"], path: Pat
     """
     with torch.no_grad():
         program = torch.export.export(outputs, (images,), dynamic_shapes=(_free_batch(),))
-    with replacing(path) as beside, open(beside, "wb") as file:
+    with write_atomic(path) as beside, open(beside, "wb") as file:
         torch.export.save(program, file)
 
 
