@@ -19,6 +19,7 @@ import typer
 
 from regvit.cli import export, look, neurons
 from regvit.cli.errors import one_message
+from regvit.pipeline.command import show_anything
 
 app = typer.Typer(
     help="Register tokens in vision transformers: see outlier tokens, find the neurons that make them, move these into "
@@ -41,9 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: its words; those of the process when None.
     Returns: the exit code.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal in latin-1 gets "?" for what it cannot show, not an error
-            stream.reconfigure(errors="replace")
+    show_anything()
     try:
         app(args=argv, prog_name="regvit")
     except BrokenPipeError:  # whoever read our output has seen enough

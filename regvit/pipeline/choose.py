@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 
 from regvit.files import write_text
+from regvit.pipeline.command import show_anything
 from regvit.pipeline.params import ParamsError, faults_of, read_values
 from regvit.pipeline.references import broken_sources
 from regvit.pipeline.schema import Params
@@ -111,6 +112,7 @@ def merge(params: CommentedMap, overlay: CommentedMap) -> None:
 
 
 if __name__ == "__main__":
+    show_anything()
     try:
         main()
     except (BadChoice, ParamsError) as error:

@@ -8,6 +8,13 @@ from types import TracebackType
 OURS = Path(__file__).parents[2]  # regvit/ and stages/
 
 
+def show_anything() -> None:
+    """Has a terminal or log that is not UTF-8 show another character for one that it lacks, instead of ending the program."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
 def command(main: Callable[..., None], *arguments: str, interrupted: str) -> None:
     """Calls `main` with the arguments of the command line.
 
@@ -18,6 +25,7 @@ def command(main: Callable[..., None], *arguments: str, interrupted: str) -> Non
         arguments: their names, for the usage.
         interrupted: what Ctrl-C leaves; `{0}`, `{1}`, … stand for the arguments.
     """
+    show_anything()
     stage = Path(sys.argv[0]).stem
     if len(sys.argv) != 1 + len(arguments):
         sys.exit(" ".join([f"usage: python stages/{stage}.py", *(f"<{name}>" for name in arguments)]))

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from regvit.files import write_text
+from regvit.pipeline.command import show_anything
 from regvit.pipeline.params import load_params
 from regvit.pipeline.studies import study_of
 from regvit.report.checks import self_checks, summary_line
@@ -46,5 +47,6 @@ def write_readme(path: Path, results: Results) -> None:
 
 
 if __name__ == "__main__":
+    show_anything()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it in silence, as it ends `cat`
     sys.exit(main(*sys.argv[1:]))

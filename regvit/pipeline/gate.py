@@ -23,6 +23,7 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from regvit.files import write_text
+from regvit.pipeline.command import show_anything
 from regvit.report.tables import NONE, Cell, Table
 
 DIRECTIONS = ("higher", "lower", "equal")
@@ -164,4 +165,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    show_anything()
     sys.exit(main())

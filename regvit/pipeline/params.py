@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from regvit.pipeline.checkpoint_changes import changed_checkpoints
+from regvit.pipeline.command import show_anything
 from regvit.pipeline.faults import nearest, sentences
 from regvit.pipeline.references import broken_layers, broken_references, broken_sources
 from regvit.pipeline.schema import Block, Images, Params
@@ -137,4 +138,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    show_anything()
     main()

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 from regvit.pipeline.checkpoint_changes import changed_checkpoints
 from regvit.pipeline.classes import downloaded, unmet_classes
+from regvit.pipeline.command import show_anything
 from regvit.pipeline.params import ParamsError, check_params
 
 
@@ -74,6 +75,7 @@ def _dvc_repro(*arguments: str) -> int:
 
 
 if __name__ == "__main__":
+    show_anything()
     try:
         sys.exit(main(*sys.argv[1:]))
     except KeyboardInterrupt:  # while parameters are checked

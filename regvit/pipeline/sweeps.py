@@ -26,6 +26,7 @@ from pathlib import Path
 import dvc.api
 from ruamel.yaml import YAML
 
+from regvit.pipeline.command import show_anything
 from regvit.pipeline.compare_experiments import UNAVAILABLE
 from regvit.report.catalogue import METRICS, Metric
 from regvit.report.study import Value
@@ -165,5 +166,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    show_anything()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it in silence, as it ends `cat`
     main()

@@ -76,3 +76,13 @@ def test_a_wrong_name_and_a_missing_input_are_named_in_one_line(tmp_path, stage,
 def test_a_stage_that_computes_nothing_with_a_model_starts_without_torch_and_timm(tmp_path, stage):
     program = f"import runpy, sys; runpy.run_path('stages/{stage}.py'); sys.exit(bool({{'torch', 'timm'}} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "ascii"])
+def test_a_terminal_that_lacks_a_character_shows_another_one_and_ends_nothing(encoding):
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    program = ENDS.format(body="print(name, chr(0x732B))", arguments=("a",))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment)
+    assert (done.returncode, done.stdout) == (0, b"a ?\n")
+    listed = [sys.executable, "-m", "regvit.pipeline.choose", "--list"]
+    assert subprocess.run(listed, capture_output=True, env=environment, cwd=ROOT).returncode == 0
