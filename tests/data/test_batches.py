@@ -1,11 +1,22 @@
+import hashlib
+import threading
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from regvit.data.batches import Batches, sample
+from regvit.data.batches import Batches, load_batches, sample
+from regvit.data.decoding import ChangedImage, UnreadableImage
 from regvit.data.manifest import Row, read_dataset, write_dataset
+from regvit.data.prefetch import in_order
 from regvit.data.transform import Transform
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 @pytest.fixture
@@ -50,3 +61,59 @@ def test_some_images_can_be_selected_by_their_rows(dataset):
     batches = Batches(dataset, TRANSFORM, batch_size=2).select([0, 3, 9])
     levels = [(batch[:, 0, 0, 0] * 255).round().int().tolist() for batch in batches]
     assert levels == [[0, 30], [90]]
+
+
+def test_batches_are_held_to_the_digests_of_the_manifest(tmp_path):
+    for i in range(3):
+        noise(12, 10, seed=i).save(tmp_path / f"{i}.png")
+    rows = [Row(str(i), f"{i}.png", "", "test", sha256=hashlib.sha256((tmp_path / f"{i}.png").read_bytes()).hexdigest())
+            for i in range(3)]  # fmt: skip
+    write_dataset(tmp_path, "noise", rows, (), {})
+    dataset = read_dataset(tmp_path)
+    assert sum(len(batch) for batch in load_batches(dataset, Transform(8, MEAN, STD), 2)) == 3
+    noise(12, 10, seed=9).save(tmp_path / "1.png")
+    with pytest.raises(ChangedImage, match=r"1\.png is not the file that the data set was made of"):
+        list(load_batches(dataset, Transform(8, MEAN, STD), 2))
+
+
+@pytest.fixture
+def noise_set(tmp_path):
+    for i in range(7):
+        noise(12, 10, seed=i).save(tmp_path / f"{i}.png")
+    write_dataset(tmp_path, "noise", [Row(str(i), f"{i}.png", "", "test") for i in (3, 1, 6, 0, 5, 2, 4)], (), {})
+    return read_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_batches_come_in_row_order_with_any_number_of_workers(noise_set, workers):
+    transform = Transform(8, MEAN, STD)
+    batches = list(load_batches(noise_set, transform, 3, workers))
+    assert [len(batch) for batch in batches] == [3, 3, 1]
+    expected = torch.stack([transform.load(noise_set.image_path(i)) for i in range(7)])
+    assert torch.equal(torch.cat(batches), expected)
+
+
+def test_an_unreadable_image_stops_the_batches_also_in_a_worker(noise_set):
+    noise_set.image_path(4).write_text("broken")
+    for workers in (0, 2):
+        with pytest.raises(UnreadableImage, match=r"5\.png cannot be read"):
+            list(load_batches(noise_set, Transform(8, MEAN, STD), 2, workers))
+
+
+def test_a_batch_size_of_zero_is_refused_before_anything_is_read(noise_set):
+    with pytest.raises(ValueError, match="batch_size 0 must be at least 1"):
+        load_batches(noise_set, Transform(8, MEAN, STD), 0)
+
+
+def test_workers_run_no_further_ahead_than_allowed_and_stop_with_the_caller():
+    begun, lock = [], threading.Lock()
+
+    def count(i: int) -> int:
+        with lock:
+            begun.append(i)
+        return i
+
+    results = in_order(count, range(1000), workers=3, ahead=5)
+    assert [next(results) for _ in range(10)] == list(range(10))
+    results.close()
+    assert len(begun) <= 10 + 5 + 1
