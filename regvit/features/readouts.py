@@ -51,7 +51,7 @@ PROJECTION_SEED = 0  # of R: a constant, so that a probe fits features that are 
 NOISE_ROWS = 4096  # images whose noise is made at once
 
 
-class Features(Protocol):
+class FeatureSource(Protocol):
     """What readouts are made from: a `FeatureStore`, or anything else with the shape of a row by array name."""
 
     arrays: Mapping[str, tuple[int, ...]]
@@ -130,7 +130,7 @@ def available(arrays: Mapping[str, tuple[int, ...]], names: Iterable[str]) -> Av
     return Available(tuple(name for name in names if name not in left_out), left_out)
 
 
-def readout(features: Features, name: str, spread: Float[np.ndarray, " d"] | None = None) -> Float[np.ndarray, "b d"]:
+def readout(features: FeatureSource, name: str, spread: Float[np.ndarray, " d"] | None = None) -> Float[np.ndarray, "b d"]:
     """Features of every image under one readout, float32; two parts are concatenated along the channels.
 
     Args:

@@ -26,7 +26,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from jaxtyping import Float, Int
 
-from regvit.features.readouts import CONTROLS, Features, InMemory, arrays_needed, noise_spread, readout
+from regvit.features.readouts import CONTROLS, FeatureSource, InMemory, arrays_needed, noise_spread, readout
 from regvit.features.store import CHECKSUM_BYTES, FeatureStore, InvalidStore
 
 ROWS_AT_ONCE = 4096  # of a pass over everything: 32 MiB of float32 at 2,048 channels
@@ -39,7 +39,7 @@ def blocks(n: int, rows: int | None = None) -> Iterator[slice]:
 
 
 def stored_readouts(
-    features: Features, names: Iterable[str], rows: Int[np.ndarray, " b"]
+    features: FeatureSource, names: Iterable[str], rows: Int[np.ndarray, " b"]
 ) -> dict[str, StoredReadout | Float[np.ndarray, "b d"]]:
     """Some readouts of some rows: arrays where `features` are in memory, else read when they are asked for.
 

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from regvit.data.manifest import Dataset
-from regvit.features.readouts import Features
+from regvit.features.readouts import FeatureSource
 from regvit.features.stored_readouts import stored_readouts
 from regvit.measures.detectors import FEATURES_ONLY, Detectors, Scorer, fit
 from regvit.probing.neighbours import knn_logit_blocks
@@ -42,7 +42,7 @@ class Measured:
 
     dataset: Dataset
     role: str
-    features: Features
+    features: FeatureSource
 
 
 def predict(
