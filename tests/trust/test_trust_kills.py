@@ -59,9 +59,9 @@ def before(stage, undisturbed, folder):
 
 
 def under_final_names(folder):
-    """What the stages left, but for what is still in a hidden folder or said to be partial."""
-    return {name: content for name, content in results(folder).items()
-            if not any(part.startswith(".") or part.endswith(".partial") for part in name.split("/"))}  # fmt: skip
+    """What the stages left, but for what is still in a hidden folder or said to be partial, and curves that grow."""
+    return {name: content for name, content in results(folder).items() if "/probe/curves/" not in name
+            and not any(part.startswith(".") or part.endswith(".partial") for part in name.split("/"))}  # fmt: skip
 
 
 def forget(folder, there):
@@ -197,7 +197,7 @@ def test_ctrl_c_in_the_training_of_probes_says_what_is_safe_and_the_next_run_goe
     stopped = stages.run(folder, *stage, die_at=ended.changes // 2, signal=int(signal.SIGINT))
     assert stopped.status == 130 and "Traceback" not in stopped.text
     assert "steps are safe in work/probe-cured-" in stopped.text
-    assert results(folder) == start
+    assert under_final_names(folder) == start
     assert "resumed: " in stages.finish(folder, *stage).text
     assert results(folder) == start | outputs
 
