@@ -142,12 +142,13 @@ def test_an_extraction_killed_again_and_again_at_random_goes_on_each_time_and_en
     """Every other kill falls at a random time, every other before a random change to the disk, a few units after the
     last; when the store is done it is begun anew, until there were enough kills."""
     stage = ("extract", "cured", "home")
-    outputs, _ = undisturbed[1][stage]
+    outputs, ended = undisturbed[1][stage]
     folder = before(stage, undisturbed, tmp_path / "project")
     start, moments, kills, finished, resumed = results(folder), random.Random(0), 0, 0, 0
     done = 0  # units recorded so far
     while kills < KILLS_IN_EXTRACTION or not finished:
-        moment = {"die_after": moments.uniform(0.1, 0.5)} if kills % 2 else {"die_at": moments.randint(0, 60)}
+        at, after = moments.randint(0, ended.changes // 2), moments.uniform(0.2, 1.0) * ended.seconds
+        moment = {"die_after": after} if kills % 2 else {"die_at": at}
         run = stages.run(folder, *stage, **moment)
         resumed += "resumed: " in run.text
         kills += run.status == -signal.SIGKILL
@@ -160,7 +161,7 @@ def test_an_extraction_killed_again_and_again_at_random_goes_on_each_time_and_en
             before_it, done = done, recorded(folder)
             assert done >= before_it, f"of {before_it} units recorded {done} are left: {run.text}"
             assert all(content == (start | outputs)[name] for name, content in under_final_names(folder).items())
-    assert resumed >= kills // 4
+    assert resumed >= KILLS_IN_EXTRACTION // 4
     stages.finish(folder, *stage)
     assert results(folder) == start | outputs
 
