@@ -198,7 +198,7 @@ def test_ctrl_c_in_the_training_of_probes_says_what_is_safe_and_the_next_run_goe
     stopped = stages.run(folder, *stage, die_at=ended.changes // 2, signal=int(signal.SIGINT))
     assert stopped.status == 130 and "Traceback" not in stopped.text
     assert "steps are safe in work/probe-cured-" in stopped.text
-    assert under_final_names(folder) == start
+    assert under_final_names(folder) == {name: each for name, each in start.items() if "/probe/curves/" not in name}
     assert "resumed: " in stages.finish(folder, *stage).text
     assert results(folder) == start | outputs
 
