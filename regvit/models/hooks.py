@@ -5,6 +5,7 @@ Inside of the block, what `torch.compile` made of the model stands back: compile
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 
@@ -107,9 +108,33 @@ def forward_until(model: nn.Module, images: Float[Tensor, "b 3 h w"], module: nn
 @contextmanager
 def _removing(handles: list[RemovableHandle]) -> Iterator[None]:
     """Takes the hooks away at the end of the block; inside of it nothing runs compiled."""
+    _eager.enter()
     try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
+        yield
     finally:
+        _eager.leave()
         for handle in handles:
             handle.remove()
+
+
+class _Eager:
+    """torch's stance, which holds for the whole process, while any thread is inside of a block."""
+
+    def __init__(self):
+        self._lock, self._inside, self._stance = threading.Lock(), 0, None
+
+    def enter(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._stance = torch.compiler.set_stance("force_eager")
+                self._stance.__enter__()
+
+    def leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._stance.__exit__(None, None, None)
+
+
+_eager = _Eager()

@@ -99,11 +99,9 @@ def export(
     folder: Path | str,
     num_registers: int = 1,
     *,
-    statistic: str = "per_neuron",
-    patches: str = "zero",
-    scale: float = 1.0,
     pt2: bool = False,
     onnx: bool = False,
+    **options: object,
 ) -> Exported:
     """Writes a backbone with its test-time registers, and compares what was written with the hooked model.
 
@@ -111,8 +109,9 @@ def export(
         backbone: without registers; its model is given back as it was. Its transform's size is the graphs' image size.
         neurons: `{layer: [neuron, …]}`, at least one.
         folder: made if missing; an earlier export in it is replaced.
-        num_registers, statistic, patches, scale: see `add_test_time_registers`; at least one register.
+        num_registers: at least one.
         pt2, onnx: whether to write the graphs.
+        options: `statistic`, `patches` and `scale` of `add_test_time_registers`.
     Raises:
         ValueError: there is no neuron or no register, an option is out of range, or the folder holds something else.
         RuntimeError: `onnx` without the package onnx.
@@ -123,7 +122,7 @@ def export(
     _check(neurons, num_registers, folder)
     if onnx:
         _need_onnx()
-    options = {"statistic": statistic, "patches": patches, "scale": scale}
+    options = {"statistic": "per_neuron", "patches": "zero", "scale": 1.0} | options
     hooked = copy.deepcopy(backbone.model).cpu().float()
     size = backbone.transform.size
     handle = add_test_time_registers(hooked, neurons, num_registers, **options)

@@ -69,7 +69,7 @@ class RegisterNeurons:
     outlier_fraction: Float[np.ndarray, " b"] = field(default_factory=lambda: np.zeros(0), repr=False)
     again: int = 0
     precision: str = "float32"
-    options: SearchOptions = field(default_factory=SearchOptions)
+    options: SearchOptions = field(default_factory=SearchOptions, repr=False)
 
     @property
     def num_selected(self) -> int:

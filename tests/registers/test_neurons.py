@@ -85,6 +85,27 @@ def test_a_test_time_register_takes_the_outliers_out_of_the_patches(planted):
     assert (patch_norms(model, [x], [layer]) > threshold).mean() == pytest.approx(0.01)
 
 
+@pytest.mark.parametrize("what", ["the model", "in place", "its blocks", "forward_features"])
+def test_a_compiled_model_is_searched_as_the_eager_one(planted, what):
+    model, x = copy.deepcopy(planted[0]), planted[1][:8]
+    expected = find_register_neurons(model, x, layer=3)
+    searched = model
+    if what == "the model":
+        searched = torch.compile(model, backend="eager")
+    elif what == "in place":
+        model.compile(backend="eager")
+    elif what == "its blocks":
+        for block in model.blocks:
+            block.compile(backend="eager")
+    else:
+        model.forward_features = torch.compile(model.forward_features, backend="eager")
+    with torch.no_grad():
+        searched(x)
+        found = find_register_neurons(searched, x, layer=3)
+        assert (found.neurons, found.selected) == (expected.neurons, expected.selected)
+        assert torch.allclose(searched(x), planted[0](x), atol=1e-5)
+
+
 def test_random_neurons_leave_the_outliers_where_they_are(planted):
     model, x = planted
     found = find_register_neurons(model, x)
