@@ -9,8 +9,8 @@ from regvit import TokenLayout, add_test_time_registers
 from regvit.models.attention import cls_attention
 from regvit.registers.neighbourhood import low_information
 from regvit.registers.outliers import patch_norms
-from regvit.registers.planted_units import within_image_direction, write_unit
 from regvit.registers.planting import plant, unplant
+from regvit.registers.planting.units import within_image_direction, write_unit
 
 VARIANTS = {
     "plain": {},

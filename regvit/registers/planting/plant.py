@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from regvit.models.hooks import blocks, forward_until, residual_scale, watch_inputs, watch_outputs
 from regvit.models.tokens import TokenLayout
-from regvit.registers.attention_sink import attention_targets, edited_sink, trained_sink
 from regvit.registers.neighbourhood import low_information
-from regvit.registers.planted_units import Writers, within_image_direction, write_amplifiers, write_seeds
+from regvit.registers.planting.sink import attention_targets, edited_sink, trained_sink
+from regvit.registers.planting.units import Writers, within_image_direction, write_amplifiers, write_seeds
 
 SEED_RATIO = 8.0  # norm that the seeds write, in median patch norms of their block
 NUDGE_DIRECTIONS = 3  # of the moves that an empty register causes, besides their mean: seeds are blind to them

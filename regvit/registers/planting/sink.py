@@ -1,6 +1,6 @@
 """The direction along which planted neurons write, so that an outlier becomes an attention sink.
 
-Notation as in `regvit.registers.planting`: an outlier's residual x is almost c * d with large c, and norm1 removes c: its
+Notation as in `regvit.registers.planting.plant`: an outlier's residual x is almost c * d with large c, and norm1 removes c: its
 normalised token is y(d) = w * sqrt(D) * d + b for a d of mean 0 and length 1, w and b being norm1's.
 """
 

@@ -3,7 +3,7 @@
 - **Seeds** fire on low-information patches, and write a little along a direction d.
 - **Amplifiers**, in a later block, fire on what the seeds wrote, and write the large norm along d.
 
-Notation as in `regvit.registers.planting`.
+Notation as in `regvit.registers.planting.plant`.
 """
 
 from __future__ import annotations
