@@ -50,9 +50,6 @@ def write_atomic(path: Path | str) -> Iterator[Path]:
     sync_folder(path.parent)
 
 
-replacing = write_atomic  # the former name, until no room calls it any more
-
-
 def write_bytes(path: Path | str, content: bytes) -> None:
     """The bytes as a file, whole or not there."""
     with write_atomic(path) as beside:
