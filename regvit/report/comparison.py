@@ -30,7 +30,7 @@ README_ROWS = (  # (stage, metric) of the README's table
 )  # fmt: skip
 README_MOST = 10  # rows
 TITLES = {
-    "verify": "Cosine to the model before planting",
+    "verify": "Outliers on held-out images, and cosine to the model before planting",
     "attention": "CLS attention in the later blocks",
     "tokens": "What one token tells, and where outliers sit",
     "discover": "CorLoc, % [95 % interval]",
