@@ -1,6 +1,7 @@
 """How stages end: usage, one line for what a user can mend, a traceback for what only we can."""
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -72,12 +73,6 @@ def test_a_wrong_name_and_a_missing_input_are_named_in_one_line(tmp_path, stage,
     assert done.stderr.startswith(said), done.stderr
 
 
-@pytest.mark.parametrize("stage", ["compose"])
-def test_a_stage_that_computes_nothing_with_a_model_starts_without_torch_and_timm(tmp_path, stage):
-    program = f"import runpy, sys; runpy.run_path('stages/{stage}.py'); sys.exit(bool({{'torch', 'timm'}} & sys.modules.keys()))"
-    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
-
-
 @pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "ascii"])
 def test_a_terminal_that_lacks_a_character_shows_another_one_and_ends_nothing(encoding):
     environment = os.environ | {"PYTHONIOENCODING": encoding}
@@ -86,3 +81,23 @@ def test_a_terminal_that_lacks_a_character_shows_another_one_and_ends_nothing(en
     assert (done.returncode, done.stdout) == (0, b"a ?\n")
     listed = [sys.executable, "-m", "regvit.pipeline.choose", "--list"]
     assert subprocess.run(listed, capture_output=True, env=environment, cwd=ROOT).returncode == 0
+
+
+IMPORTED = """
+import json, runpy, sys
+for stage in sys.argv[1:]:
+    runpy.run_path(f"stages/{stage}.py")
+print(json.dumps(sorted({"torch", "timm"} & sys.modules.keys())))
+"""
+
+
+@pytest.mark.parametrize(
+    ("stages", "imported"),
+    [
+        (["download", "compose", "compare", "summary", "report"], []),
+        (["probe", "baselines", "evaluate", "tokens", "attention", "discover", "segment", "depth"], ["torch"]),
+    ],
+)
+def test_a_stage_without_a_model_starts_without_timm_and_one_without_tensors_without_torch(stages, imported):
+    command = [sys.executable, "-c", IMPORTED, *stages]
+    assert json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout) == imported
