@@ -130,7 +130,9 @@ def available(arrays: Mapping[str, tuple[int, ...]], names: Iterable[str]) -> Av
     return Available(tuple(name for name in names if name not in left_out), left_out)
 
 
-def readout(features: FeatureSource, name: str, spread: Float[np.ndarray, " d"] | None = None) -> Float[np.ndarray, "b d"]:
+def readout(
+    features: FeatureSource, name: str, spread: Float[np.ndarray, " d"] | None = None
+) -> Float[np.ndarray, "b d"]:
     """Features of every image under one readout, float32; two parts are concatenated along the channels.
 
     Args:

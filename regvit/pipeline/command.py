@@ -1,5 +1,6 @@
 """How a stage meets its user: usage, and one line instead of a traceback for what can be mended from outside."""
 
+import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,9 @@ OURS = Path(__file__).parents[2]  # regvit/ and stages/
 def show_anything() -> None:
     """Has a terminal or log that is not UTF-8 show another character for one that it lacks, instead of ending the program."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        with contextlib.suppress(
+            AttributeError, OSError
+        ):  # no terminal's stream, or one whose file was exchanged under it
             stream.reconfigure(errors="replace")
 
 
