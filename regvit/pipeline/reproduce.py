@@ -5,6 +5,7 @@ fault, classes do not meet or a self-check failed. Parameters come first, as DVC
 and a shell runs them.
 """
 
+import os
 import signal
 import subprocess
 import sys
@@ -23,6 +24,8 @@ def main(*arguments: str) -> int:
         params = check_params()
     except (ParamsError, OSError) as error:
         sys.exit(f"make repro: {error}")
+    if not sys.stderr.isatty():  # a log: progress bars of the stages say how far they are every ten seconds
+        os.environ.setdefault("TQDM_MININTERVAL", "10")
     with _interrupts() as interrupts:
         code = 0 if arguments or downloaded(params) else _dvc_repro("download")
         if code == 0 and not arguments and (faults := list(unmet_classes(params))):
