@@ -130,9 +130,10 @@ def test_a_clone_without_cache_can_be_checked_for_staleness(pipeline, tmp_path):
     assert "Running stage" not in said
     edited = Pipeline(clone, pipeline.python)
     edited.change("probe", "steps", to=5)
-    assert (
-        "Running stage 'probe@cured'" in pipeline.run("dvc", "repro", "--dry", "--allow-missing", folder=clone).stdout
-    )
+    with pytest.raises(
+        AssertionError, match="failed to reproduce 'probe@"
+    ):  # it would run, and its inputs are not there
+        pipeline.run("dvc", "repro", "--dry", "--allow-missing", folder=clone)
 
 
 def test_a_clone_with_a_remote_gets_every_result_without_computing(pipeline, tmp_path):

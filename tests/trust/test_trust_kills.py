@@ -182,7 +182,9 @@ def test_ctrl_c_in_an_extraction_says_what_is_safe_and_the_next_run_goes_on_from
     start = results(folder)
     stopped = stages.run(folder, *stage, die_at=ended.changes // 2, signal=int(signal.SIGINT))
     assert stopped.status == 130 and "Traceback" not in stopped.text
-    assert "units are safe in work/features-cured-home-" in stopped.text and "run the same again to go on" in stopped.text
+    assert (
+        "units are safe in work/features-cured-home-" in stopped.text and "run the same again to go on" in stopped.text
+    )
     assert results(folder) == start
     assert "resumed: " in stages.finish(folder, *stage).text
     assert results(folder) == start | outputs
