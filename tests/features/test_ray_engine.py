@@ -31,7 +31,8 @@ NODE = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": Fa
 def cluster():
     """A head that computes nothing; tests add the nodes that they want. Workers can import this module."""
     before = {name: os.environ.get(name) for name in ("PYTHONPATH", "RAY_USAGE_STATS_ENABLED")}
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent), before["PYTHONPATH"])))
+    places = (str(Path(__file__).parent), str(Path(__file__).parents[1]), before["PYTHONPATH"])
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, places))
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     cluster = Cluster(initialize_head=True, head_node_args=NODE | {"num_cpus": 0})
     yield cluster
