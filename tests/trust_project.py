@@ -6,6 +6,7 @@ writing, made, renamed, removed) is counted before it happens, and the process c
 at exactly the n-th of them.
 """
 
+import encodings.utf_8_sig  # noqa: F401  a user without rights to the standard library could not import it later
 import errno
 import fcntl
 import json

@@ -12,7 +12,7 @@ from regvit.models.backbones import create, save_backbone
 from regvit.models.token_features import Feature, patch_features
 from regvit.registers.neighbourhood import neighbour_cosine
 from regvit.registers.outliers import Detection, patch_norms
-from regvit.registers.planting import low_information
+from regvit.registers.neighbourhood import low_information
 from regvit.registers.run_files import Variant
 from regvit.registers.test_time import add_test_time_registers
 

@@ -194,7 +194,10 @@ def kill_writers(folder):
 
 def test_a_store_killed_at_random_moments_ends_in_the_same_bytes(tmp_path):
     undisturbed = make(tmp_path / "undisturbed", 600, 4)
-    done = subprocess.run([sys.executable, __file__, tmp_path], check=True, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # the helpers of the tests
+    done = subprocess.run(
+        [sys.executable, __file__, tmp_path], check=True, capture_output=True, text=True, env=environment
+    )
     units_done = [int(count) for count in done.stdout.split()[:-1]]
     assert len(units_done) == 14 and units_done == sorted(units_done)  # what is recorded is never lost
     assert units_done[7] > 0 and units_done[-1] < 150  # half of them at least were killed with work done, all with more

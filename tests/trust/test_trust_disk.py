@@ -56,7 +56,8 @@ def test_a_disk_that_is_full_ends_a_stage_clearly_and_with_room_it_ends_in_the_s
         return
     assert stopped.status == 1 and "No space left on device" in stopped.text
     for name, content in results(folder).items():
-        assert ".partial" in name or content == (start | outputs)[name], f"{name} is half-written"
+        # curves grow while the probe trains, and DVC takes them away before it trains again
+        assert ".partial" in name or "/curves/" in name or content == (start | outputs)[name], f"{name} is half-written"
     stages.finish(folder, *stage)
     assert results(folder) == start | outputs
 
