@@ -10,9 +10,8 @@ from regvit.features.dense_set import GROUPS
 from regvit.models.attention import prefix_attention
 from regvit.models.backbones import create, save_backbone
 from regvit.models.token_features import Feature, patch_features
-from regvit.registers.neighbourhood import neighbour_cosine
+from regvit.registers.neighbourhood import low_information, neighbour_cosine
 from regvit.registers.outliers import Detection, patch_norms
-from regvit.registers.neighbourhood import low_information
 from regvit.registers.run_files import Variant
 from regvit.registers.test_time import add_test_time_registers
 
