@@ -20,8 +20,9 @@ import os
 import pickle
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -33,6 +34,7 @@ from regvit.features.store_writer import StoreWriter, UnitWriter
 
 QUEUE = 2  # units in the hands of a worker; also what it holds in memory
 ATTEMPTS = 5  # workers that may die over one unit before it is the unit's fault
+STOPPING = 60  # seconds given to Ray's own threads where the work is broken off
 SPARE = 128 << 20  # bytes of Ray's object store beyond the model, all that is put there; its minimum is 75 MB
 
 
@@ -86,8 +88,11 @@ class RayEngine:
         devices = {device for device in writer.done.values() if device}
         shutil.rmtree(writer.partial / "attempts", ignore_errors=True)
         (writer.partial / "attempts").mkdir()
-        with self._connected(ray, len(pickled)):
-            for answer in self._computed(ray, pickled, writer.unit_writer(), missing):
+        with (
+            self._connected(ray, len(pickled)),
+            closing(self._computed(ray, pickled, writer.unit_writer(), missing)) as answers,
+        ):
+            for answer in answers:
                 if answer["error"]:
                     raise pickle.loads(answer["error"])
                 devices.add(answer["device"])
@@ -100,7 +105,7 @@ class RayEngine:
                 start, stop = writer.layout.unit_rows(int(answer["unit"]))
                 advance(stop - start)
 
-    def _computed(self, ray: ModuleType, job: bytes, writer: UnitWriter, missing: list[int]) -> Iterator[Mapping]:
+    def _computed(self, ray: ModuleType, job: bytes, writer: UnitWriter, missing: list[int]) -> Generator[Mapping, None, None]:
         """What workers say of each unit, see `_Worker`."""
         cpus, workers = self._share(ray)
         setting = _Setting(self.device, self.threads or torch.get_num_threads(), cpus, software())
@@ -148,6 +153,9 @@ class RayEngine:
         try:
             yield
         finally:
+            for thread in threading.enumerate():  # one that asks Ray for something after its end has it end this process
+                if thread.name.startswith("StreamingExecutor"):
+                    thread.join(STOPPING)
             ray.shutdown()
 
     def _share(self, ray: ModuleType) -> tuple[int, int]:
