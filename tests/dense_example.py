@@ -7,7 +7,6 @@ from PIL import Image
 
 from regvit.data.manifest import Row, read_dataset, write_dataset
 from regvit.data.transform import Transform
-from regvit.data.whole_images import WholeTransform
 from regvit.features.dense_set import DenseSet
 from regvit.features.store import FeatureStore
 from regvit.features.store_writer import write_store
@@ -47,7 +46,7 @@ def dense_set(
         "layout": {"cls": 1, "trained": 0, "test_time": 1},
         "inside_layers": [],
         "detection": None,
-        "transform": WholeTransform.of(Transform(4 * side, (0.5,) * 3, (0.5,) * 3)).to_dict(),
+        "transform": Transform(4 * side, (0.5,) * 3, (0.5,) * 3).whole().to_dict(),
         "manifest_sha256": dataset.digest,
     }
     arrays = {"outliers": np.zeros((n, side**2), dtype=bool), **arrays}

@@ -9,7 +9,6 @@ A choice keeps some classes, renames them, or makes several into one:
 """
 
 import csv
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -36,7 +35,7 @@ class ClassChoice:
 
     @classmethod
     def of(cls, described: Described) -> "ClassChoice":
-        """The choice that params.yaml describes: a list, a dict, or the path of a file (.csv, .txt, .json).
+        """The choice that params.yaml describes: a list, a dict, or the path of a file (.csv or .txt).
 
         Raises:
             ValueError: it is empty, a class of the source is named twice, or the file has another suffix.
@@ -87,14 +86,9 @@ def _read(file: Path) -> ClassChoice:
     """A choice from a file; a line of a .csv or .txt is `class of the source[,new name]`."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}, the file that `classes` names, does not exist; give a list, a dict of "
-                                "new names, or the path of a .csv, .txt or .json file")  # fmt: skip
-    if file.suffix == ".json":
-        described = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(described, str):
-            raise ValueError(f"{file} holds one text; expected a list of classes or a dict of new names")
-        return ClassChoice.of(described)
+                                "new names, or the path of a .csv or .txt file")  # fmt: skip
     if file.suffix not in (".csv", ".txt"):
-        raise ValueError(f"{file} ends in {file.suffix!r}; a file of classes is a .csv, .txt or .json")
+        raise ValueError(f"{file} ends in {file.suffix!r}; a file of classes is a .csv or .txt")
     with open(file, newline="", encoding="utf-8-sig") as stream:
         lines = [line for line in csv.reader(stream, strict=True) if line and not line[0].startswith("#")]
     if long := [line for line in lines if len(line) > 2]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, UInt8
+from PIL import Image
 
 from regvit.data.decoding import UnreadableImage, opened, original_size
 
@@ -19,9 +20,11 @@ MASK_MODES = ("L", "P", "1")
 MILLIMETRE = 0.001  # metres
 
 
-def read_mask(path: Path | str) -> UInt8[np.ndarray, "h w"]:
+def read_mask(path: Path | str, side: int | None = None) -> UInt8[np.ndarray, "h w"]:
     """The values of a mask; of a palette PNG the indices, not the colours.
 
+    Args:
+        side: of the square that its image was squashed to, pixels; None: as it is.
     Raises:
         UnreadableImage: the file is missing, broken, or has not one channel of at most 8 bits.
     """
@@ -30,6 +33,7 @@ def read_mask(path: Path | str) -> UInt8[np.ndarray, "h w"]:
             raise UnreadableImage(
                 path, f"a mask has one channel of 8 bits (mode {', '.join(MASK_MODES)}), not mode {image.mode}"
             )
+        image = image if side is None else image.resize((side, side), Image.Resampling.NEAREST)
         return np.asarray(image).astype(np.uint8)
 
 

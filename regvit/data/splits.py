@@ -36,6 +36,25 @@ def split_words(name: str) -> list[str]:
     return [next((split for split, names in NAMES.items() if word in names), "") for word in words if word]
 
 
+def wanted_splits(source: str, known: Sequence[str], role: str | None) -> dict[str, str]:
+    """{split of a published set: split of the data set, "" where it is all there is}.
+
+    All of its splits where it is trained on, and the held-out one (test, else val) where it is not.
+
+    Raises:
+        ValueError: none of several is called train, val or test.
+    """
+    if len(known) == 1:
+        return {known[0]: ""}
+    meaning = {name: split for name in known if (split := split_of(name))}
+    if not meaning:
+        raise ValueError(f"{source} has the splits {', '.join(known)}, of which none is called train, val or test; name one "
+                         "at the end of the source, after a slash")  # fmt: skip
+    if role in ("ood", "anomaly"):
+        return {min(meaning, key=lambda name: ("test", "val", "train").index(meaning[name])): ""}
+    return meaning
+
+
 def stratified_splits(labels: Mapping[str, str], seed: int, shares: tuple[float, float, float]) -> dict[str, str]:
     """Assign keys to train, val and test, each class in the same shares.
 

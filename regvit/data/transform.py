@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -144,6 +144,10 @@ class Transform:
         image = self.resize(image, new)
         left, top = round((new[0] - self.size) / 2.0), round((new[1] - self.size) / 2.0)
         return image.crop((left, top, left + self.size, top + self.size))
+
+    def whole(self) -> Transform:
+        """The same without a crop: an image of any shape squashed to (size, size), as boxes, masks and depth speak of all."""
+        return replace(self, crop_pct=1.0, crop_mode="squash")
 
     def resize(self, image: Image.Image, size: tuple[int, int]) -> Image.Image:
         """An RGB image resized to (width, height), by Pillow or by torch as `resizing` says."""

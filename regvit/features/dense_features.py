@@ -26,7 +26,6 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
-from regvit.data.whole_images import WholeTransform
 from regvit.features.dense_set import GROUPS, grid_side
 from regvit.models.attention import watch_prefix_attention
 from regvit.models.backbones import Backbone, load_backbone, resized
@@ -76,7 +75,7 @@ def open_subject(run_file: Path, backbones: Path, img_size: int | None = None, d
 def _whole(backbone: Backbone, img_size: int | None, device: str) -> Backbone:
     backbone.model.to(device)
     backbone = resized(backbone, img_size)
-    return replace(backbone, transform=WholeTransform.of(backbone.transform))
+    return replace(backbone, transform=backbone.transform.whole())
 
 
 @dataclass(frozen=True)

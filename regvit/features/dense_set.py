@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from regvit.data.manifest import SPLITS, Dataset, read_dataset
-from regvit.data.whole_images import WholeTransform
+from regvit.data.transform import Transform
 from regvit.features.store import FeatureStore
 from regvit.models.tokens import TokenLayout
 from regvit.registers.outliers import Detection
@@ -60,9 +60,9 @@ class DenseSet:
         return found and Detection(found["layer"], found["threshold"], float("nan"))
 
     @property
-    def transform(self) -> WholeTransform:
+    def transform(self) -> Transform:
         """What made an image the model's input."""
-        return WholeTransform.from_dict(self.store.attributes["transform"])
+        return Transform.from_dict(self.store.attributes["transform"])
 
     @property
     def side(self) -> int:

@@ -105,7 +105,9 @@ class RayEngine:
                 start, stop = writer.layout.unit_rows(int(answer["unit"]))
                 advance(stop - start)
 
-    def _computed(self, ray: ModuleType, job: bytes, writer: UnitWriter, missing: list[int]) -> Generator[Mapping, None, None]:
+    def _computed(
+        self, ray: ModuleType, job: bytes, writer: UnitWriter, missing: list[int]
+    ) -> Generator[Mapping, None, None]:
         """What workers say of each unit, see `_Worker`."""
         cpus, workers = self._share(ray)
         setting = _Setting(self.device, self.threads or torch.get_num_threads(), cpus, software())
@@ -153,7 +155,9 @@ class RayEngine:
         try:
             yield
         finally:
-            for thread in threading.enumerate():  # one that asks Ray for something after its end has it end this process
+            for (
+                thread
+            ) in threading.enumerate():  # one that asks Ray for something after its end has it end this process
                 if thread.name.startswith("StreamingExecutor"):
                     thread.join(STOPPING)
             ray.shutdown()

@@ -30,7 +30,7 @@ from jaxtyping import Bool, Float
 from scipy.stats import t
 from torch import Tensor
 
-from regvit.data.dense_labels import IGNORE
+from regvit.data.dense_labels import IGNORE, read_mask
 from regvit.features.dense_set import DenseSet, grid_side
 from regvit.measures.tables import mean_figures, write_table
 from regvit.models.attention import query_names
@@ -187,7 +187,7 @@ def object_shares(dense: DenseSet, rows: Sequence[int]) -> Float[np.ndarray, "b 
     shares = np.full((len(rows), side**2), np.nan)
     for share, mask in zip(shares, masks, strict=True):
         if mask:
-            inside = dense.transform.load_mask(dense.dataset.root / mask)
+            inside = read_mask(dense.dataset.root / mask, dense.transform.size)
             inside = (inside > 0) & (inside != IGNORE)  # class index + 1
             share[:] = inside.reshape(side, size, side, size).mean((1, 3)).ravel()
     return shares

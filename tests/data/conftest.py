@@ -2,9 +2,12 @@
 
 import http.server
 import threading
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from regvit.data.decoding import image_suffixes
 from regvit.data.sources import Made, make_dataset
 
 
@@ -17,6 +20,32 @@ def make(tmp_path):
         return make_dataset(source, name, folder, tmp_path / "packages", seed, show_progress=False, **entry)
 
     return make
+
+
+FORMATS = {".avif": "AVIF", ".jp2": "JPEG2000", ".tga": "TGA", ".jfif": "JPEG", ".webp": "WEBP", ".gif": "GIF"}
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Write files by their names under tmp_path/photos: images by their suffixes, "-> target" a link, "(broken)" no image in
+    spite of its suffix; returns that folder."""
+
+    def photos(*names: str) -> Path:
+        root = tmp_path / "photos"
+        for i, name in enumerate(names):
+            name, _, target = name.partition(" -> ")
+            path = root / name.removesuffix(" (broken)")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            suffix = path.suffix.lower()
+            if target:
+                path.symlink_to(root / target)
+            elif suffix in image_suffixes() and not name.endswith("(broken)"):
+                Image.new("RGB", (16, 16), (i, 0, 0)).save(path, FORMATS.get(suffix, "PNG"))
+            else:
+                path.write_text("no image")
+        return root
+
+    return photos
 
 
 class Site:

@@ -82,28 +82,13 @@ def zip_link() -> bytes:
         (tar_of({"/out.png": b"2"}), "holds '/out.png', a name that leaves the folder"),
         (zip_of({"../out.png": b"2"}), "a name that leaves the folder"),
         (zip_of({"C:/out.png": b"2"}), "a name that leaves the folder"),
-        (zip_of({"/out.png": b"2"}), "a name that leaves the folder"),
         (link("x.png", "/etc/passwd", tarfile.SYMTYPE), "holds 'x.png', a link; only files and folders"),
         (link("x.png", "y.png", tarfile.LNKTYPE), "a link"),
         (link("x.png", "", tarfile.FIFOTYPE), "a device"),
-        (link("x.png", "", tarfile.CHRTYPE), "a device"),
         (link("../x", "", tarfile.DIRTYPE), "a name that leaves the folder"),
         (zip_link(), "a link"),
     ],
-    ids=[
-        "tar beside",
-        "tar up",
-        "tar root",
-        "zip beside",
-        "zip drive",
-        "zip root",
-        "soft",
-        "hard",
-        "pipe",
-        "device",
-        "dir",
-        "zip soft",
-    ],
+    ids=["tar beside", "tar up", "tar root", "zip beside", "zip drive", "soft", "hard", "pipe", "dir", "zip soft"],
 )
 def test_an_archive_with_a_hostile_member_is_refused_and_nothing_of_it_is_kept(tmp_path, content, said):
     (tmp_path / "in").mkdir()
@@ -132,35 +117,9 @@ def test_an_archive_that_grows_beyond_bounds_is_refused_before_it_fills_the_disk
     unpack(tmp_path / "a.bin", tmp_path / "out", growth=1, floor=5_000_000)
 
 
-def test_a_zip_member_that_holds_more_than_it_declares_is_refused(tmp_path):
-    content = bytearray(zip_of({"x.png": bytes(5000)}, zipfile.ZIP_STORED))
-    for signature, place in ((b"PK\x01\x02", 24), (b"PK\x03\x04", 22)):  # the size when unpacked
-        start = content.index(signature) + place
-        content[start : start + 4] = (10).to_bytes(4, "little")
-    (tmp_path / "a.zip").write_bytes(content)
-    with pytest.raises(ValueError, match=r"(holds more than the 10 bytes|is broken)"):
-        unpack(tmp_path / "a.zip", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_name_that_occurs_twice_is_refused(tmp_path):
     (tmp_path / "a.tar").write_bytes(link("x", "", tarfile.REGTYPE)[:512] + link("./x", "", tarfile.REGTYPE))
     with pytest.raises(UnsafeArchive, match="'x' twice"):
-        unpack(tmp_path / "a.tar", tmp_path / "out")
-
-
-@pytest.mark.parametrize("pack", [tar_of, lambda m: tar_of(m, "w"), zip_of])
-def test_a_truncated_archive_is_reported_as_broken(tmp_path, pack):
-    content = pack({f"{i}.png": os.urandom(3000) for i in range(9)})
-    (tmp_path / "a.bin").write_bytes(content[:15000])
-    with pytest.raises(ValueError, match=r"is broken|ends .* early|neither a \.tar"):
-        unpack(tmp_path / "a.bin", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_what_is_no_archive_is_refused(tmp_path):
-    (tmp_path / "a.tar").write_text("<html>log in to download</html>")
-    with pytest.raises(ValueError, match=r"a\.tar is neither a \.tar .* nor a \.zip archive"):
         unpack(tmp_path / "a.tar", tmp_path / "out")
 
 
@@ -170,57 +129,54 @@ def gz_that_breaks(members: dict[str, bytes]) -> bytes:
     return packer.compress(content[: len(content) // 2]) + packer.flush(zlib.Z_FULL_FLUSH) + b"\xff" * 4000
 
 
-def damaged(pack):
-    """What makes an archive of which 40 bytes are others than they were, in the middle."""
-
-    def damage(members: dict[str, bytes]) -> bytes:
-        content = pack(members)
-        at = len(content) // 2
-        return content[:at] + bytes(byte ^ 0x55 for byte in content[at : at + 40]) + content[at + 40 :]
-
-    return damage
+def damaged(content: bytes, at: int | None = None, count: int = 40) -> bytes:
+    """Some bytes are others than they were, in the middle if not said where."""
+    at = len(content) // 2 if at is None else at % len(content)
+    return content[:at] + bytes(byte ^ 0x55 for byte in content[at : at + count]) + content[at + count :]
 
 
-@pytest.mark.parametrize(
-    "pack",
-    [
-        gz_that_breaks,
-        damaged(lambda members: tar_of(members, "w:bz2")),
-        damaged(lambda members: tar_of(members, "w:xz")),
-        damaged(zip_of),
-        damaged(lambda members: zip_of(members, zipfile.ZIP_LZMA)),
-        damaged(lambda members: zip_of(members, zipfile.ZIP_BZIP2)),
-    ],
-    ids=["tar.gz", "tar.bz2", "tar.xz", "deflate", "lzma", "bzip2"],
-)
-def test_a_damaged_archive_of_any_compression_is_reported_as_broken(tmp_path, pack):
-    (tmp_path / "a.bin").write_bytes(pack({f"{i}.png": os.urandom(200_000).hex().encode() for i in range(6)}))
+def small_size(members: dict[str, bytes]) -> bytes:
+    """A .zip whose first member holds more than it declares."""
+    content = bytearray(zip_of(members, zipfile.ZIP_STORED))
+    for signature, place in ((b"PK\x01\x02", 24), (b"PK\x03\x04", 22)):  # the size when unpacked
+        start = content.index(signature) + place
+        content[start : start + 4] = (10).to_bytes(4, "little")
+    return bytes(content)
+
+
+DAMAGED = {
+    "tar.gz": gz_that_breaks,
+    "tar.bz2": lambda members: damaged(tar_of(members, "w:bz2")),
+    "tar.xz": lambda members: damaged(tar_of(members, "w:xz")),
+    "deflate": lambda members: damaged(zip_of(members)),
+    "lzma": lambda members: damaged(zip_of(members, zipfile.ZIP_LZMA)),
+    "bzip2": lambda members: damaged(zip_of(members, zipfile.ZIP_BZIP2)),
+    "cut tar": lambda members: tar_of(members, "w")[:15_000],
+    "cut tar.gz": lambda members: tar_of(members)[:15_000],
+    "sum of the gzip": lambda members: damaged(tar_of(members), -8, 1),
+    "third header": lambda members: damaged(tar_of({name: bytes(512) for name in members}, "w"), 2 * 1024 + 100, 1),
+    "size of a member": small_size,
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_archive_of_any_compression_is_reported_as_broken(tmp_path, kind):
+    """Also where a header in the middle cannot be read, which tarfile takes for the end."""
+    (tmp_path / "a.bin").write_bytes(DAMAGED[kind]({f"{i}.png": os.urandom(200_000).hex().encode() for i in range(6)}))
     with pytest.raises(ValueError, match=r"a\.bin is broken \(\w+: .*\); pack it anew"):
         unpack(tmp_path / "a.bin", tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
 
 
-def test_a_header_in_the_middle_that_cannot_be_read_is_not_taken_for_the_end(tmp_path):
-    content = bytearray(tar_of({f"{i}.png": bytes(512) for i in range(5)}, "w"))
-    content[2 * 1024 + 100] ^= 1  # of the third header
+@pytest.mark.parametrize("content", [b"<html>log in to download</html>", zip_of({"1.png": bytes(9)})[:60]])
+def test_what_is_no_archive_is_refused(tmp_path, content):
     (tmp_path / "a.tar").write_bytes(content)
-    with pytest.raises(
-        ValueError, match=r"a\.tar is broken \(ReadError: what stands at byte 2048 is neither a header nor"
-    ):
+    with pytest.raises(ValueError, match=r"a\.tar is neither a \.tar .* nor a \.zip archive"):
         unpack(tmp_path / "a.tar", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_checksum_at_the_end_of_a_gzip_is_held_to(tmp_path):
-    content = bytearray(tar_of({"1.png": os.urandom(3000)}))
-    content[-8] ^= 1
-    (tmp_path / "a.tar.gz").write_bytes(content)
-    with pytest.raises(ValueError, match=r"a\.tar\.gz is broken \(BadGzipFile: CRC check failed"):
-        unpack(tmp_path / "a.tar.gz", tmp_path / "out")
 
 
 @pytest.mark.parametrize("pack", [tar_of, zip_of])
-@pytest.mark.parametrize("name", ["a/" * 1900 + "x.png", "x" * 256, "ü" * 130 + ".png"])
+@pytest.mark.parametrize("name", ["a/" * 1900 + "x.png", "ü" * 130 + ".png"])
 def test_a_name_that_no_file_could_have_is_refused(tmp_path, pack, name):
     (tmp_path / "a.bin").write_bytes(pack({name: picture()}))
     with pytest.raises(
@@ -230,9 +186,9 @@ def test_a_name_that_no_file_could_have_is_refused(tmp_path, pack, name):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE])
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
 @pytest.mark.parametrize("first", [True, False])
-def test_a_header_that_announces_gigabytes_is_refused_before_they_are_read(tmp_path, monkeypatch, kind, first):
+def test_a_header_that_announces_gigabytes_is_refused_before_they_are_read(tmp_path, kind, first):
     info = tarfile.TarInfo("././@LongLink")
     info.type, info.size = kind, 3 << 30
     before = b"" if first else tar_of({"1.png": picture()}, "w")[:1024]
@@ -262,16 +218,13 @@ def test_a_file_with_holes_is_refused(tmp_path, kind):
 
 def test_more_files_than_images_would_fit_into_the_archive_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(archives, "FEW", 100)
-    (tmp_path / "many.tar").write_bytes(tar_of({f"{i}.png": b"" for i in range(2000)}))
+    (tmp_path / "many.tar").write_bytes(tar_of({f"{i}.png": b"" for i in range(300)}))
     with pytest.raises(UnsafeArchive, match=r"many\.tar has more than \d+ files in \d+ bytes: too many to be images"):
         unpack(tmp_path / "many.tar", tmp_path / "many")
     assert not (tmp_path / "many").exists()
-    (tmp_path / "some.tar").write_bytes(tar_of({f"{i}.png": os.urandom(64) for i in range(2000)}))
+    (tmp_path / "some.tar").write_bytes(tar_of({f"{i}.png": os.urandom(64) for i in range(300)}))
     unpack(tmp_path / "some.tar", tmp_path / "some")
-    assert len(list((tmp_path / "some").iterdir())) == 2000
-
-
-# Both together.
+    assert len(list((tmp_path / "some").iterdir())) == 300
 
 
 def test_an_archive_at_an_address_becomes_a_data_set_that_is_read_where_it_was_unpacked(site, tmp_path):
@@ -289,7 +242,7 @@ def test_an_archive_at_an_address_becomes_a_data_set_that_is_read_where_it_was_u
     assert again.dataset.digest == made.dataset.digest and len(site.asked) == 2
 
 
-@pytest.mark.parametrize("end", ["", "#", "#sha256=12", "#md5=00112233445566778899aabbccddeeff"])
+@pytest.mark.parametrize("end", ["", "#sha256=12", "#md5=00112233445566778899aabbccddeeff"])
 def test_an_address_without_a_sha256_is_refused_with_how_to_get_it(tmp_path, end):
     with pytest.raises(
         ValueError, match=r"has no digest; write url:<address>#sha256=<64 .* which `sha256sum <archive>`"

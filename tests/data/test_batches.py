@@ -1,4 +1,3 @@
-import hashlib
 import threading
 
 import numpy as np
@@ -7,7 +6,7 @@ import torch
 from PIL import Image
 
 from regvit.data.batches import Batches, load_batches, sample
-from regvit.data.decoding import ChangedImage, UnreadableImage
+from regvit.data.decoding import UnreadableImage
 from regvit.data.manifest import Row, read_dataset, write_dataset
 from regvit.data.prefetch import in_order
 from regvit.data.transform import Transform
@@ -33,47 +32,21 @@ def dataset(tmp_path):
 TRANSFORM = Transform(8, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
-def test_batches_come_in_row_order_each_time(dataset):
-    batches = Batches(dataset, TRANSFORM, batch_size=4)
-    for _ in range(2):
-        levels = torch.cat([batch[:, 0, 0, 0] for batch in batches]) * 255
-        assert levels.round().int().tolist() == [10 * i for i in range(10)]
-
-
 def test_a_sample_holds_images_of_its_split_only_and_each_once(dataset):
     drawn = [row.image_id for row in sample(dataset, "train", 5, seed=0).rows]
     assert len(set(drawn)) == 5
     assert set(drawn) <= {str(i) for i in range(7)}
     assert drawn == [row.image_id for row in sample(dataset, "train", 5, seed=0).rows]
     assert drawn != [row.image_id for row in sample(dataset, "train", 5, seed=1).rows]
-
-
-def test_a_sample_is_no_larger_than_its_split(dataset):
     assert len(sample(dataset, "test", 100, seed=0)) == 3
-
-
-def test_a_split_without_images_is_named(dataset):
     with pytest.raises(ValueError, match="data set grey has no val images"):
         sample(dataset, "val", 5, seed=0)
 
 
 def test_some_images_can_be_selected_by_their_rows(dataset):
     batches = Batches(dataset, TRANSFORM, batch_size=2).select([0, 3, 9])
-    levels = [(batch[:, 0, 0, 0] * 255).round().int().tolist() for batch in batches]
-    assert levels == [[0, 30], [90]]
-
-
-def test_batches_are_held_to_the_digests_of_the_manifest(tmp_path):
-    for i in range(3):
-        noise(12, 10, seed=i).save(tmp_path / f"{i}.png")
-    rows = [Row(str(i), f"{i}.png", "", "test", sha256=hashlib.sha256((tmp_path / f"{i}.png").read_bytes()).hexdigest())
-            for i in range(3)]  # fmt: skip
-    write_dataset(tmp_path, "noise", rows, (), {})
-    dataset = read_dataset(tmp_path)
-    assert sum(len(batch) for batch in load_batches(dataset, Transform(8, MEAN, STD), 2)) == 3
-    noise(12, 10, seed=9).save(tmp_path / "1.png")
-    with pytest.raises(ChangedImage, match=r"1\.png is not the file that the data set was made of"):
-        list(load_batches(dataset, Transform(8, MEAN, STD), 2))
+    for _ in range(2):  # the same each time
+        assert [(batch[:, 0, 0, 0] * 255).round().int().tolist() for batch in batches] == [[0, 30], [90]]
 
 
 @pytest.fixture

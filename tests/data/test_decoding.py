@@ -43,13 +43,6 @@ def test_an_error_of_another_process_comes_back_as_it_was():
     )
 
 
-def test_reading_leaves_the_callers_image_alone():
-    image = noise(4, 3)
-    before = image.tobytes()
-    Transform(2, MEAN, STD).crop(to_rgb(image))
-    assert image.tobytes() == before and image.size == (4, 3)
-
-
 def test_transparent_pixels_become_white_in_every_transparent_mode(tmp_path):
     rgba = Image.new("RGBA", (2, 1), (10, 20, 30, 255))
     rgba.putpixel((0, 0), (10, 20, 30, 0))

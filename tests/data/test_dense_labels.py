@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from regvit.data.decoding import UnreadableImage
-from regvit.data.dense_labels import depth_problem, read_depth
+from regvit.data.decoding import UnreadableImage, original_size
+from regvit.data.dense_labels import depth_problem, read_depth, read_mask
 
 
 def test_depth_files_are_millimetres_of_16_bits(tmp_path):
@@ -29,3 +29,29 @@ def test_depth_must_fit_its_image_and_be_known_somewhere(tmp_path):
     assert "has 2 x 3 pixels, the image 3 x 2" in depth_problem(tmp_path / "turned.png", tmp_path / "rgb.png")
     assert "not known anywhere" in depth_problem(tmp_path / "empty.png", tmp_path / "rgb.png")
     assert "missing.png" in depth_problem(tmp_path / "missing.png", tmp_path / "rgb.png")
+
+
+def test_a_mask_gives_indices_not_colours_and_lies_like_its_squashed_image(tmp_path):
+    values = np.zeros((32, 128), np.uint8)
+    values[:, 64:], values[0, 0] = 7, 255
+    mask = Image.fromarray(values).convert("P")
+    mask.putpalette([value for i in range(256) for value in (i * 7 % 256, i * 3 % 256, 255 - i)])
+    mask.save(tmp_path / "m.png")
+    assert np.array_equal(read_mask(tmp_path / "m.png"), values)
+    squashed = read_mask(tmp_path / "m.png", 64)
+    assert squashed.shape == (64, 64) and (squashed[:, 32:] == 7).all() and set(np.unique(squashed)) <= {0, 7, 255}
+
+
+def test_what_is_no_mask_is_refused(tmp_path):
+    Image.new("RGB", (2, 2)).save(tmp_path / "rgb.png")
+    for name, said in (("rgb.png", "not mode RGB"), ("none.png", "FileNotFoundError")):
+        with pytest.raises(UnreadableImage, match=said):
+            read_mask(tmp_path / name)
+
+
+def test_the_original_size_is_upright(tmp_path):
+    image, exif = Image.new("RGB", (30, 20)), Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    image.save(tmp_path / "plain.jpg")
+    assert original_size(tmp_path / "turned.jpg") == (20, 30) and original_size(tmp_path / "plain.jpg") == (30, 20)

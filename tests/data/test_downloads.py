@@ -98,9 +98,7 @@ def test_a_file_put_into_the_cache_by_hand_is_taken(site, tmp_path):
     ("url", "digest", "said"),
     [
         ("ftp://x/a.tar", "sha256:" + "0" * 64, "is not an http or https address; for files on disk use folder:<path>"),
-        ("file:///etc/passwd", "sha256:" + "0" * 64, "is not an http or https address"),
         ("https://x/a.tar", "sha256:00", "is not sha256:<64 hexadecimal digits>"),
-        ("https://x/a.tar", "sha1:" + "0" * 40, "is not sha256:"),
     ],
 )
 def test_an_address_or_digest_of_another_form_is_refused(tmp_path, url, digest, said):

@@ -1,50 +1,138 @@
-"""Folders and lists of images that stay where they are, with what is found in the wild."""
+"""Folders of images that stay where they are, as people have them: understood or refused, and no file vanishes."""
 
 import csv
-import io
 import json
 import os
 import struct
+import unicodedata
 import zlib
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from regvit.data.dataset_builder import TooManyRejects
 
-
-@pytest.fixture
-def photos(tmp_path):
-    """Write images named like "cat/1.png" under tmp_path/photos and return that folder."""
-
-    def photos(*names: str) -> Path:
-        for i, name in enumerate(names):
-            path = tmp_path / "photos" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (4, 4), (i, 0, 0)).save(path)
-        return tmp_path / "photos"
-
-    return photos
+NFC, NFD = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
 
 
-def test_class_folders_are_split_by_the_seed_and_read_in_place(make, photos):
+def splits(*tops: str) -> list[str]:
+    return [f"{top}/{label}/{i}.png" for top in tops for label in ("cat", "dog") for i in range(2)]
+
+
+def taken(*pairs: tuple[str, str]) -> dict[str, str]:
+    return {name: f"{split}: {name.split('/')[1]}" for top, split in pairs for name in splits(top)}
+
+
+SUFFIXES = [f"x/{i}{suffix}" for i, suffix in enumerate((".jfif", ".avif", ".jp2", ".tga", ".webp", ".PNG", ".Gif"))]
+AGAIN = "links to folders that are read anyway"
+TREES = {  # files; what becomes of each image, "split: class" ("" where splits are drawn); rejected; counted
+    "images without folders": (["1.png", "2.png"], {"1.png": "", "2.png": ""}, [], {}),
+    "class folders": (["cat/1.png", "dog/2.png"], {"cat/1.png": "cat", "dog/2.png": "dog"}, [], {}),
+    "folders within classes": (["cat/a/1.png", "dog/2.png"], {"cat/a/1.png": "cat", "dog/2.png": "dog"}, [], {}),
+    **{
+        " + ".join(tops): (splits(*tops), taken(*zip(tops, meaning, strict=True)), [], {})
+        for *meaning, tops in (
+            ("train", "test", ("Training", "Testing")),
+            ("train", "val", "test", ("TRAIN", "VAL", "TEST")),
+            ("train", "test", ("train", "eval")),  # val without test is the test split
+            ("train", "test", ("Train Images", "Test Images")),
+        )
+    },
+    "a class called train": (["train/1.png", "car/2.png"], {"train/1.png": "train", "car/2.png": "car"}, [], {}),
+    "suffixes of all formats": (SUFFIXES, dict.fromkeys(SUFFIXES, "x"), [], {}),
+    "other files": (
+        ["cat/1.png", "cat/1.txt", "dog/labels.csv", "README", "b.txt", ".DS_Store", "cat/._1.png", ".git/objects/1.png"],
+        {"cat/1.png": "cat"},
+        [],
+        {".txt": 2, ".csv": 1, "without a suffix": 1, "hidden": 3},
+    ),
+    "a folder called like an image": (["x/1.jpg/2.png", "x/3.png"], {"x/1.jpg/2.png": "x", "x/3.png": "x"}, [], {}),
+    "broken images": (["x/1.png", "x/2.png (broken)"], {"x/1.png": "x"}, ["x/2.png"], {}),
+    "images beside splits": (
+        [*splits("train", "test"), "0.png"], taken(("train", "train"), ("test", "test")), ["0.png"], {},
+    ),
+    "linked folders and files": (
+        ["../far/1.png", "../far/a/2.png", "cat/1.png", "cat/3.png -> ../far/1.png", "dog -> ../far"],
+        {"cat/1.png": "cat", "cat/3.png": "cat", "dog/1.png": "dog", "dog/a/2.png": "dog"},
+        [],
+        {},
+    ),
+    "circles": (
+        ["cat/1.png", "cat/up -> .", "cat/same -> cat", "a -> cat", "cat/gone.png -> nowhere.png"],
+        {"cat/1.png": "cat"},
+        ["cat/gone.png"],
+        {AGAIN: 3},
+    ),
+    "two links to one folder": (
+        ["../far/1.png", "a -> ../far", "b -> ../far", "c/2.png"], {"a/1.png": "a", "c/2.png": "c"}, [], {AGAIN: 1},
+    ),
+    "Unicode forms of one class": (
+        [f"train/{NFC}/1.png", "train/x/1.png", f"test/{NFD}/2.png"],
+        {f"train/{NFC}/1.png": f"train: {NFC}", "train/x/1.png": "train: x", f"test/{NFD}/2.png": f"test: {NFC}"},
+        [],
+        {},
+    ),
+    "names that are no UTF-8": (
+        ["x/1.png", os.fsdecode(b"x/caf\xe9.png"), os.fsdecode(b"caf\xe9/2.png")],
+        {"x/1.png": "x"},
+        [os.fsdecode(b"x/caf\xe9.png"), os.fsdecode(b"caf\xe9/2.png")],
+        {},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TREES)
+def test_every_file_of_a_tree_is_an_image_or_rejected_or_counted(make, photos, kind):
+    files, images, rejected, left_out = TREES[kind]
+    made = make(f"folder:{photos(*files)}", max_rejects=0.9)
+    drawn = not any(":" in meaning for meaning in images.values())
+    rows = {row.path: row.label if drawn else f"{row.split}: {row.label}" for row in made.dataset.rows}
+    if not drawn:  # val is taken out of train where there is none
+        rows = {path: meaning.replace("val:", "train:") if ": val" not in images[path] and images[path].startswith("train")
+                else meaning for path, meaning in rows.items()}  # fmt: skip
+    assert rows == images
+    assert sorted(one.path for one in made.rejected) == sorted(rejected)
+    assert made.left_out == left_out
+    if not any("->" in name for name in files):
+        assert len(files) == len(rows) + len(rejected) + made.left_out.total()
+    if left_out:
+        assert f"  {sum(left_out.values())} files are no images: " in made.notes()
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (["train/1.png", "test/2.png", "car/3.png"], r"has split folders \(test, train\) beside others \(car\)"),
+        (["train/cat/1.png", "car/3.png"], r"has split folders \(train\) beside others \(car\)"),
+        ([*splits("train", "Training")], r"has several folders of one split \(Training, train\); leave one of each"),
+        (
+            [*splits("data/train", "data/test")],
+            r"has split folders \(test, train\) within data; give a folder in which",
+        ),
+        (["cat/train/1.png", "cat/val/2.png", "dog/train/3.png"], r"has split folders \(train, val\) within cat, dog"),
+        (
+            [*splits("pets_train", "pets_test")],
+            r"folders that are called like splits \(pets_test, pets_train\), but not",
+        ),
+        (["train/Cat/1.png", "test/cat/2.png"], "classes 'Cat' and 'cat' differ only in case or spaces"),
+        (["cat/1.png", "cat /2.png"], "classes 'cat' and 'cat ' differ only in case or spaces"),
+        (["cat/1.txt", "dog/2.csv"], r"holds no image; looked for \.apng, "),
+    ],
+)
+def test_a_tree_that_can_be_read_in_two_ways_is_refused(make, photos, files, said):
+    with pytest.raises(ValueError, match=said):
+        make(f"folder:{photos(*files)}")
+
+
+def test_class_folders_are_split_by_the_seed_and_nothing_of_them_is_copied(make, photos, tmp_path):
     folder = photos(*(f"{label}/{i}.png" for label in ("cat", "dog") for i in range(20)))
     dataset = make(f"folder:{folder}", "mine").dataset
     assert dataset.classes == ("cat", "dog")
     assert [len(dataset.subset(split)) for split in ("train", "val", "test")] == [28, 6, 6]
     assert dataset.image_path(0) == folder / "cat/0.png"
-    assert all(row.label == row.path.split("/")[0] for row in dataset.rows)
-
-
-def test_nothing_of_a_folder_is_copied(make, photos, tmp_path):
-    make(f"folder:{photos('cat/1.png')}", "mine")
-    assert sorted(path.name for path in (tmp_path / "data/mine").iterdir()) == [
-        "dataset.json",
-        "manifest.csv",
-        "rejected.csv",
-    ]
+    left = sorted(path.name for path in (tmp_path / "data/mine").iterdir())
+    assert left == ["dataset.json", "manifest.csv", "rejected.csv"]
 
 
 def test_a_relative_folder_starts_from_the_working_directory(make, photos, tmp_path, monkeypatch):
@@ -54,12 +142,6 @@ def test_a_relative_folder_starts_from_the_working_directory(make, photos, tmp_p
     assert json.loads((tmp_path / "data/mine/dataset.json").read_text())["root"] == "../../photos"
 
 
-def test_a_missing_val_split_is_taken_out_of_train(make, photos):
-    folder = photos(*(f"train/cat/{i}.png" for i in range(20)), *(f"test/cat/{i}.png" for i in range(5)))
-    dataset = make(f"folder:{folder}", "mine").dataset
-    assert [len(dataset.subset(split)) for split in ("train", "val", "test")] == [17, 3, 5]
-
-
 def test_an_image_changed_in_place_changes_the_digest(make, photos):
     folder = photos("cat/1.png")
     before = make(f"folder:{folder}", "mine").dataset.digest
@@ -67,15 +149,13 @@ def test_an_image_changed_in_place_changes_the_digest(make, photos):
     assert make(f"folder:{folder}", "mine").dataset.digest != before
 
 
-def test_a_folder_that_is_missing_or_empty_or_all_broken_is_refused(make, tmp_path):
+def test_a_folder_that_is_missing_or_all_broken_is_refused(make, photos, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"gone, the folder of source 'folder:.*gone', does not exist"):
         make(f"folder:{tmp_path / 'gone'}", "mine")
-    (tmp_path / "photos").mkdir()
-    with pytest.raises(ValueError, match=r"holds no image; looked for \.apng, "):
-        make(f"folder:{tmp_path / 'photos'}", "mine")
-    (tmp_path / "photos/x.png").touch()
-    with pytest.raises(ValueError, match="gave no usable image; the first of 1 rejected: empty file"):
-        make(f"folder:{tmp_path / 'photos'}", "mine")
+    with pytest.raises(
+        ValueError, match="gave no usable image; the first of 1 rejected: not an image of a known format"
+    ):
+        make(f"folder:{photos('x.png (broken)')}", "mine")
     assert not (tmp_path / "data/mine").exists()
 
 
@@ -97,46 +177,49 @@ def test_val_is_the_test_split_where_there_is_no_other_as_in_imagenet(make, phot
     assert {row.path.split("/")[0] for row in dataset.subset("test").rows} == {"val"}
 
 
+@pytest.mark.parametrize(
+    ("names", "role", "message"),
+    [
+        (["train/cat/0", "val/cat/1", "test/cat/2"], "id", r"its train split has 1 class\(es\) \['cat'\].*at least 2"),
+        (["cat/0", "dog/1"], "id", "has no test images of 2|no val images to choose settings on"),
+        (
+            ["train/a/0", "train/b/1", "val/a/2", "test/3"],
+            "id",
+            r"1 of its 4 images have no class, such as test/3\.png",
+        ),
+        (["0", "1"], "ood", "has the role ood, but 2 of its 2 images have no class"),
+    ],
+)
+def test_a_role_is_held_against_the_listing_before_any_image_is_read(make, photos, tmp_path, names, role, message):
+    folder = photos(*(f"{name}.png (broken)" for name in names))
+    with pytest.raises(ValueError, match=message):
+        make(f"folder:{folder}", role=role, rejects="fail")
+    assert not (tmp_path / "data/mine").exists()
+
+
 # Choosing classes.
 
 
 def test_class_folders_can_be_kept_renamed_and_merged(make, photos):
-    folder = photos("tabby/1.png", "siamese/2.png", "beagle/3.png", "car/4.png", "stray.png")
-    dataset = make(f"folder:{folder}", classes={"dog": "beagle", "cat": ["tabby", "siamese"]}, role="ood").dataset
-    assert dataset.classes == ("dog", "cat")
-    assert {row.path: row.label for row in dataset.rows} == {
-        "beagle/3.png": "dog",
-        "siamese/2.png": "cat",
-        "tabby/1.png": "cat",
-    }
+    folder = photos("tabby/1.png", "siamese/2.png", "beagle/3.png", "car/4.png", "stray.png", f"{NFD}/5.png")
+    classes = {"dog": "beagle", "house": [NFD], "cat": ["tabby", "siamese"]}
+    dataset = make(f"folder:{folder}", classes=classes, role="ood").dataset
+    assert dataset.classes == ("dog", "house", "cat")
+    expected = {"beagle/3.png": "dog", "siamese/2.png": "cat", "tabby/1.png": "cat", f"{NFD}/5.png": "house"}
+    assert {row.path: row.label for row in dataset.rows} == expected
     assert make(f"folder:{folder}", classes=["car", "beagle"], role="ood").dataset.classes == ("car", "beagle")
 
 
-def test_images_of_other_classes_are_not_even_read(make, photos):
-    folder = photos("cat/1.png", "dog/2.png")
-    (folder / "dog/broken.png").write_text("no image")
-    assert make(f"folder:{folder}", classes=["cat"], rejects="fail").rejected == ()
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("names.csv", "# as the publisher numbers them\n0,tench\n1,goldfish\n"),
-        ("names.json", '{"tench": ["0"], "goldfish": "1"}'),
-    ],
-)
-def test_numbered_class_folders_get_their_names_from_a_file(make, photos, tmp_path, name, text):
-    (tmp_path / name).write_text(text)
-    dataset = make(
-        f"folder:{photos('0/a.png', '1/b.png', '2/c.png')}", classes=str(tmp_path / name), role="ood"
-    ).dataset
+def test_numbered_class_folders_get_their_names_from_a_file_and_others_are_not_even_read(make, photos, tmp_path):
+    (tmp_path / "names.csv").write_text("# as the publisher numbers them\n0,tench\n1,goldfish\n")
+    folder = photos("0/a.png", "1/b.png", "2/c.png (broken)")
+    dataset = make(f"folder:{folder}", classes=str(tmp_path / "names.csv"), role="ood", rejects="fail").dataset
     assert dataset.classes == ("tench", "goldfish")
     assert [row.label for row in dataset.rows] == ["tench", "goldfish"]
 
 
 def test_a_missing_class_folder_is_named_before_any_image_is_read(make, photos):
-    folder = photos("cat/1.png", "dog/2.png")
-    (folder / "cat/broken.png").write_text("no image")
+    folder = photos("cat/1.png", "dog/2.png", "cat/broken.png (broken)")
     said = r"2 of the 3 classes .* are not among the 2 of the source: dogs, bird; nearest to the first is 'dog'"
     with pytest.raises(ValueError, match=said):
         make(f"folder:{folder}", classes=["cat", "dogs", "bird"], rejects="fail")
@@ -149,28 +232,20 @@ def test_a_missing_class_folder_is_named_before_any_image_is_read(make, photos):
         ({"cat": ["a"], "dog": ["a"]}, "names 'a' twice"),
         ({"": ["a"]}, "has an empty name"),
         ("gone.csv", "the file that `classes` names, does not exist"),
+        ("x.yaml", "ends in '.yaml'"),
+        ("x.csv", "'a,b,c' has 3 fields"),
+        (["cloth"], "the source has no classes at all"),
     ],
 )
-def test_a_choice_of_classes_that_makes_no_sense_is_refused(make, photos, classes, said):
-    with pytest.raises((ValueError, FileNotFoundError), match=said):
-        make(f"folder:{photos('a/1.png')}", classes=classes)
-
-
-def test_a_file_of_classes_with_another_suffix_or_too_many_fields_is_refused(make, photos, tmp_path):
-    folder = photos("a/1.png")
-    for name, said in (("x.yaml", "ends in '.yaml'"), ("x.csv", "'a,b,c' has 3 fields")):
+def test_a_choice_of_classes_that_makes_no_sense_is_refused(make, photos, tmp_path, monkeypatch, classes, said):
+    monkeypatch.chdir(tmp_path)
+    for name in ("x.yaml", "x.csv"):
         (tmp_path / name).write_text("a,b,c\n")
-        with pytest.raises(ValueError, match=said):
-            make(f"folder:{folder}", classes=str(tmp_path / name))
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        make(f"folder:{photos('1.png')}", classes=classes)
 
 
-# Images in the wild.
-
-
-def png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
+# Images that cannot be used (tests/trust/test_trust_images.py has what a file may hold).
 
 
 def bomb() -> bytes:
@@ -179,106 +254,54 @@ def bomb() -> bytes:
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
-    )
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
 
 
 @pytest.fixture
-def wild(tmp_path) -> Path:
-    """Class folder `wild/x` of whatever cameras, browsers and broken disks leave behind."""
-    folder = tmp_path / "wild/x"
-    folder.mkdir(parents=True)
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
-    # usable
-    noise.convert("CMYK").save(folder / "cmyk.jpg")
-    noise.convert("L").save(folder / "grey.jpg")
-    Image.fromarray(np.arange(2400, dtype=np.uint16).reshape(40, 60) * 27).save(folder / "deep.png")
-    palette = noise.quantize(16)
-    palette.save(folder / "palette.png", transparency=3)
-    noise.save(folder / "moving.gif", save_all=True, append_images=[noise.rotate(90), noise.rotate(180)])
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned by a quarter
-    noise.save(folder / "turned.jpg", exif=exif)
-    (folder / "really_a_png.jpg").write_bytes(png(noise))
-    Image.new("RGB", (1, 1), (9, 8, 7)).save(folder / "dot.png")
-    noise.save(folder / "日本 ü.png")
-    # unusable
-    content = io.BytesIO()
-    noise.save(content, "JPEG")
-    (folder / "truncated.jpg").write_bytes(content.getvalue()[:900])
-    (folder / "zero.png").touch()
-    (folder / "page.jpg").write_text("<html>404</html>")
-    (folder / "bomb.png").write_bytes(bomb())
-    (folder / "dangling.png").symlink_to(tmp_path / "nowhere.png")
-    noise.save(folder / "two\nlines.png")
-    os.mkfifo(folder / "pipe.png")
-    (folder / "folder.jpg").mkdir()
-    return folder.parent
+def wild(photos) -> Path:
+    """Class folder `wild/x` of what browsers and broken disks leave behind beside nine images."""
+    folder = photos(*(f"x/{i}.png" for i in range(8)), "x/日本 ü.png", "x/two\nlines.png", "x/page.jpg (broken)",
+                    "x/dangling.png -> nowhere.png")  # fmt: skip
+    (folder / "x/truncated.png").write_bytes((folder / "x/1.png").read_bytes()[:45])
+    (folder / "x/zero.png").touch()
+    (folder / "x/zero2.png").touch()
+    (folder / "x/bomb.png").write_bytes(bomb())
+    os.mkfifo(folder / "x/pipe.png")
+    (folder / "x/folder.jpg").mkdir()
+    return folder
 
 
-USABLE = {
-    "cmyk.jpg",
-    "grey.jpg",
-    "deep.png",
-    "palette.png",
-    "moving.gif",
-    "turned.jpg",
-    "really_a_png.jpg",
-    "dot.png",
-    "日本 ü.png",
-}
 REASONS = {
-    "truncated.jpg": "truncated",
-    "zero.png": "empty file",
-    "page.jpg": "not an image of a known format",
-    "bomb.png": "DecompressionBombError",
-    "dangling.png": "No such file or directory",
-    "two\nlines.png": "control character",
-    "pipe.png": "not a regular file",
-}
+    "truncated.png": "truncated|broken", "zero.png": "empty file", "zero2.png": "empty file",
+    "page.jpg": "not an image of a known format", "bomb.png": "DecompressionBombError",
+    "dangling.png": "No such file or directory", "two\nlines.png": "control character", "pipe.png": "not a regular file",
+}  # fmt: skip
 
 
 def test_images_in_the_wild_are_used_or_rejected_with_their_reasons(make, wild, tmp_path):
     made = make(f"folder:{wild}", role="ood", max_rejects=0.5)
-    assert {row.path for row in made.dataset.rows} == {f"x/{name}" for name in USABLE}
+    assert len(made.dataset) == 9
     assert {one.path for one in made.rejected} == {f"x/{name}" for name in REASONS}
     for one in made.rejected:
-        assert REASONS[one.path.removeprefix("x/")] in one.reason
+        assert any(reason in one.reason for reason in REASONS[one.path.removeprefix("x/")].split("|"))
     with open(tmp_path / "data/mine/rejected.csv", newline="") as file:
         assert {row["path"] for row in csv.DictReader(file)} == {one.path for one in made.rejected}
-    assert made.summary().endswith("7 rejected")
-
-
-def test_the_most_frequent_reasons_come_first_each_with_an_example(make, wild):
-    (wild / "x/zero2.png").touch()
-    (wild / "x/truncated2.jpg").write_bytes((wild / "x/truncated.jpg").read_bytes()[:-7])
-    lines = make(f"folder:{wild}", role="ood", max_rejects=0.5).notes().splitlines()[1:]
-    assert lines[0].startswith("  2 x OSError: image file is truncated (# bytes not processed), such as 'x/trunc")
-    assert lines[1] == "  2 x empty file, such as 'x/zero.png'"
+    assert made.summary().endswith("8 rejected")
+    lines = made.notes().splitlines()[1:]  # the most frequent reasons, each with an example
+    assert lines[0] == "  2 x empty file, such as 'x/zero.png'"
     assert lines[-1] == "  … and 2 other reasons" and len(lines) == 6
 
 
-def test_more_rejects_than_allowed_stop_with_a_summary_and_leave_nothing(make, wild, tmp_path):
-    with pytest.raises(
-        TooManyRejects,
-        match=r"(?s)7 of 16 images cannot be used, more than max_rejects = 0\.1;.*1 x not a regular file, such as 'x/pipe",
-    ):
-        make(f"folder:{wild}", role="ood")
-    assert not (tmp_path / "data/mine").exists()
-
-
 def test_just_as_many_rejects_as_allowed_go_on(make, photos):
-    folder = photos(*(f"x/{i}.png" for i in range(9)))
-    (folder / "x/bad.png").touch()
+    folder = photos(*(f"x/{i}.png" for i in range(9)), "x/bad.png (broken)")
     assert len(make(f"folder:{folder}").rejected) == 1  # 1 of 10, and 0.1 is allowed
-    with pytest.raises(TooManyRejects, match="1 of 10 images"):
+    said = (
+        r"(?s)1 of 10 images cannot be used, more than max_rejects = 0\.09;.*1 x not an image .*, such as 'x/bad\.png'"
+    )
+    with pytest.raises(TooManyRejects, match=said):
         make(f"folder:{folder}", max_rejects=0.09)
-
-
-def test_with_the_policy_fail_the_first_unusable_image_stops_it(make, photos):
-    folder = photos("x/1.png")
-    (folder / "x/bad.png").touch()
-    with pytest.raises(TooManyRejects, match=r"'x/bad\.png' cannot be used: empty file; replace or remove it, or set"):
+    with pytest.raises(
+        TooManyRejects, match=r"'x/bad\.png' cannot be used: not an image .*; replace or remove it, or set"
+    ):
         make(f"folder:{folder}", rejects="fail")

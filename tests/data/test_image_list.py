@@ -1,33 +1,52 @@
-from pathlib import Path
+"""Lists of images in their usual forms: understood or refused, never half."""
+
+import unicodedata
 
 import pytest
-from PIL import Image
 
 from regvit.data.sources.image_list import read_list
 
+LISTS = {  # name of the list, its text; {photos} is the folder of the images cat/1.png, dog/é 2.png
+    "relative": ("photos/l.csv", "path,label\ncat/1.png,cat\ndog/{e} 2.png,dog\n"),
+    "without a header": ("photos/l.csv", "cat/1.png,cat\ndog/{e} 2.png,dog\n"),
+    "absolute, elsewhere": ("lists/l.csv", "path,label\n{photos}/cat/1.png,cat\n{photos}/dog/{e} 2.png,dog\n"),
+    "absolute and relative": ("lists/l.csv", "{photos}/cat/1.png,cat\n../photos/dog/{e} 2.png,dog\n"),
+    "semicolons": ("photos/l.csv", "path;label\ncat/1.png;cat\ndog/{e} 2.png;dog\n"),
+    "semicolons without a header": ("photos/l.csv", "cat/1.png;cat\ndog/{e} 2.png;dog\n"),
+    "tabs": ("photos/l.tsv", "cat/1.png\tcat\ndog/{e} 2.png\tdog\n"),
+    "bars": ("photos/l.txt", "cat/1.png|cat\ndog/{e} 2.png|dog\n"),
+    "spaces": ("photos/l.txt", "cat/1.png cat\ndog/{e} 2.png dog\n"),
+    "line ends of other systems": ("photos/l.csv", "path,label\r\ncat/1.png,cat\r\n\r\ndog/{e} 2.png,dog\r\n"),
+    "other names of columns": ("photos/l.csv", "ID,Class,File Name\n1,cat,cat/1.png\n2,dog,dog/{e} 2.png\n"),
+    "a quoted path": ("photos/l.csv", 'path;label\ncat/1.png;cat\n"dog/{e} 2.png";dog\n'),
+    "separators of Windows": ("photos/l.csv", "path,label\ncat\\1.png,cat\ndog\\{e} 2.png,dog\n"),
+    "the other Unicode form": ("photos/l.csv", "path,label\ncat/1.png,cat\ndog/{d} 2.png,dog\n"),
+    "UTF-16": ("photos/l.csv", "path,label\ncat/1.png,cat\ndog/{e} 2.png,dog\n"),
+    "a byte order mark": ("photos/l.csv", "\ufeffpath,label\ncat/1.png,cat\ndog/{e} 2.png,dog\n"),
+}
 
-@pytest.fixture
-def photos(tmp_path):
-    """Write images named like "cat/1.png" under tmp_path/photos and return that folder."""
 
-    def photos(*names: str) -> Path:
-        for i, name in enumerate(names):
-            path = tmp_path / "photos" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (4, 4), (i, 0, 0)).save(path)
-        return tmp_path / "photos"
-
-    return photos
+@pytest.mark.parametrize("kind", LISTS)
+def test_lists_are_understood_in_their_usual_forms(make, photos, tmp_path, kind):
+    folder, (name, text) = photos("cat/1.png", "dog/é 2.png"), LISTS[kind]
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    text = text.format(photos=folder, e="é", d=unicodedata.normalize("NFD", "é"))
+    (tmp_path / name).write_bytes(text.encode("utf-16" if kind == "UTF-16" else "utf-8"))
+    made = make(f"folder:{tmp_path / name}", role="ood")
+    assert {row.path: row.label for row in made.dataset.rows} == {"cat/1.png": "cat", "dog/é 2.png": "dog"}
+    assert made.rejected == () and all(made.dataset.image_path(i).is_file() for i in (0, 1))
 
 
-def test_images_of_a_list_that_are_not_there_are_rejected(make, photos):
-    folder = photos("a.png", "dir/b.png")
-    (folder / "l.csv").write_text("a.png,x\ngone.png,x\ndir,x\n")
-    made = make(f"folder:{folder / 'l.csv'}", max_rejects=0.9)
-    assert {one.path: one.reason for one in made.rejected} == {
-        "gone.png": "No such file or directory",
-        "dir": "not a regular file",
-    }
+def test_a_list_gives_paths_labels_and_splits_in_its_order_and_what_is_not_there_is_rejected(make, photos):
+    folder = photos("b.png", "sub/a.png", "c.png")
+    text = 'Split,path,label,note\nTESTING,sub/a.png,"cat, big",x\ntrain,b.png,dog,\nValidation,c.png,,\n'
+    (folder / "list.csv").write_text(text + "train,gone.png,dog,\ntrain,sub,dog,\n")
+    made = make(f"folder:{folder / 'list.csv'}", max_rejects=0.9)
+    assert [(row.path, row.label, row.split) for row in made.dataset.rows] == [
+        ("sub/a.png", "cat, big", "test"), ("b.png", "dog", "train"), ("c.png", "", "val"),
+    ]  # fmt: skip
+    reasons = {one.path: one.reason for one in made.rejected}
+    assert reasons == {"gone.png": "No such file or directory", "sub": "not a regular file"}
 
 
 @pytest.mark.parametrize(
@@ -35,11 +54,13 @@ def test_images_of_a_list_that_are_not_there_are_rejected(make, photos):
     [
         ("", "names no image"),
         ("path,label\n", "names no image"),
+        ("id,breed\na.png,cat\n", "begins with 'id,breed', which names no image and is no header that is understood"),
+        ("path,image,label\na.png,a.png,cat\n", "has several columns of paths in its first line"),
         ("a.png,x,test,more\n", "line 1: 4 fields, expected path,label,split"),
         ("path,label\na.png\n", "line 2: 1 fields, expected path,label"),
-        ("a.png,x,third\n", "line 1: split 'third' is unknown"),
+        ("a.png,x,fold 3\n", "line 1: split 'fold 3' is unknown"),
         ("a.png,x,train\nb.png,x\n", "a split to some images and not to others"),
-        ("a.png,x\na.png,y\n", "names 'a.png' twice"),
+        ("a.png,x\n./a.png,y\n", "names './a.png' twice"),
         ('a.png,x\n"b.png,x\nc.png,x\n', r"line 2: unexpected end of data; close what it opens with a double quote"),
         ('a.png,x\n"b".png,x\n', "line 2: ',' expected after"),
         ("a.png,x\n" + "b" * 200_000 + ",x\n", r"line 2: field larger than field limit \(131072\)"),
@@ -48,26 +69,26 @@ def test_images_of_a_list_that_are_not_there_are_rejected(make, photos):
         ("a.png,x\na\0.png,x\n", "holds NUL characters"),
     ],
 )
-def test_a_list_with_a_fault_is_refused_with_its_line(tmp_path, text, said):
-    (tmp_path / "l.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+def test_a_list_with_a_fault_is_refused_with_its_line(photos, text, said):
+    file = photos("a.png") / "l.csv"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=said):
-        read_list(tmp_path / "l.csv")
+        read_list(file)
 
 
-@pytest.mark.parametrize("strange", ["\u2028", "\u2029", "\x0b", "\x0c", "\x1c", "\x85"])
 @pytest.mark.parametrize("suffix", [".csv", ".txt"])
-def test_a_line_of_a_list_ends_where_an_editor_ends_it(tmp_path, strange, suffix):
-    comma = "," if suffix == ".csv" else " "
-    (tmp_path / f"l{suffix}").write_text(f"a{strange}b.png{comma}x\nc.png{comma}y\n", encoding="utf-8")
-    _, listed = read_list(tmp_path / f"l{suffix}")
-    assert [(one.path, one.label) for one in listed] == [(f"a{strange}b.png", "x"), ("c.png", "y")]
+def test_a_line_of_a_list_ends_where_an_editor_ends_it(tmp_path, suffix):
+    for strange in "\u2028\u2029\x0b\x0c\x1c\x85":
+        comma = "," if suffix == ".csv" else " "
+        (tmp_path / f"l{suffix}").write_text(f"a{strange}b.png{comma}x\nc.png{comma}y\n", encoding="utf-8")
+        _, listed = read_list(tmp_path / f"l{suffix}")
+        assert [(one.path, one.label) for one in listed] == [(f"a{strange}b.png", "x"), ("c.png", "y")]
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
 def test_spaces_of_a_quoted_path_are_its_own_and_others_do_not_count(tmp_path, end):
-    (tmp_path / "l.csv").write_bytes(
-        end.join([b'" a.png", x', b" b.png , y ", b'"c.png ", "two words"', b'd.png, 5" disk'])
-    )
+    lines = [b'" a.png", x', b" b.png , y ", b'"c.png ", "two words"', b'd.png, 5" disk']
+    (tmp_path / "l.csv").write_bytes(end.join(lines))
     _, listed = read_list(tmp_path / "l.csv")
     assert [(one.path, one.label) for one in listed] == [
         (" a.png", "x"), ("b.png", "y"), ("c.png ", "two words"), ("d.png", '5" disk')]  # fmt: skip

@@ -29,11 +29,8 @@ def test_rows_come_back_in_the_order_they_were_given(tmp_path):
     assert dataset.rows == ROWS
     assert (dataset.name, dataset.classes, len(dataset)) == ("pets", ("cat", "dog"), 3)
     assert dataset.image_path(1) == tmp_path / "pets/images/a, with comma.png"
-
-
-def test_the_digest_is_that_of_the_manifest_file(tmp_path):
-    dataset = read_dataset(write(tmp_path))
-    assert dataset.digest == hashlib.sha256((tmp_path / "manifest.csv").read_bytes()).hexdigest()
+    assert dataset.digest == hashlib.sha256((tmp_path / "pets/manifest.csv").read_bytes()).hexdigest()
+    assert pickle.loads(pickle.dumps(dataset)) == dataset
 
 
 def test_labels_are_places_among_the_classes_and_minus_one_without_a_label(tmp_path):
@@ -58,12 +55,6 @@ def test_labels_and_splits_of_a_part_are_its_own(tmp_path):
     assert narrowed.labels().tolist() == [0]
     with pytest.raises(KeyError, match="dog"):
         Dataset("pets", tmp_path, ("cat",), ROWS, "").labels()
-
-
-def test_rows_given_as_a_tuple_make_the_same_data_set_also_in_another_process(tmp_path):
-    dataset = Dataset("pets", tmp_path, ("cat", "dog"), ROWS, "")
-    assert dataset.rows == read_dataset(write(tmp_path)).rows == ROWS
-    assert pickle.loads(pickle.dumps(dataset)) == dataset
 
 
 def test_an_image_beyond_the_end_is_refused(tmp_path):
@@ -117,6 +108,16 @@ def test_a_bad_row_is_refused_on_writing_and_nothing_is_written(tmp_path, row, m
     assert not (tmp_path / "pets").exists()
 
 
+def test_a_bad_row_is_refused_on_reading_and_so_is_a_folder_without_a_manifest(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"manifest\.csv is missing"):
+        read_dataset(tmp_path)
+    write(tmp_path)
+    table = tmp_path / "manifest.csv"
+    table.write_text(table.read_text() + "d,x.png,fish,test,,,\n")
+    with pytest.raises(InvalidManifest, match=r"manifest\.csv, row 4: label 'fish'"):
+        read_dataset(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("added", "message"),
     [
@@ -136,14 +137,6 @@ def test_ids_of_the_same_hash_are_told_apart(tmp_path, monkeypatch):
     assert read_dataset(write(tmp_path)).rows == ROWS
     with pytest.raises(InvalidManifest, match="row 5: image_id 'c' occurs twice"):
         write(tmp_path, (*ROWS, Row("d", "x.png", "", "test"), ROWS[2]))
-
-
-def test_a_bad_row_is_refused_on_reading(tmp_path):
-    write(tmp_path)
-    table = tmp_path / "manifest.csv"
-    table.write_text(table.read_text() + "d,x.png,fish,test,,,\n")
-    with pytest.raises(InvalidManifest, match=r"manifest\.csv, row 4: label 'fish'"):
-        read_dataset(tmp_path)
 
 
 HEADER = b"image_id,path,label,split\n"
@@ -201,9 +194,7 @@ def test_a_million_rows_would_take_less_than_300_megabytes(tmp_path):
                 b'{"name": "pets", "classes": [], "root": 5}',
                 b'{"name": "pets", "classes": [], "root": "a\\u0000"}',
                 b'{"name": null, "classes": []}',
-                b'{"name": "pets", "classes": null}',
                 b'{"name": "pets"}',
-                b'{"name": "pets", "classes": "cat"}',
                 b'{"name": "pets", "classes": ["cat", 3]}',
             )
         ),
@@ -231,27 +222,17 @@ def test_a_missing_column_is_named_and_optional_ones_may_be_absent(tmp_path):
 
 
 def test_a_depth_column_is_written_only_where_a_row_has_one(tmp_path):
-    write(tmp_path / "flat")
-    assert (tmp_path / "flat/manifest.csv").read_text().startswith("image_id,path,label,split,boxes,mask,sha256\n")
-    deep = (*ROWS, Row("d", "x.png", "cat", "val", depth="depth/d.png"))
-    assert read_dataset(write(tmp_path / "deep", deep)).rows == deep
-    assert (tmp_path / "deep/manifest.csv").read_text().splitlines()[-1] == "d,x.png,cat,val,,,,depth/d.png"
-
-
-def test_the_bytes_of_a_manifest_without_depth_are_those_of_earlier_versions(tmp_path):
     expected = (
         "image_id,path,label,split,boxes,mask,sha256\n"
         "b,images/b.png,dog,train,,,\n"
         'a,"images/a, with comma.png",,test,"[[0, 1, 2, 3]]",masks/a.png,ff\n'
         "c,images/ü.png,cat,val,,,\n"
     )
-    write(tmp_path)
-    assert (tmp_path / "manifest.csv").read_bytes() == expected.encode()
-
-
-def test_a_folder_without_a_manifest_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"manifest\.csv is missing"):
-        read_dataset(tmp_path)
+    write(tmp_path / "flat")
+    assert (tmp_path / "flat/manifest.csv").read_bytes() == expected.encode()
+    deep = (*ROWS, Row("d", "x.png", "cat", "val", depth="depth/d.png"))
+    assert read_dataset(write(tmp_path / "deep", deep)).rows == deep
+    assert (tmp_path / "deep/manifest.csv").read_text().splitlines()[-1] == "d,x.png,cat,val,,,,depth/d.png"
 
 
 def test_classes_must_be_unique_and_named(tmp_path):
@@ -259,16 +240,6 @@ def test_classes_must_be_unique_and_named(tmp_path):
         write(tmp_path, (), ("cat", "cat"))
     with pytest.raises(InvalidManifest, match="a class has an empty name"):
         write(tmp_path, (), ("",))
-
-
-@pytest.mark.parametrize("path", ["a.png", "a/b.png", "a/..b.png", "a/b..png", "a:b.png"])
-def test_paths_inside_the_root_are_accepted(path):
-    assert not escapes(path)
-
-
-@pytest.mark.parametrize("path", ["", "/a", "..", "../a", "a/../../b", "a\\b", "C:/a", "a\0b"])
-def test_paths_that_may_leave_the_root_are_refused(path):
-    assert escapes(path)
 
 
 @given(st.text("./a\\:\0", max_size=6))

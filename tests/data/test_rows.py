@@ -22,7 +22,10 @@ ROWS = st.lists(st.builds(Row, *[TEXTS] * len(COLUMNS)), max_size=6).map(tuple)
 def test_rows_and_their_parts_are_those_of_the_tuple(rows, which, then):
     held = Rows(rows)
     assert tuple(held) == rows and held == rows and rows == held
-    assert [held[i] for i in range(len(rows))] == list(rows)
+    assert [held[i] for i in range(-len(rows), len(rows))] == [*rows, *rows]
+    for beyond in (len(rows), -len(rows) - 1):
+        with pytest.raises(IndexError):
+            held[beyond]
     part = held[which]
     assert part == rows[which] and part[then] == rows[which][then]
     for name in COLUMNS:
@@ -33,14 +36,6 @@ def test_a_part_is_the_same_in_another_process_and_brings_no_other_rows():
     part = Rows(Row(str(i), str(i), "cat", "train") for i in range(10_000))[::100]
     sent = pickle.dumps(part)
     assert pickle.loads(sent) == part and len(sent) < 20_000
-
-
-def test_numbers_count_from_the_end_as_those_of_a_tuple_do_and_stop_where_they_do():
-    rows = Rows(GIVEN)
-    assert rows[-1] == GIVEN[-1] and rows[np.int64(1)] == GIVEN[1] and rows[1:][0] == GIVEN[1]
-    for number in (4, -5):
-        with pytest.raises(IndexError):
-            rows[number]
 
 
 def test_chosen_rows_stand_in_the_order_of_the_choice():

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from regvit.data.manifest import Row
-from regvit.data.splits import assign_splits, limit_splits, stratified_splits
+from regvit.data.splits import assign_splits, limit_splits, split_of, stratified_splits
 
 
 def test_each_class_is_split_in_the_shares_asked_for():
@@ -27,6 +27,15 @@ def test_splits_depend_on_the_seed_and_not_on_other_classes():
     assert stratified_splits(labels, 1, (0.5, 0.25, 0.25)) != first
     more = stratified_splits(labels | {"other": "y"}, 0, (0.5, 0.25, 0.25))
     assert {key: more[key] for key in labels} == first
+
+
+def test_splits_are_known_by_their_usual_names():
+    meant = {"train": "Train TRAIN Training seg_train training_set trainset train2017 Train_Images",
+             "val": "val valid Validation eval dev val2017", "test": "test Testing seg_test testset holdout",
+             "": "cat trainer train_val pets_train set images"}  # fmt: skip
+    for split, names in meant.items():
+        assert {name: split_of(name) for name in names.split()} == dict.fromkeys(names.split(), split)
+    assert split_of("Test Images") == "test"
 
 
 def test_shares_must_sum_to_one():

@@ -75,6 +75,16 @@ def test_torch_resizes_as_torchvisions_transform_does_on_tensors():
     assert np.array_equal(np.asarray(mine), reference.permute(1, 2, 0).numpy())
 
 
+def test_a_whole_image_is_squashed_and_nothing_of_it_is_cropped():
+    pixels = np.zeros((50, 100, 3), np.uint8)
+    pixels[:, :50, 0] = pixels[:, 50:, 2] = 255  # left half red, right half blue
+    whole = Transform(64, MEAN, STD, crop_pct=0.875).whole()
+    squashed = np.asarray(whole.crop(Image.fromarray(pixels)))
+    assert squashed[:, :30, 0].min() == 255 and squashed[:, 34:, 2].min() == 255
+    square = noise(90, 90)
+    assert whole.crop(square).tobytes() == Transform(64, MEAN, STD).crop(square).tobytes()
+
+
 def test_a_transform_survives_json():
     for transform in (Transform(112, MEAN, STD, "bilinear", 0.9), Transform(112, MEAN, STD, resizing="torch")):
         assert Transform.from_dict(json.loads(json.dumps(transform.to_dict()))) == transform

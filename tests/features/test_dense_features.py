@@ -4,7 +4,6 @@ import torch
 from run_example import write_run
 
 from regvit.data.transform import Transform
-from regvit.data.whole_images import WholeTransform
 from regvit.features.dense_features import DenseArrays, mean_embedding, open_subject, patch_embeddings
 from regvit.features.dense_set import GROUPS
 from regvit.models.attention import prefix_attention
@@ -85,5 +84,5 @@ def test_a_run_opens_beside_its_backbone_with_whole_images_at_the_size_asked_for
     cured = open_subject(tmp_path / "cured.json", tmp_path, 96)
     assert (cured.detection.layer, cured.detection.threshold) == (3, 2.5)
     assert cured.run.model.num_prefix_tokens == 2 and cured.untreated.model.num_prefix_tokens == 1
-    assert cured.run.transform.size == 96 and isinstance(cured.run.transform, WholeTransform)
+    assert cured.run.transform.size == 96 and cured.run.transform.crop_mode == "squash"
     assert np.isnan(cured.detection.separation)

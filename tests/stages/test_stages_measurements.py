@@ -16,7 +16,6 @@ from run_example import write_run
 from regvit.data.batches import Batches
 from regvit.data.manifest import Row, read_dataset, write_dataset
 from regvit.data.transform import Transform
-from regvit.data.whole_images import WholeTransform
 from regvit.features.dense_set import DenseSet
 from regvit.models.backbones import create, load_backbone, save_backbone
 from regvit.pipeline import params, schema
@@ -86,7 +85,7 @@ def work(tmp_path_factory):
         tiny, create("test_vit", args), name="tiny", architecture="test_vit", model_args=args,
         transform=Transform(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), crop_pct=0.8), source="random", licence="MIT",
     )  # fmt: skip
-    whole = WholeTransform(SIZE, (0.5,) * 3, (0.5,) * 3)
+    whole = Transform(SIZE, (0.5,) * 3, (0.5,) * 3).whole()
     images = Batches(read_dataset(folder / "data/squares").subset("test"), whole)
     norms = patch_norms(load_backbone(tiny).model, images, [LAYER])[0]
     detection = {"layer": LAYER, "threshold": float(np.sort(norms.ravel())[-4])}  # three outliers

@@ -22,7 +22,7 @@ from regvit.data.dataset_builder import DatasetBuilder
 from regvit.data.decoding import UnreadableImage, read_file
 from regvit.data.manifest import Row
 from regvit.data.packages import DownloadFailed
-from regvit.data.splits import split_of
+from regvit.data.splits import wanted_splits
 
 GRAMMAR = re.compile(
     r"(?P<repository>[./][^:@?]*|[\w.-]+/[\w.-]+)(@(?P<revision>[\w.%-]+))?(:(?P<config>[^/?]+))?(/(?P<split>[\w.-]+))?"
@@ -68,7 +68,7 @@ def hub_set(builder: DatasetBuilder, rest: str) -> None:
     tables = {name: _columns(table, source) for name, table in splits.items() if source.split in ("", name)}
     labelled = [name for name, (_, _, labels) in tables.items() if any(labels)]
     known = labelled if labelled and role in ("id", "ood") else list(tables)  # ImageNet's test split hides its labels
-    wanted = _wanted(source.repository, known, role)
+    wanted = wanted_splits(source.repository, known, role)
     for name in tables.keys() - wanted.keys():
         builder.left_out[f"rows of split {name}"] += len(tables[name][2])
     rows = [
@@ -133,19 +133,6 @@ def _load(source: HubSource, builder: DatasetBuilder):
         wrong = isinstance(error, ValueError)  # an unknown config, say, and the message lists those that there are
         cure = "correct the source" if wrong else "check its name, the network, and a login where it is gated"
         raise DownloadFailed(f"{source.repository} could not be had from the hub: {error}; {cure}") from error
-
-
-def _wanted(repository: str, known: list[str], role: str | None) -> dict[str, str]:
-    """{split of the source: split of the data set, "" where it is all there is}."""
-    if len(known) == 1:
-        return {known[0]: ""}
-    meaning = {name: split for name in known if (split := split_of(name))}
-    if not meaning:
-        raise ValueError(f"{repository} has the splits {', '.join(known)}, of which none is called train, val or "
-                         "test; name one at the end of the source, after a slash")  # fmt: skip
-    if role in ("ood", "anomaly"):
-        return {min(meaning, key=lambda name: ("test", "val", "train").index(meaning[name])): ""}
-    return meaning
 
 
 def _columns(table, source: HubSource) -> tuple:

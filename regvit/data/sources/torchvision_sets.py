@@ -1,9 +1,8 @@
 """Data sets that torchvision knows, fetched by it into `work/downloads/torchvision/<Name>`.
 
 Where a set consists of image files (DTD, Places365, Food101, …) they are read in place; where it is packed its images are
-written: CIFAR and SVHN as PNG, LSUN's as the files that its database holds. A copy that lies in the folder already is used
-as it is. Torchvision unpickles CIFAR's batches after it has checked their published digests; it would unpickle the keys of
-LSUN unchecked, so that database is read here.
+written: CIFAR and SVHN as PNG. A copy that lies in the folder already is used as it is. Torchvision unpickles CIFAR's
+batches after it has checked their published digests.
 
 Splits are called train, val and test. With one named (`SVHN/test`, or `DTD/all`) its images are all there is; without
 one, a set to train on has all of its splits, and a set of the role ood or anomaly its held-out one (test, else val).
@@ -11,7 +10,6 @@ one, a set to train on has all of its splits, and a set of the role ood or anoma
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -23,6 +21,7 @@ from regvit.data.dataset_builder import DatasetBuilder
 from regvit.data.manifest import Row
 from regvit.data.packages import DownloadFailed
 from regvit.data.sources.npy import add_arrays
+from regvit.data.splits import wanted_splits
 
 
 def _three(**more: str) -> dict[str, dict]:
@@ -56,14 +55,18 @@ SETS: dict[str, dict[str, dict]] = {  # for each split the arguments with which 
 def torchvision_set(builder: DatasetBuilder, rest: str) -> None:
     """`<Name>[/<split>]`, the name as torchvision.datasets has it."""
     name, _, split = rest.partition("/")
-    if name == "LSUN":
-        return _lsun(builder, split)
     if name not in SETS:
-        near = get_close_matches(name, [*SETS, "LSUN"], n=1, cutoff=0)[0]
+        near = get_close_matches(name, SETS, n=1, cutoff=0)[0]
         raise ValueError(f"torchvision's {name!r} is not among the data sets that can be read here; nearest is {near!r}, "
-                         f"known are {', '.join([*SETS, 'LSUN'])}; use folder:<path> for image files of any other")  # fmt: skip
+                         f"known are {', '.join(SETS)}; use folder:<path> for image files of any other")  # fmt: skip
     root = builder.downloads / "torchvision" / name
-    splits = _wanted_splits(name, tuple(SETS[name]), split, builder.entry.role)
+    known = [one for one in SETS[name] if one]
+    if split not in ("", "all", *known):
+        raise ValueError(f"torchvision:{name} has no split {split!r}; it has {', '.join(known) or 'none'}")
+    if split:
+        splits = dict.fromkeys(SETS[name] if split == "all" else [split], "")
+    else:
+        splits = wanted_splits(f"torchvision:{name}", tuple(SETS[name]), builder.entry.role)
     builder.credit_to("images", f"torchvision.datasets.{name}", "see its publisher", "see its publisher")
     opened = [(source, target, _opened(name, root, SETS[name][source])) for source, target in splits.items()]
     if name in ("CIFAR10", "CIFAR100", "SVHN"):
@@ -74,20 +77,6 @@ def torchvision_set(builder: DatasetBuilder, rest: str) -> None:
             path = Path(os.path.relpath(file, root)).as_posix()
             rows.append(Row(path, path, label, target))
     builder.read_in_place(root, builder.plan(sorted(rows, key=lambda row: row.path)))
-
-
-def _wanted_splits(name: str, known: tuple[str, ...], split: str, role: str | None) -> dict[str, str]:
-    """{split of the source: split of the data set, "" where it is all there is}."""
-    if split == "all":
-        return dict.fromkeys(known, "")
-    if split and split not in known:
-        has = f"it has {', '.join(known)}" if any(known) else "it has none"
-        raise ValueError(f"torchvision:{name} has no split {split!r}; {has}")
-    if split or known == ("",):
-        return {split: ""}
-    if role in ("ood", "anomaly"):
-        return {"test" if "test" in known else "val": ""}
-    return {one: one for one in known}
 
 
 def _opened(name: str, root: Path, arguments: dict) -> torchvision.datasets.VisionDataset:
@@ -133,40 +122,7 @@ def _packed(builder: DatasetBuilder, opened: list[tuple[str, str, torchvision.da
         if hasattr(dataset, "targets"):  # CIFAR
             labels, pixels = [dataset.classes[label] for label in dataset.targets], dataset.data
         else:
-            labels, pixels = (
-                map(str, dataset.labels.tolist()),
-                dataset.data.transpose(0, 2, 3, 1),
-            )  # (b, 3, h, w) before
+            labels, pixels = map(str, dataset.labels.tolist()), dataset.data.transpose(0, 2, 3, 1)  # were (b, 3, h, w)
         rows += [Row(f"{source}_{i:05}", "", label, target) for i, label in enumerate(labels)]
         images.append(pixels)
     add_arrays(builder, rows, np.concatenate(images))
-
-
-def _lsun(builder: DatasetBuilder, which: str) -> None:
-    """`<category>_<split>` such as church_outdoor_val, `train` or `val` (of every category that is there), or `test`."""
-    import lmdb  # an engine that only this data set needs
-
-    root, wanted = builder.downloads / "torchvision" / "LSUN", which or "val"
-    pattern = f"*_{wanted}_lmdb" if wanted in ("train", "val") else f"{wanted}_lmdb"
-    databases = {
-        path.name.removesuffix("_lmdb").removesuffix("_train").removesuffix("_val"): path
-        for path in sorted(root.glob(pattern))
-    }
-    if not databases:
-        raise FileNotFoundError(
-            f"{root} has no {pattern}; LSUN cannot be fetched from here (no digests are published): unpack "
-            "<category>_<split>_lmdb.zip from its site into that folder, or use folder:<path> for LSUN as images"
-        )
-    builder.credit_to("images", "LSUN", "see its publisher", "Yu et al. 2015, arXiv:1506.03365")
-    with contextlib.ExitStack() as stack:
-        opened, rows = {}, []
-        for category, path in databases.items():
-            database = stack.enter_context(
-                lmdb.open(str(path), readonly=True, lock=False, readahead=False, meminit=False)
-            )
-            opened[category] = stack.enter_context(database.begin())
-            keys = (key.decode("ascii", "backslashreplace") for key in opened[category].cursor().iternext(values=False))
-            rows += [Row(f"{category}_{key}", category, "" if category == "test" else category, "") for key in keys]
-        for row in builder.watched(builder.plan(rows)):
-            key = row.image_id.removeprefix(f"{row.path}_")
-            builder.put(row, bytes(opened[row.path].get(key.encode())))
