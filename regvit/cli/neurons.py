@@ -108,7 +108,7 @@ def _report(found: RegisterNeurons, images: int) -> list[str]:
 
 def _cure(model: nn.Module, batches: DecodedImages, found: RegisterNeurons) -> str:
     """The outliers that are left with the neurons silenced, and with their activation in one register."""
-    from regvit.registers.neurons import ablated
+    from regvit.registers.controls import ablated
     from regvit.registers.outliers import patch_norms
     from regvit.registers.test_time import add_test_time_registers
 

@@ -22,8 +22,8 @@ from torch import nn
 from regvit.measures.tables import mean_figures
 from regvit.models.arithmetic import arithmetic
 from regvit.registers.control_neurons import control_neurons
-from regvit.registers.controls import mlp_widths
-from regvit.registers.neurons import RegisterNeurons, ablated
+from regvit.registers.controls import ablated, mlp_widths
+from regvit.registers.neurons import RegisterNeurons
 from regvit.registers.norms import LayerNorms
 from regvit.registers.outliers import patch_norms
 from regvit.registers.search import SETTLE_ON, Batches, picked

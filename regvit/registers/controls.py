@@ -14,7 +14,8 @@ A cure by test-time registers says little until its controls fail. Four are know
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float
@@ -22,6 +23,9 @@ from torch import Tensor, nn
 
 from regvit.models.hooks import blocks, output_projection
 from regvit.models.tokens import TokenLayout
+from regvit.registers.mixed_class import Mixed, mix, unmix
+from regvit.registers.test_time import checked_neurons
+from regvit.registers.treatable import uncompiled
 
 
 def mlp_widths(model: nn.Module, layers: Iterable[int]) -> dict[int, int]:
@@ -30,14 +34,11 @@ def mlp_widths(model: nn.Module, layers: Iterable[int]) -> dict[int, int]:
     return {layer: output_projection(every[layer]).in_features for layer in layers}
 
 
-class _Silence:
-    """MLP output-projection pre-hook that takes the ablated neurons' activation from the patches."""
+class _Silenced(Mixed):
+    """An MLP's output projection that sees nothing of the ablated neurons at the patches."""
 
-    def __init__(self, layout: TokenLayout):
-        self.layout = layout
-
-    def __call__(self, module: nn.Module, args: tuple) -> tuple:
-        return (silence(args[0], module.ablated_neurons, self.layout), *args[1:])
+    def forward(self, x: Float[Tensor, "b n k"]) -> Float[Tensor, "b n d"]:
+        return super().forward(silence(x, self.ablated_neurons, self.silenced_layout))
 
 
 def silence(x: Float[Tensor, "b n k"], index: Tensor, layout: TokenLayout) -> Float[Tensor, "b n k"]:
@@ -48,7 +49,7 @@ def silence(x: Float[Tensor, "b n k"], index: Tensor, layout: TokenLayout) -> Fl
 
 
 def ablate(model: nn.Module, neurons: Mapping[int, Iterable[int]]) -> None:
-    """Silences neurons at all patches, in place, until `remove_ablation`; copies and exports of the model follow.
+    """Silences neurons at all patches, in place, until `remove_ablation`; copies, compiled models and exports follow.
 
     Args:
         model: any timm ViT without test-time registers.
@@ -56,40 +57,39 @@ def ablate(model: nn.Module, neurons: Mapping[int, Iterable[int]]) -> None:
     Raises:
         ValueError: the model has test-time registers or is ablated already, or a neuron is out of range.
     """
+    model = uncompiled(model)
     if getattr(model, "test_time_registers", None) is not None:
         raise ValueError("the model has test-time registers, which hold these neurons' activation; remove them first")
     if getattr(model, "ablated_layers", None) is not None:
         raise ValueError("neurons of the model are ablated already; call remove_ablation(model) first")
-    every, hook = blocks(model), _Silence(TokenLayout.of(model))
-    indices = {layer: sorted({int(unit) for unit in units}) for layer, units in sorted(neurons.items())}
+    every, layout = blocks(model), TokenLayout.of(model)
+    indices = checked_neurons(model, neurons)
     for layer, units in indices.items():
-        if not 0 <= layer < len(every):
-            raise ValueError(
-                f"layer {layer} is out of range: the model has {len(every)} blocks (0 to {len(every) - 1})"
-            )
-        width = output_projection(every[layer]).in_features
-        if outside := [unit for unit in units if not 0 <= unit < width]:
-            raise ValueError(
-                f"neuron {outside[0]} of layer {layer} is out of range: its MLP has {width} (0 to {width - 1})"
-            )
-    for layer, units in indices.items():
-        if units:
-            projection = output_projection(every[layer])
-            index = torch.tensor(units, device=projection.weight.device)
-            projection.register_buffer("ablated_neurons", index, persistent=False)
-            projection.register_forward_pre_hook(hook)
+        projection = output_projection(every[layer])
+        index = torch.tensor(units, device=projection.weight.device)
+        projection.register_buffer("ablated_neurons", index, persistent=False)
+        mix(projection, _Silenced, silenced_layout=layout)
     model.ablated_layers = tuple(indices)
 
 
 def remove_ablation(model: nn.Module) -> None:
     """Undoes `ablate`; a model that is not ablated is left alone."""
+    model = uncompiled(model)
     if getattr(model, "ablated_layers", None) is None:
         return
     for module in model.modules():
-        hooks = module._forward_pre_hooks
-        for key in [key for key, hook in hooks.items() if isinstance(hook, _Silence)]:
-            del hooks[key]
+        unmix(module, _Silenced)
         if "ablated_neurons" in module._buffers:
             delattr(module, "ablated_neurons")
             module._non_persistent_buffers_set.discard("ablated_neurons")
     del model.ablated_layers
+
+
+@contextmanager
+def ablated(model: nn.Module, neurons: Mapping[int, Iterable[int]]) -> Iterator[None]:
+    """`ablate`, inside the `with` block only."""
+    ablate(model, neurons)
+    try:
+        yield
+    finally:
+        remove_ablation(model)

@@ -43,7 +43,11 @@ def unpadded(x: Float[Tensor, "b n2 d"], zero_tokens: tuple[int, int]) -> Float[
     return torch.cat([x[:, :prefix], x[:, prefix + count :]], dim=1)
 
 
-class _AfterLastToken(Mixed):
+class OfRegisters(Mixed):
+    """What test-time registers make of a module."""
+
+
+class _AfterLastToken(OfRegisters):
     """A model whose `pos_embed` has rows of zeros for the tokens that follow its last prefix token."""
 
     zero_tokens: tuple[int, int]
@@ -79,14 +83,14 @@ class _AfterDistToken(_AfterLastToken):
         return _lengthened(self, "dist_token")
 
 
-class _BeforeFirstBlock(Mixed):
+class _BeforeFirstBlock(OfRegisters):
     """A block that puts the zero tokens in front of itself."""
 
     def forward(self, x: Float[Tensor, "b n d"], *args: object, **kwargs: object) -> Float[Tensor, "b n2 d"]:
         return super().forward(padded(x, self.zero_tokens), *args, **kwargs)
 
 
-class _WithoutZeroTokens(Mixed):
+class _WithoutZeroTokens(OfRegisters):
     """An attention pooling that does not see them."""
 
     def forward(self, x: Float[Tensor, "b n2 d"], *args: object, **kwargs: object) -> Float[Tensor, "b d"]:

@@ -1,6 +1,6 @@
 """A module that behaves otherwise while it is of a class made from its own: no hook, no wrapper, no new name.
 
-`mix(module, Mixin)` puts the mixin before the module's own class, in place, and `unmix(module)` takes it away. Unlike a hook,
+`mix(module, Mixin)` puts the mixin before the module's own class, in place, and `unmix(module, Mixin)` takes it away. Unlike a hook,
 the new class is seen by what guards compiled code, and by exporters; unlike a wrapper, it changes no name in the state dict.
 """
 
@@ -28,9 +28,9 @@ def mix(module: nn.Module, mixin: type[Mixed], **attributes: object) -> None:
     module.__class__ = _mixed_class(mixin, type(module))
 
 
-def unmix(module: nn.Module) -> None:
-    """Gives the module its own class back; others are left alone."""
-    if isinstance(module, Mixed):
+def unmix(module: nn.Module, kind: type[Mixed]) -> None:
+    """Takes the mixin that was put on last away where it is of this kind; other modules are left alone."""
+    if issubclass(getattr(type(module), "mixin", nn.Module), kind):
         module.__class__ = type(module).plain
 
 

@@ -13,19 +13,16 @@ detection layer cannot be causes and are left out. One pass over the images give
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from regvit.models.arithmetic import arithmetic, check_precision
-from regvit.models.hooks import blocks, output_projection, watch_inputs
+from regvit.models.hooks import blocks
 from regvit.models.sources import transform_of
-from regvit.models.tokens import TokenLayout
 from regvit.registers.images import Loading, batches_of
 from regvit.registers.neurons_file import MIN_SHARE, Neuron, read_neurons
 from regvit.registers.norms import LayerNorms
@@ -196,17 +193,3 @@ def _select(scores: Scores, options: SearchOptions, keep: int) -> dict[str, obje
         "selected": {layer: tuple(sorted(chosen[layer])) for layer in sorted(chosen)},
         "explained": 0.0 if shares is None or count == 0 else round(float(shares[count - 1]), 8),
     }
-
-
-@contextmanager
-def ablated(model: nn.Module, selected: dict[int, tuple[int, ...]]) -> Iterator[None]:
-    """Silences the given neurons at all patches, inside the `with` block only."""
-    all_blocks, layout = blocks(model), TokenLayout.of(model)
-
-    def silence(layer: int, a: Float[Tensor, "b n k"]) -> Tensor:
-        a = a.clone()
-        layout.patches(a)[..., list(selected[layer])] = 0
-        return a
-
-    with watch_inputs({layer: output_projection(all_blocks[layer]) for layer in selected}, silence):
-        yield

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from regvit.models.hooks import blocks, output_projection
 from regvit.models.tokens import TokenLayout
-from regvit.registers.insertion import insert_zero_tokens
-from regvit.registers.mixed_class import Mixed, mix, unmix
+from regvit.registers.insertion import OfRegisters, insert_zero_tokens
+from regvit.registers.mixed_class import mix, unmix
 from regvit.registers.neurons import RegisterNeurons
 from regvit.registers.treatable import check_treatable, uncompiled
 
@@ -88,7 +88,7 @@ class Shift:
     scale: float = 1.0
 
 
-class _Shifting(Mixed):
+class _Shifting(OfRegisters):
     """An MLP's output projection that first moves the register neurons' activation into the registers."""
 
     def forward(self, x: Float[Tensor, "b n k"]) -> Float[Tensor, "b n d"]:
@@ -213,7 +213,7 @@ def remove_test_time_registers(model: nn.Module) -> None:
     for name in surgery.counted:
         model.get_submodule(name).num_prefix_tokens -= surgery.num_registers
     for module in model.modules():
-        unmix(module)
+        unmix(module, OfRegisters)
         if "register_neurons" in module._buffers:
             delattr(module, "register_neurons")
             module._non_persistent_buffers_set.discard("register_neurons")
@@ -223,6 +223,10 @@ def remove_test_time_registers(model: nn.Module) -> None:
 def _check_options(model: nn.Module, num_registers: int, statistic: str, patches: str) -> None:
     if getattr(model, "test_time_registers", None) is not None:
         raise ValueError("the model already has test-time registers; call remove_test_time_registers(model) first")
+    if layers := getattr(model, "ablated_layers", None):
+        raise ValueError(
+            f"neurons of the model in its layers {', '.join(map(str, layers))} are ablated; call remove_ablation(model) first"
+        )
     if isinstance(num_registers, bool) or not isinstance(num_registers, int):
         raise ValueError(
             f"num_registers is {num_registers!r}; expected a whole number, not {type(num_registers).__name__}"
@@ -238,10 +242,20 @@ def _check_options(model: nn.Module, num_registers: int, statistic: str, patches
 
 
 def _selected(model: nn.Module, neurons: RegisterNeurons | Mapping) -> dict[int, tuple[int, ...]] | None:
-    """The neurons as sorted tuples by layer, held to the model; None where they are those of a search that found none."""
+    """The neurons, held to the model; None where they are those of a search that found none."""
     searched = isinstance(neurons, RegisterNeurons) or "selected" in neurons
     if searched:
         neurons = neurons.selected if isinstance(neurons, RegisterNeurons) else neurons["selected"]
+    checked = checked_neurons(model, neurons)
+    return None if searched and not checked else checked
+
+
+def checked_neurons(model: nn.Module, neurons: Mapping) -> dict[int, tuple[int, ...]]:
+    """`{layer: [neuron, …]}` as sorted tuples, without layers that have none.
+
+    Raises:
+        ValueError: a layer or neuron is no number, or the model does not have it.
+    """
     every, checked = blocks(model), {}
     for layer, units in sorted((_whole(layer, "a layer"), units) for layer, units in neurons.items()):
         if not 0 <= layer < len(every):
@@ -260,7 +274,7 @@ def _selected(model: nn.Module, neurons: RegisterNeurons | Mapping) -> dict[int,
             )
         if units:
             checked[layer] = units
-    return None if searched and not checked else checked
+    return checked
 
 
 def _whole(value: object, what: str) -> int:

@@ -4,10 +4,11 @@ import json
 import pytest
 import torch
 
+from regvit.models.hooks import output_projection, watch_inputs
 from regvit.models.tokens import TokenLayout
 from regvit.registers.control_neurons import control_neurons
-from regvit.registers.controls import ablate, mlp_widths, remove_ablation, silence
-from regvit.registers.neurons import ablated, find_register_neurons
+from regvit.registers.controls import ablate, ablated, mlp_widths, remove_ablation, silence
+from regvit.registers.neurons import find_register_neurons
 from regvit.registers.neurons_file import Neuron, read_neurons
 from regvit.registers.outliers import patch_norms
 from regvit.registers.planting import plant
@@ -110,18 +111,39 @@ def planted(tiny_vit, noise_images):
 
 
 @torch.no_grad()
-def test_ablation_is_what_the_with_block_does_and_can_be_undone(planted):
+def test_ablation_is_the_neurons_zeroed_by_hand_and_can_be_undone(planted):
     model, images, neurons = planted
-    plain = model.forward_features(images)
-    with ablated(model, neurons):
+    plain, layout = model.forward_features(images), TokenLayout.of(model)
+
+    def zero(layer, a):
+        a = a.clone()
+        layout.patches(a)[..., list(neurons[layer])] = 0
+        return a
+
+    with watch_inputs({layer: output_projection(model.blocks[layer]) for layer in neurons}, zero):
         expected = model.forward_features(images)
+    assert not torch.equal(expected, plain)
     ablate(model, neurons)
     assert torch.equal(model.forward_features(images), expected)
-    assert not torch.equal(expected, plain)
+    assert not any(module._forward_pre_hooks for module in model.modules())
     remove_ablation(model)
     remove_ablation(model)
     assert torch.equal(model.forward_features(images), plain)
+    with ablated(model, neurons):
+        assert torch.equal(model.forward_features(images), expected)
+    assert torch.equal(model.forward_features(images), plain)
     assert not any("ablated" in name for name, _ in model.named_buffers())
+
+
+@torch.no_grad()
+def test_a_model_that_was_compiled_before_is_ablated_as_the_eager_one_and_given_back(planted):
+    model, images, neurons = planted
+    compiled = torch.compile(model, backend="eager")
+    plain = compiled(images)
+    with ablated(compiled, neurons):
+        seen, expected = compiled(images), model(images)
+    assert torch.allclose(seen, expected, atol=1e-6) and not torch.allclose(seen, plain, atol=1e-3)
+    assert torch.allclose(compiled(images), plain, atol=1e-6)
 
 
 @torch.no_grad()
@@ -172,6 +194,8 @@ def test_ablation_refuses_what_it_cannot_do(tiny_vit):
         ablate(model, {1: [256]})
     with add_test_time_registers(model, {1: [0]}, 1), pytest.raises(ValueError, match="has test-time registers"):
         ablate(model, {1: [0]})
-    ablate(model, {1: [0]})
-    with pytest.raises(ValueError, match="ablated already; call remove_ablation"):
-        ablate(model, {1: [0]})
+    with ablated(model, {1: [0]}):
+        with pytest.raises(ValueError, match="ablated already; call remove_ablation"):
+            ablate(model, {1: [0]})
+        with pytest.raises(ValueError, match="its layers 1 are ablated; call remove_ablation"):
+            add_test_time_registers(model, {1: [0]})

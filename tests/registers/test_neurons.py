@@ -9,7 +9,8 @@ import timm
 import torch
 
 from regvit import add_test_time_registers, find_register_neurons
-from regvit.registers.neurons import Neuron, RegisterNeurons, SearchOptions, ablated, read_selected
+from regvit.registers.controls import ablated
+from regvit.registers.neurons import Neuron, RegisterNeurons, SearchOptions, read_selected
 from regvit.registers.outliers import Detection, patch_norms
 
 SPARSE_BELOW = 0.02  # half of this model's activations are about as large
