@@ -1,8 +1,10 @@
 """Small real models and images for the whole suite; nothing here needs a network or a GPU."""
 
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 
+import hub_server  # before what reads where the hub is
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -52,3 +54,11 @@ def noise_images() -> Callable[..., torch.Tensor]:
         return images
 
     return make
+
+
+@pytest.fixture
+def hub(monkeypatch) -> Iterator[hub_server.Hub]:
+    """The hub that clients ask, empty; they try again without waiting."""
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    with hub_server.serving() as served:
+        yield served

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from regvit.data.batches import Batches
+from regvit.data.hub_errors import why
 from regvit.data.manifest import Dataset, Row
 from regvit.models.backbones import Backbone
 from regvit.models.nan_check import check_finite
@@ -118,9 +119,8 @@ def open_text_tower(source: str) -> Clip:
         model = open_clip.create_model(name, pretrained=tag, weights_only=True)
         tokenizer = open_clip.get_tokenizer(name)
     except (RuntimeError, OSError, ImportError, ValueError) as error:  # what open_clip and its hub client raise
-        raise TextTowerError(
-            f"text tower {source}: {str(error).strip().splitlines()[0]}; check the name, the files and the network"
-        ) from error
+        reason = why(error) if kind == "hub" else f"{str(error).strip().splitlines()[0]}; check the name and the files"
+        raise TextTowerError(f"text tower {source} cannot be had: {reason}") from error
     model = model.float().eval().requires_grad_(False)
     size = model.visual.image_size
     label = source if kind == "hub" else f"{source.rpartition(':')[0]}:{Path(source.rpartition(':')[2]).name}"

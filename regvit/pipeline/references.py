@@ -98,7 +98,9 @@ def _missing(where: str, source: str) -> Iterator[str]:
 def model_of(backbone: Backbone) -> str:
     """timm's name of a backbone's architecture; empty where none is given."""
     kind, _, name = backbone.source.partition(":")
-    return name if kind == "timm" else PACKAGES.get(name, "") if kind == "package" else backbone.architecture or ""
+    if kind == "timm":
+        return name.partition("@")[0]
+    return PACKAGES.get(name, "") if kind == "package" else backbone.architecture or ""
 
 
 def _broken_sets(params: Params) -> Iterator[str]:

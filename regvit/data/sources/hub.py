@@ -16,10 +16,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import parse_qsl, unquote
+from urllib.parse import parse_qsl, quote, unquote
 
 from regvit.data.dataset_builder import DatasetBuilder
 from regvit.data.decoding import UnreadableImage, read_file
+from regvit.data.hub_errors import why
 from regvit.data.manifest import Row
 from regvit.data.packages import DownloadFailed
 from regvit.data.splits import wanted_splits
@@ -113,6 +114,8 @@ def _places(source: HubSource, builder: DatasetBuilder) -> tuple[Path, ...]:
 def _load(source: HubSource, builder: DatasetBuilder):
     """The splits by name.
 
+    Every revision has a cache of its own: without network `datasets` would take whichever came last.
+
     Raises:
         FileNotFoundError: a local copy is not there.
         DownloadFailed: the hub cannot be reached, or does not have it.
@@ -127,12 +130,12 @@ def _load(source: HubSource, builder: DatasetBuilder):
             source.repository,
             source.config or None,
             revision=source.revision or None,
-            cache_dir=str(_cache(builder)),
+            cache_dir=str(_cache(builder) / quote(source.revision or "newest", safe="")),
         )
     except (OSError, ValueError, RuntimeError) as error:
         wrong = isinstance(error, ValueError)  # an unknown config, say, and the message lists those that there are
-        cure = "correct the source" if wrong else "check its name, the network, and a login where it is gated"
-        raise DownloadFailed(f"{source.repository} could not be had from the hub: {error}; {cure}") from error
+        reason = f"{error}; correct the source" if wrong else why(error)
+        raise DownloadFailed(f"{source.repository} could not be had from the hub: {reason}") from error
 
 
 def _columns(table, source: HubSource) -> tuple:
