@@ -1,8 +1,13 @@
 """What a hub's clients mean by their errors, in words and with the cure; told by name and status, without the client."""
 
+import re
 from collections.abc import Iterator
 
 LOGIN = "log in (`hf auth login`) or set HF_TOKEN"
+UNREACHED = (
+    "the hub cannot be reached, or refuses for a while, and the cache does not hold it: check network and proxy, name a "
+    "mirror in HF_ENDPOINT, or try again later"
+)
 BY_STATUS = {
     401: f"the hub asks who you are: {LOGIN}; names that are wrong it answers alike",
     403: f"its owner gives access on request: accept the terms on its page, then {LOGIN}",
@@ -13,9 +18,8 @@ BY_NAME = {  # the first that is there
     "RevisionNotFoundError": "it has no such revision: correct it, or leave it out for the newest",
     "RemoteEntryNotFoundError": "the repository has no file {file}",
     "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set and the cache does not hold it: unset it, or fill the cache elsewhere",
-    "LocalEntryNotFoundError": "the hub cannot be reached and the cache does not hold it: check network and proxy, or name "
-    "a mirror in HF_ENDPOINT",
-    "ConnectionError": "the hub cannot be reached, or answers too seldom: check network and proxy, or try again later",
+    "LocalEntryNotFoundError": UNREACHED,
+    "ConnectionError": UNREACHED,
     "RepositoryNotFoundError": f"the hub has no such repository, or a private one: correct the name, or {LOGIN}",
 }
 
@@ -24,6 +28,7 @@ def why(error: BaseException) -> str:
     """In the words above what went wrong; where it is none of these, the first line of the error itself, with what to check."""
     errors = list(_behind(error))
     names = {kind.__name__ for each in errors for kind in type(each).__mro__}
+    names.update(re.findall(r"\((\w+)\)$", str(error)))  # `datasets` names in brackets what it does not hand on
     answer = next((each.response for each in errors if getattr(each, "response", None) is not None), None)
     status = getattr(answer, "status_code", 0)
     if status in BY_STATUS and "GatedRepoError" not in names:

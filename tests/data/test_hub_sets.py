@@ -161,9 +161,7 @@ def test_a_set_without_images_or_with_an_unknown_split_is_refused(make, tmp_path
 def test_a_copy_that_is_missing_and_a_hub_that_cannot_be_reached_are_reported(make, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"gone, the copy that source .* does not exist; clone the repository"):
         make(f"hub:{tmp_path}/gone/gone")
-    with pytest.raises(
-        DownloadFailed, match=r"someone/something could not be had from the hub: .*check its name, the network"
-    ):
+    with pytest.raises(DownloadFailed, match=r"someone/something could not be had from the hub: HF_HUB_OFFLINE is set"):
         make("hub:someone/something@abc123")
 
 

@@ -15,7 +15,7 @@ import timm
 import torch
 from PIL import Image
 from run_example import write_run
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 from regvit.data.manifest import Row, write_dataset
@@ -298,3 +298,21 @@ def test_the_stage_gives_accuracy_with_and_without_registers_and_the_paired_diff
     table = pd.read_csv(tmp_path / "metrics/runs/cured/zeroshot/mine/classes.csv")
     assert table["n"].sum() == 32 and table["class"].tolist() == NAMES
     assert table["top1"][0] == pytest.approx(right_moved[labels == 0].mean(), abs=1e-6)
+
+
+def test_a_text_tower_of_the_hub_comes_through_open_clips_own_client(pair, hub, tmp_path, monkeypatch):
+    config = json.loads((Path(pair[0].source.partition(":")[2]) / "open_clip_config.json").read_text())["model_cfg"]
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", config)
+    weights = {"hf_hub": "me/tiny/", "quick_gelu": config["quick_gelu"]}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny", {"made": weights})
+    repository = f"me/tiny_{config['quick_gelu']}"
+    monkeypatch.setitem(weights, "hf_hub", f"{repository}/")
+    with pytest.raises(TextTowerError, match=r"hub:tiny/made cannot be had: the hub has no such repository"):
+        open_text_tower("hub:tiny/made")
+    state = save(pair[2].state_dict())
+    hub.push(repository, {"open_clip_model.safetensors": state})
+    opened = open_text_tower("hub:tiny/made")
+    texts = opened.tokenizer(["a dog"])
+    assert torch.equal(opened.model.encode_text(texts), pair[2].encode_text(texts))
+    hub.refuse[repository] = 401
+    assert open_text_tower("hub:tiny/made").label == "hub:tiny/made"  # kept

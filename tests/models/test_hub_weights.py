@@ -87,8 +87,8 @@ REFUSED = {
     "missing repository": "the hub has no such repository, or a private one: correct the name",
     "401": "its owner gives access on request: accept the terms on its page, then log in",
     "429": "the hub was asked too often from here: wait some minutes, or log in",
-    "503": "the hub cannot be reached and the cache does not hold it|the hub fails",
-    "unreachable": "the hub cannot be reached and the cache does not hold it: check network and proxy",
+    "503": "the hub fails",
+    "unreachable": "the hub cannot be reached, or .* check network and proxy",
     "offline": "HF_HUB_OFFLINE is set and the cache does not hold it: unset it",
 }
 
