@@ -9,6 +9,9 @@
 | `cls_patch` | [CLS; mean of the patches] | 2 d |
 | `cls_reg_max` | [CLS; maximum over the registers, channel by channel] | 2 d |
 | `cls_reg_<i>` | [CLS; register i], i from 0 | 2 d |
+| `reg_<i>` | register i alone | d |
+| `reg_mean_<m>`, `cls_reg_mean_<m>` | the same as `reg_mean` and `cls_reg` with the first m registers | d, 2 d |
+| `patch_reg` | [mean of the patches; mean of the registers], for models without CLS | 2 d |
 | `cls_reg_learned` | [CLS; register 0; …; register r − 1] | (1 + r) d |
 | `cls_reg_attn` | the same | (1 + r) d |
 | `cls_noise` | [CLS; CLS + noise] | 2 d |
@@ -83,6 +86,7 @@ READOUTS: dict[str, tuple[str, ...]] = {
     "patch_mean": ("patch_mean",),
     "cls_reg": ("cls", "registers"),
     "cls_patch": ("cls", "patch_mean"),
+    "patch_reg": ("patch_mean", "registers"),
     "cls_reg_max": ("cls", "registers"),
     "cls_reg_learned": ("cls", "registers"),
     "cls_reg_attn": ("cls", "registers"),
@@ -99,11 +103,12 @@ def arrays_needed(name: str) -> tuple[str, ...]:
     """
     if name in READOUTS:
         return READOUTS[name]
-    if _register_index(name) is not None:
-        return ("cls", "registers")
+    if _some_registers(name) is not None:
+        return ("cls", "registers") if name.startswith("cls") else ("registers",)
     near = get_close_matches(name, READOUTS, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"readout {name!r} is unknown; {hint}Known are {', '.join(READOUTS)} and cls_reg_<i>, i from 0")
+    raise ValueError(f"readout {name!r} is unknown; {hint}Known are {', '.join(READOUTS)}, reg_<i> and cls_reg_<i>, i from "
+                     "0, reg_mean_<m> and cls_reg_mean_<m>, m from 1")  # fmt: skip
 
 
 def available(arrays: Mapping[str, tuple[int, ...]], names: Iterable[str]) -> Available:
@@ -120,11 +125,11 @@ def available(arrays: Mapping[str, tuple[int, ...]], names: Iterable[str]) -> Av
         raise ValueError(f"readout {twice[0]!r} is asked for twice; name each readout once")
     left_out = {}
     for name in names:
-        index = _register_index(name)
+        some = _some_registers(name)
         if missing := [array for array in arrays_needed(name) if array not in arrays]:
             left_out[name] = " and ".join(MISSING[array] for array in missing)
-        elif index is not None and index >= arrays["registers"][0]:
-            left_out[name] = f"register {index} is out of range (0 to {arrays['registers'][0] - 1})"
+        elif some is not None and some.stop > arrays["registers"][0]:
+            left_out[name] = f"register {some.stop - 1} is out of range (0 to {arrays['registers'][0] - 1})"
         elif name in POOLED and arrays["registers"][0] == 1:
             left_out[name] = "the run has one register, with which it would be cls_reg"
     return Available(tuple(name for name in names if name not in left_out), left_out)
@@ -150,10 +155,12 @@ def readout(
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
 
-def _register_index(name: str) -> int | None:
-    """i of `cls_reg_<i>`, None for any other name."""
-    match = re.fullmatch(r"cls_reg_(0|[1-9]\d*)", name)
-    return int(match[1]) if match else None
+def _some_registers(name: str) -> slice | None:
+    """The registers of `reg_<i>` and `reg_mean_<m>`, behind CLS or alone; None for any other name."""
+    if match := re.fullmatch(r"(?:cls_)?reg_(0|[1-9]\d*)", name):
+        return slice(int(match[1]), int(match[1]) + 1)
+    match = re.fullmatch(r"(?:cls_)?reg_mean_([1-9]\d*)", name)
+    return slice(0, int(match[1])) if match else None
 
 
 def _reduce_registers(name: str, registers: Float[np.ndarray, "b r d"]) -> Float[np.ndarray, "b d"]:
@@ -162,8 +169,7 @@ def _reduce_registers(name: str, registers: Float[np.ndarray, "b r d"]) -> Float
         return registers.reshape(len(registers), -1)
     if name == "cls_reg_max":
         return registers.max(1)
-    index = _register_index(name)
-    return registers.mean(1) if index is None else registers[:, index]
+    return registers[:, _some_registers(name) or slice(None)].mean(1)
 
 
 def _projected(cls: Float[np.ndarray, "b d"]) -> Float[np.ndarray, "b d"]:

@@ -7,6 +7,8 @@ A folder `data/backbones/<name>/` holds
   `weights_sha256` is the digest of that file's bytes and `planted` is null or `{neurons: {layer: [..]}, …}`;
 - `replaced.safetensors`, of planted backbones only: the values that planting replaced, under the names of the state
   dict, so that the model before planting comes back exactly;
+- `training.csv`, `norms.csv` and `training.png`, of backbones that were trained here (`regvit.training`); `trained` of
+  `backbone.json` says how;
 - `positions.safetensors`, where the position table was resampled: the one that was trained (`regvit.models.positions`),
   from which other sizes are made; `positions` of `backbone.json` has its digest.
 
@@ -98,6 +100,7 @@ def save_backbone(
     transform: Transform,
     planted: Mapping | None = None,
     replaced: Mapping[str, Tensor] | None = None,
+    trained: Mapping | None = None,
     **origin: Unpack[Origin],
 ) -> str:
     """Writes a backbone's folder, which is made if it is missing; `backbone.json` comes last.
@@ -105,6 +108,7 @@ def save_backbone(
     Args:
         planted: `{neurons: {layer: [neuron, …]}, …}`, whatever else tells how; None for a model as it was trained.
         replaced: the values before planting, by name in the state dict; given exactly if `planted` is.
+        trained: how it was trained here, plain JSON values; None where it was not.
         origin: `name`, `architecture`, `model_args`, `source` and `licence`.
     Returns: the digest of the weights file.
     Raises:
@@ -135,12 +139,14 @@ def save_backbone(
     digest = file_sha256(folder / WEIGHTS)
     made = {"transform": transform.to_dict(), "weights_sha256": digest, "planted": planted}
     description = {key: ({**origin, **made})[key] for key in KEYS}
-    if trained := getattr(model, "trained_positions", None):
-        _write_weights(_storable({"pos_embed": trained.table}), folder / POSITIONS)
-        about = {"prefix": trained.prefix, "rule": trained.rule, "sha256": file_sha256(folder / POSITIONS)}
+    if table := getattr(model, "trained_positions", None):
+        _write_weights(_storable({"pos_embed": table.table}), folder / POSITIONS)
+        about = {"prefix": table.prefix, "rule": table.rule, "sha256": file_sha256(folder / POSITIONS)}
         description["positions"] = about
     else:
         (folder / POSITIONS).unlink(missing_ok=True)
+    if trained is not None:
+        description["trained"] = dict(trained)
     description["trained_registers"] = TokenLayout.of(model).trained
     description["mlp_widths"] = [output_projection(block).in_features for block in blocks(model)]
     write_text(folder / DESCRIPTION, json.dumps(description, indent=1, ensure_ascii=False) + "\n")

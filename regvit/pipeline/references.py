@@ -49,6 +49,13 @@ def broken_layers(params: Params) -> Iterator[str]:
         wanted = [(f"identify.{key}", getattr(params.identify, key), 1) for key in ("layer", "max_layer")]
         if name in measured:
             wanted.append(("attention.first_layer", params.attention.first_layer, 1))
+        trained = known.trained + (backbone.train.registers if backbone.train else 0)
+        if backbone.train and backbone.train.registers and known.trained:
+            yield (
+                f"backbones.{name}.train.registers is {backbone.train.registers}, but {model_of(backbone)} has"
+                f" {known.trained} already: leave it out to train with these"
+            )
+            continue
         if backbone.plant:  # a block after the amplifiers must attend to what they wrote
             wanted.append((f"backbones.{name}.plant.amplifier_layer", backbone.plant.amplifier_layer, 2))
         for where, layer, after in wanted:
@@ -56,16 +63,12 @@ def broken_layers(params: Params) -> Iterator[str]:
                 has = f"backbone {name} has {known.depth} blocks (0 to {known.depth - 1})"
                 yield f"{where} is {layer}, expected at most {known.depth - after}: {has}"
         for run_name, run in params.runs.items():
-            has = f"{model_of(backbone)} was trained with {known.trained}"
-            if run.backbone == name and run.registers == "none" and known.trained:
-                cure = f"cannot be left out: set registers: trained, num_registers: {known.trained}"
+            has = f"{name if backbone.train else model_of(backbone)} was trained with {trained}"
+            if run.backbone == name and run.registers == "none" and trained:
+                cure = f"cannot be left out: set registers: trained, num_registers: {trained}"
                 yield f"runs.{run_name}.registers is none, but {has}, which {cure}"
-            if run.backbone == name and run.registers == "trained" and run.num_registers != known.trained:
-                cure = (
-                    f"set num_registers: {known.trained}"
-                    if known.trained
-                    else "take a backbone with registers (…_reg4_…)"
-                )
+            if run.backbone == name and run.registers == "trained" and run.num_registers != trained:
+                cure = f"set num_registers: {trained}" if trained else "take a backbone with registers (…_reg4_…)"
                 yield f"runs.{run_name}.num_registers is {run.num_registers}, but {has}: {cure}"
 
 
@@ -169,11 +172,26 @@ def _broken_backbone(where: str, backbone: Backbone) -> Iterator[str]:
         yield f"{where}.architecture is missing: add timm's name of the model that the weights in {name} are of"
     elif given is not None and given.partition(".")[0] != model_of(backbone).partition(".")[0]:
         yield f"{where}.architecture is {given!r}, but {backbone.source} holds {model_of(backbone)}: leave it out"
+    if backbone.train:
+        yield from _broken_training(where, backbone)
     if plant and plant.amplifier_layer <= plant.seed_layer:
         yield (
             f"{where}.plant.amplifier_layer is {plant.amplifier_layer}, expected one after"
             f" seed_layer {plant.seed_layer}: amplifiers fire on what the seeds wrote"
         )
+
+
+def _broken_training(where: str, backbone: Backbone) -> Iterator[str]:
+    train = backbone.train
+    if backbone.plant:
+        yield (
+            f"{where} has both plant and train: training would move the planted neurons, whose truth is known, and what"
+            " planting replaced could not be given back: plant one backbone and train another"
+        )
+    if train.unfreeze == "none" and not train.registers:
+        yield f"{where}.train.unfreeze is none and train.registers 0, so nothing would be trained: change one of them"
+    if late := [step for step in train.checkpoints if step > train.steps]:
+        yield f"{where}.train.checkpoints has {late[0]}, expected at most train.steps, {train.steps}"
 
 
 def _broken_sizes(params: Params) -> Iterator[str]:

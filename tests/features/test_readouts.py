@@ -36,6 +36,11 @@ def store():
         ("cls_reg_max", [[1, 2, 20, 60], [3, 4, 0, 8]]),
         ("cls_reg_0", [[1, 2, 10, 60], [3, 4, 0, 0]]),
         ("cls_reg_1", [[1, 2, 20, 40], [3, 4, -4, 8]]),
+        ("reg_1", [[20, 40], [-4, 8]]),
+        ("reg_mean_1", [[10, 60], [0, 0]]),
+        ("reg_mean_2", [[15, 50], [-2, 4]]),
+        ("cls_reg_mean_1", [[1, 2, 10, 60], [3, 4, 0, 0]]),
+        ("patch_reg", [[5, 6, 15, 50], [7, 8, -2, 4]]),
         ("cls_reg_learned", [[1, 2, 10, 60, 20, 40], [3, 4, 0, 0, -4, 8]]),
         ("cls_reg_attn", [[1, 2, 10, 60, 20, 40], [3, 4, 0, 0, -4, 8]]),
     ],
@@ -64,9 +69,17 @@ def test_a_backbone_without_cls_and_registers_keeps_its_patch_mean():
 
 
 def test_a_register_beyond_the_last_is_left_out(store):
-    assert available(store.arrays, ["cls_reg_1", "cls_reg_2"]).left_out == {
-        "cls_reg_2": "register 2 is out of range (0 to 1)"
-    }
+    reason = "register 2 is out of range (0 to 1)"
+    asked = ["cls_reg_1", "cls_reg_2", "reg_2", "reg_mean_2", "reg_mean_3", "cls_reg_mean_3"]
+    assert available(store.arrays, asked).left_out == dict.fromkeys(["cls_reg_2", "reg_2", "reg_mean_3", "cls_reg_mean_3"], reason)  # fmt: skip
+    for unknown in ("reg_mean_0", "cls_reg_01", "patch_reg_1"):
+        with pytest.raises(ValueError, match=f"readout '{unknown}' is unknown"):
+            available(store.arrays, [unknown])
+
+
+def test_models_without_cls_can_be_read_from_patches_and_registers():
+    asked = ["patch_reg", "reg_0", "reg_mean_1", "cls_reg_0"]
+    assert available({"registers": (1, 2), "patch_mean": (2,)}, asked).names == ("patch_reg", "reg_0", "reg_mean_1")
 
 
 def test_pooling_a_single_register_is_left_out_as_it_would_be_cls_reg():

@@ -112,6 +112,10 @@ def test_all_faults_are_named_at_once(params):
         ("backbones.focus.img_size", 113, "113, no multiple of 14, the patch size of backbone focus: use 112 or 126"),
         ("backbones.focus", {"source": "file:mine.pt"}, "backbones.focus.architecture is missing: add timm's name"),
         ("backbones.focus_planted.plant.seed_layer", 5, "amplifier_layer is 5, expected one after seed_layer 5"),
+        ("backbones.focus_planted.train", {"steps": 9}, "has both plant and train: .* plant one backbone and train another"),
+        ("backbones.focus.train", {"steps": 9, "unfreeze": "none"}, "so nothing would be trained: change one of them"),
+        ("backbones.focus.train", {"steps": 9, "unfreeze": "last_0"}, "is 'last_0', expected to match"),
+        ("backbones.focus.train", {"steps": 9, "checkpoints": [10]}, "checkpoints has 10, expected at most train.steps, 9"),
         ("identify.explained", 1.5, "is 1.5, expected less than or equal to 1"),
         ("identify.top_k", 0, "is 0, expected greater than or equal to 1"),
         ("identify.threshold", 30, "threshold is 30.*, but identify.layer is null: norms differ by layer, set it too"),
@@ -254,6 +258,23 @@ def test_trained_registers_are_named_as_what_they_are(written):
         run = f"runs:\n  x: {{backbone: reg, registers: {registers}, num_registers: {count}}}\n"
         content = TEXT.replace("backbones:\n", text, 1)
         Path("params.yaml").write_text(re.sub(r"runs: .*\n", run, content, count=1))
+        with pytest.raises(ParamsError, match=said):
+            check_params()
+
+
+def test_registers_that_a_backbone_is_trained_with_here_are_its_own(written):
+    block = "    img_size: 112\n"
+    for trained, registers, count, said in (
+        (2, "trained", 2, None),
+        (2, "none", 0, "focus was trained with 2, which cannot be left out: set registers: trained"),
+        (0, "trained", 2, "focus was trained with 0: take a backbone with registers"),
+    ):
+        text = TEXT.replace(block, f"{block}    train: {{steps: 9, registers: {trained}}}\n", 1)
+        run = f"runs:\n  x: {{backbone: focus, registers: {registers}, num_registers: {count}}}\n"
+        Path("params.yaml").write_text(re.sub(r"runs: .*\n(  .*\n)*", run, text, count=1))
+        if said is None:
+            check_params()
+            continue
         with pytest.raises(ParamsError, match=said):
             check_params()
 

@@ -23,6 +23,22 @@ def test_a_run_is_held_against_the_same_backbone_without_registers_and_a_planted
     }  # fmt: skip
 
 
+def test_a_backbone_that_was_trained_here_is_held_against_the_one_that_came_with_registers_or_without():
+    backbones = BACKBONES | {
+        "tuned": {"source": "a", "train": {"registers": 0}},
+        "tuned_reg": {"source": "a", "plant": None, "train": {"registers": 4}},
+        "other": {"source": "c", "train": {"registers": 4}},
+    }
+    runs = {
+        "intact": run_of("plain"),
+        "tuned": run_of("tuned"),
+        "tuned_reg": run_of("tuned_reg", "trained"),
+        "cured": run_of("tuned", "test_time"),
+        "alone": run_of("other", "trained"),
+    }
+    assert references(runs, backbones) == {"tuned": "intact", "tuned_reg": "intact", "cured": "tuned"}
+
+
 def test_another_reference_can_be_chosen():
     runs = {"intact": run_of("plain"), "trained": run_of("hub", "trained")}
     assert references(runs, BACKBONES, {"trained": "intact"}) == {"trained": "intact"}
