@@ -80,7 +80,8 @@ def watch_prefix_attention(
     """Inside the `with` block, each forward leaves the attention of the prefix tokens in the yielded dict, by layer.
 
     Query q is the prefix token at place q of the sequence (see `query_names`). The weights
-    are float32, before dropout, and sum to 1 over the n tokens. Differential attention subtracts one softmax from
+    are float32, before dropout, and sum to 1 over the n tokens; to less where a cure adds keys that are no tokens (an
+    attention with `added_keys`: their place and number), which are left out. Differential attention subtracts one softmax from
     another: both are given, as twice the heads.
 
     Args:
@@ -96,7 +97,7 @@ def watch_prefix_attention(
     for layer in layers:
         if not 0 <= layer < len(all_blocks):
             raise ValueError(f"layer {layer} is out of range: the model has {len(all_blocks)} blocks")
-        owner = _attention_of(all_blocks[layer])
+        owner = attention_of(all_blocks[layer])
         if getattr(owner, "fused_attn", False) and not hasattr(owner, "lambda_init"):  # lambda_init: differential
             fused[layer] = all_blocks[layer]
         elif isinstance(getattr(owner, "attn_drop", None), nn.Module):
@@ -108,8 +109,13 @@ def watch_prefix_attention(
         for owner in in_the_open.values():
             stack.enter_context(unfused(owner))
         drops = {layer: owner.attn_drop for layer, owner in in_the_open.items()}
-        stack.enter_context(watch_inputs(drops, lambda layer, a: seen.update({layer: a[:, :, :queries].float()})))
-        reader = stack.enter_context(_KernelCalls(lambda layer, *qk: seen.update({layer: _rows(queries, *qk)})))
+        owners = {layer: attention_of(all_blocks[layer]) for layer in layers}
+
+        def see(layer: int, rows: Float[Tensor, "b h q n"]) -> None:
+            seen[layer] = _of_tokens(owners[layer], rows)
+
+        stack.enter_context(watch_inputs(drops, lambda layer, a: see(layer, a[:, :, :queries].float())))
+        reader = stack.enter_context(_KernelCalls(lambda layer, *qk: see(layer, _rows(queries, *qk))))
         stack.enter_context(_inside(fused, reader))
         yield seen
 
@@ -205,6 +211,12 @@ def _rows(
     return logits.softmax(-1)
 
 
-def _attention_of(block: nn.Module) -> nn.Module:
+def _of_tokens(owner: nn.Module, rows: Float[Tensor, "b h q m"]) -> Float[Tensor, "b h q n"]:
+    """The weights of tokens alone."""
+    place, count = getattr(owner, "added_keys", (0, 0))
+    return torch.cat([rows[..., :place], rows[..., place + count :]], dim=-1) if count else rows
+
+
+def attention_of(block: nn.Module) -> nn.Module:
     """The module that attends: the block itself where attention and MLP run side by side."""
     return getattr(block, "attn", block)

@@ -18,7 +18,11 @@ class Mixed:
     plain: type[nn.Module]
 
     def __reduce_ex__(self, _: object) -> tuple:
-        return _blank, (type(self).mixin, type(self).plain), self.__dict__
+        mixins, plain = [], type(self)
+        while issubclass(plain, Mixed):
+            mixins.append(plain.mixin)
+            plain = plain.plain
+        return _blank, (plain, *reversed(mixins)), self.__dict__
 
 
 def mix(module: nn.Module, mixin: type[Mixed], **attributes: object) -> None:
@@ -40,7 +44,8 @@ def _mixed_class(mixin: type[Mixed], plain: type[nn.Module]) -> type[nn.Module]:
     return type(plain.__name__, (mixin, plain), {"mixin": mixin, "plain": plain, "__module__": plain.__module__})
 
 
-def _blank(mixin: type[Mixed], plain: type[nn.Module]) -> nn.Module:
-    """A module of such a class with nothing in it yet, for copies and pickles."""
-    made = _mixed_class(mixin, plain)
+def _blank(made: type[nn.Module], *mixins: type[Mixed]) -> nn.Module:
+    """A module of such a class with nothing in it yet, for copies and pickles; the last mixin comes first."""
+    for mixin in mixins:
+        made = _mixed_class(mixin, made)
     return made.__new__(made)

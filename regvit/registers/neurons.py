@@ -13,6 +13,7 @@ detection layer cannot be causes and are left out. One pass over the images give
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -23,7 +24,7 @@ from torch import nn
 from regvit.models.arithmetic import arithmetic, check_precision
 from regvit.models.hooks import blocks
 from regvit.models.sources import transform_of
-from regvit.registers.images import Loading, batches_of
+from regvit.registers.images import Batches, Loading, batches_of
 from regvit.registers.neurons_file import MIN_SHARE, Neuron, read_neurons
 from regvit.registers.norms import LayerNorms
 from regvit.registers.outliers import Detection, check_layer
@@ -143,6 +144,23 @@ def find_register_neurons(
         )
     check_treatable(model)
     batches = batches_of(images, transform or (lambda image: transform_of(model)(image)))
+    return search_model(model, batches, options, keep, precision)
+
+
+def search_model(
+    model: nn.Module,
+    batches: Batches,
+    options: SearchOptions,
+    keep: int,
+    precision: str,
+    moved: Mapping[int, Sequence[int]] | None = None,
+) -> RegisterNeurons:
+    """The search itself, on a model that may have test-time registers.
+
+    Args:
+        moved: neurons that these have taken over: they write nothing at patches, whatever goes into their block's output
+            projection.
+    """
     with arithmetic(precision, next(model.parameters()).device):
         found = search(model, batches, options)
     seen = {
@@ -153,6 +171,10 @@ def find_register_neurons(
     }
     if found.scores is None:
         return RegisterNeurons(None, found.norms, **seen)
+    for table in (found.scores.activation, found.scores.attribution):
+        for layer, units in (moved or {}).items():
+            if table is not None and layer < len(table):
+                table[layer, list(units)] = 0
     return RegisterNeurons(found.detection, found.norms, **_select(found.scores, options, keep), **seen)
 
 

@@ -202,12 +202,14 @@ def remove_test_time_registers(model: nn.Module) -> None:
     """Undoes `add_test_time_registers`; a model without test-time registers is left alone.
 
     Raises:
-        ValueError: the registers are baked in.
+        ValueError: the registers are baked in, or a cure was added after them.
     """
     model = uncompiled(model)
     surgery = getattr(model, "test_time_registers", None)
     if surgery is None:
         return
+    if getattr(model, "cure", None) is not None:
+        raise ValueError(f"the cure {model.cure} was added after the registers; call remove_cure(model) first")
     if not surgery.removable:
         raise ValueError("these test-time registers are baked in and cannot be removed; open the backbone without them")
     for name in surgery.counted:
@@ -227,6 +229,8 @@ def _check_options(model: nn.Module, num_registers: int, statistic: str, patches
         raise ValueError(
             f"neurons of the model in its layers {', '.join(map(str, layers))} are ablated; call remove_ablation(model) first"
         )
+    if getattr(model, "cure", None) is not None:
+        raise ValueError(f"the model has the cure {model.cure}, which comes after registers; call remove_cure(model) first")
     if isinstance(num_registers, bool) or not isinstance(num_registers, int):
         raise ValueError(
             f"num_registers is {num_registers!r}; expected a whole number, not {type(num_registers).__name__}"
