@@ -18,7 +18,7 @@ from regvit.models.backbones import load_backbone
 from regvit.pipeline.command import command
 from regvit.pipeline.params import load_params
 from regvit.pipeline.runtime import Runtime
-from regvit.registers.neurons import find_register_neurons
+from regvit.registers.cures.recursive import find_recursively
 from regvit.stats.figures import figures_table, write_figures
 
 
@@ -31,7 +31,7 @@ def main(name: str) -> None:
     batches = Batches(
         images, backbone.transform, runtime.batch_size, runtime.workers, runtime.device, f"identify {name}"
     )
-    found = find_register_neurons(backbone.model, batches, **options)
+    found = find_recursively(backbone.model, batches, **options)
     treated = norms_under_treatments(backbone.model, batches, found, seed)
 
     about = {"backbone": name, "weights_sha256": backbone.weights_sha256, "images": len(images), "seed": seed}

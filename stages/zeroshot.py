@@ -21,7 +21,7 @@ from regvit.models.backbones import load_backbone, unplanted
 from regvit.pipeline.command import command
 from regvit.pipeline.params import load_params
 from regvit.pipeline.runtime import Runtime
-from regvit.registers.run_files import read_run
+from regvit.registers.run_files import changes_backbone, read_run
 from regvit.registers.runs import open_run
 
 
@@ -39,7 +39,7 @@ def main(run_name: str, name: str) -> None:
     classes = class_embeddings(clip, names, TEMPLATES[params.zeroshot.templates], f"zeroshot {name} prompts")
 
     models = {"": open_run(run_file, backbones)}
-    if run["neurons"] is not None:  # registers were added, or neurons silenced: against the same backbone without
+    if changes_backbone(run):  # against the same backbone as it is
         models["untreated_"] = untreated
     columns = {}
     for prefix, backbone in models.items():

@@ -34,7 +34,7 @@ from regvit.models.token_features import KINDS, Feature, last_layers, watch_patc
 from regvit.models.tokens import TokenLayout
 from regvit.registers.neighbourhood import neighbour_cosine
 from regvit.registers.outliers import Detection
-from regvit.registers.run_files import read_run
+from regvit.registers.run_files import changes_backbone, read_run
 from regvit.registers.runs import detection_of, open_run
 
 CENTRED_ON = 64  # images, the first of the set
@@ -67,7 +67,7 @@ def open_subject(run_file: Path, backbones: Path, img_size: int | None = None, d
     """
     run = untreated = _whole(open_run(run_file, backbones), img_size, device)
     described = read_run(run_file)
-    if described["neurons"] is not None:
+    if changes_backbone(described):
         untreated = _whole(load_backbone(backbones / run.name), img_size, device)
     return Subject(run, untreated, detection_of(described))
 

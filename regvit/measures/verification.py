@@ -30,7 +30,7 @@ from regvit.models.hooks import blocks, watch_outputs
 from regvit.models.tokens import TokenLayout
 from regvit.registers.neurons_file import read_neurons
 from regvit.registers.outliers import Detection, detect, patch_norms
-from regvit.registers.run_files import read_run
+from regvit.registers.run_files import changes_backbone, read_run
 from regvit.registers.runs import detection_of, open_run
 from regvit.stats.figures import Figure
 
@@ -80,7 +80,7 @@ def open_models(run_file: Path, backbones: Path, neurons: Path, device: str = "c
         ValueError: the backbone is not the one that the run was composed of.
     """
     described, run = read_run(run_file), open_run(run_file, backbones)
-    untreated = run if described["neurons"] is None else load_backbone(backbones / run.name)
+    untreated = load_backbone(backbones / run.name) if changes_backbone(described) else run
     intact = unplanted(backbones / run.name) if run.planted else None
     for backbone in (intact, untreated, run):
         if backbone is not None:

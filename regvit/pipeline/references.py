@@ -7,6 +7,7 @@ from pathlib import Path
 from regvit.pipeline.architectures import architecture
 from regvit.pipeline.faults import nearest
 from regvit.pipeline.schema import PACKAGES, Backbone, Params
+from regvit.registers.cures.options import misplaced, parse_cure
 
 LOCAL = ("folder", "file", "npy", "voc07", "voc12", "coco20k", "voc_segmentation", "ade20k", "nyu")
 NEEDED = {  # arrays of extract_dense by the measurement that reads them
@@ -222,3 +223,10 @@ def _broken_runs(params: Params) -> Iterator[str]:
         wanted = {"ablated": "none", "selected": run.registers}.get(run.neurons, "test_time")
         if run.registers != wanted:
             yield f"{where}.neurons is {run.neurons}, which needs registers: {wanted}, not {run.registers}"
+        if run.cure is not None:
+            try:
+                reason = misplaced(parse_cure(run.cure)[0], run.registers, run.neurons)
+            except ValueError as error:
+                reason = str(error)
+            if reason:
+                yield f"{where}.cure: {reason}"

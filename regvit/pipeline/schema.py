@@ -150,6 +150,12 @@ class Backbone(Block):
     train: Train | None = None
 
 
+def _cure(cure: object) -> object:
+    if cure is not None and not isinstance(cure, str | dict):
+        raise ValueError("expected the name of a cure, or a block {name: …, option: value}")
+    return cure
+
+
 class Run(Block):
     backbone: Text
     registers: Literal["none", "trained", "test_time"]
@@ -158,6 +164,7 @@ class Run(Block):
     ]  # each is a token more in every image, and one holds what all outliers carry
     neurons: Literal["selected", "empty", "random", "same_activation", "ablated"] = "selected"
     neurons_seed: Seed = 0
+    cure: Annotated[Any, AfterValidator(_cure)] = None  # regvit/registers/cures/options.py
 
 
 class Identify(Block):
@@ -171,6 +178,7 @@ class Identify(Block):
     sigma: Positive | None = None
     sparsity_filter: bool = False
     cls_counts: bool = False
+    rounds: Count = 1
     precision: Precision = "float32"
 
 

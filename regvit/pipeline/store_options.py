@@ -8,7 +8,7 @@ from regvit.features.ray_engine import RayEngine
 from regvit.features.store import fingerprint
 from regvit.pipeline.runtime import Runtime
 
-ELSEWHERE = ("transform", "neurons", "detection")  # said otherwise, or nothing that decides a feature
+ELSEWHERE = ("transform", "neurons", "detection", "cure")  # said otherwise, or nothing that decides a feature
 
 
 def store_options(runtime: Runtime, label: str) -> Options:
@@ -27,4 +27,5 @@ def run_attributes(run: dict) -> dict:
     """What a store says of the run that it was made under."""
     neurons = run["neurons"]
     about = {key: value for key, value in run.items() if key not in ELSEWHERE}
-    return about | {"neurons_sha256": None if neurons is None else fingerprint(neurons)}
+    about |= {"neurons_sha256": None if neurons is None else fingerprint(neurons)}
+    return about | ({"cure": run["cure"]["name"], "cure_sha256": fingerprint(run["cure"])} if "cure" in run else {})

@@ -7,6 +7,9 @@ neurons, detection}`. `neurons` is `{layer: [neuron, …]}` for `test_time` and 
 
 A run may be a control (see `controls`): then `control` names it, `neurons` are the ones that it moves or silences, and
 `neurons_seed` is the seed of a random draw. A run that is no control has neither key.
+
+A run may have a cure beside its registers (see `cures`): then `cure` is `{name, options, neurons, seed, measured}`, `neurons`
+those of the search where the cure needs them, `measured` what it measured on images of the ID train split.
 """
 
 import json
@@ -15,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from regvit.registers.control_neurons import CONTROLS, control_neurons
+from regvit.registers.cures.options import CURES, misplaced, parse_cure
 from regvit.registers.neurons_file import NeuronsFile
 
 REGISTERS = ("none", "trained", "test_time")
@@ -31,6 +35,7 @@ class Variant:
         neurons: which neurons the run takes: `selected`, or those of a control: `empty` (none), `random` and
             `same_activation` are moved into test-time registers, `ablated` are silenced without any.
         neurons_seed: of `random`.
+        cure: what is done besides: a name, or `{name: …, option: value}`; see `regvit.registers.cures.options`.
         statistic, patches, scale: of `test_time`, see `regvit.registers.test_time`.
     """
 
@@ -38,6 +43,7 @@ class Variant:
     num_registers: int
     neurons: str = "selected"
     neurons_seed: int = 0
+    cure: str | Mapping | None = None
     statistic: str = "per_neuron"
     patches: str = "zero"
     scale: float = 1.0
@@ -57,14 +63,17 @@ class Variant:
             raise ValueError(
                 f"neurons is {self.neurons!r}, which needs registers: {fitting}, but registers is {self.registers!r}"
             )
+        if self.cure is not None and (reason := misplaced(parse_cure(self.cure)[0], self.registers, self.neurons)):
+            raise ValueError(reason)
 
 
-def describe_run(name: str, backbone: Mapping, variant: Variant, searched: NeuronsFile) -> dict:
-    """The description that goes into `features/runs/<run>.json`.
+def describe_run(name: str, backbone: Mapping, variant: Variant, searched: NeuronsFile, seed: int = 0) -> dict:
+    """The description that goes into `features/runs/<run>.json`, a cure's without what it measures.
 
     Args:
         backbone: what `backbone.json` says.
-        searched: neurons of the backbone; the selected are taken by `test_time` and by controls.
+        searched: neurons of the backbone; the selected are taken by `test_time`, by controls and by cures.
+        seed: of what a cure draws.
     Raises:
         ValueError: the variant does not fit the backbone or the count.
     """
@@ -96,6 +105,11 @@ def describe_run(name: str, backbone: Mapping, variant: Variant, searched: Neuro
         described["control"] = control
         if control == "random":
             described["neurons_seed"] = variant.neurons_seed
+    if variant.cure is not None:
+        cure, options = parse_cure(variant.cure)
+        taken = searched.selected if "neurons" in CURES[cure].needs else {}
+        neurons = {str(layer): list(units) for layer, units in sorted(taken.items())}
+        described["cure"] = {"name": cure, "options": options, "neurons": neurons, "seed": seed, "measured": {}}
     return described
 
 
@@ -112,6 +126,20 @@ def _check_trained(backbone: Mapping, variant: Variant) -> None:
             f"registers is none, but backbone {backbone['name']} was trained with {trained}, which cannot be left out; "
             f"set registers: trained, num_registers: {trained}"
         )
+
+
+def changes_backbone(run: Mapping) -> bool:
+    """Whether a run does anything to its backbone, so that the untreated one is another model."""
+    return run["neurons"] is not None or "cure" in run
+
+
+def measures_images(run: Mapping) -> bool:
+    """Whether a run's cure measures something on images before it can be opened; where there are no outliers, none does."""
+    if "cure" not in run:
+        return False
+    needs = CURES[run["cure"]["name"]].needs
+    lacking = ("detection" in needs and run["detection"] is None) or ("neurons" in needs and not run["cure"]["neurons"])
+    return "images" in needs and not lacking
 
 
 def read_run(path: Path) -> dict:

@@ -230,7 +230,9 @@ def _check_options(model: nn.Module, num_registers: int, statistic: str, patches
             f"neurons of the model in its layers {', '.join(map(str, layers))} are ablated; call remove_ablation(model) first"
         )
     if getattr(model, "cure", None) is not None:
-        raise ValueError(f"the model has the cure {model.cure}, which comes after registers; call remove_cure(model) first")
+        raise ValueError(
+            f"the model has the cure {model.cure}, which comes after registers; call remove_cure(model) first"
+        )
     if isinstance(num_registers, bool) or not isinstance(num_registers, int):
         raise ValueError(
             f"num_registers is {num_registers!r}; expected a whole number, not {type(num_registers).__name__}"

@@ -193,7 +193,8 @@ def runs_table(results: Results) -> Table:
         kind = {"none": "none", "trained": f"{count} trained", "test_time": f"{count} at test time"}[run["registers"]]
         size = f"{backbone['img_size']} px" if backbone.get("img_size") else "its own"
         planted = "planted" if study.planted(run["backbone"]) else "as it came"
-        moved = NONE if study.untouched(name) or run["registers"] == "trained" else study.neurons(name)
+        kind = f"{kind}, {study.cure(name)}" if study.cure(name) else kind
+        moved = study.neurons(name) if run["registers"] == "test_time" or study.neurons(name) != "selected" else NONE
         held = study.references.get(name, NONE)
         rows.append((name, run["backbone"], str(backbone["source"]), size, planted, kind, moved, held))
     header = ("run", "backbone", "source", "image size", "outliers", "registers", "neurons moved", "held against")

@@ -1,7 +1,7 @@
 """Which run each run is held against.
 
-A run that does something to its backbone's tokens (registers, or a control's neurons) has as reference the first run of
-the same backbone that does nothing; a run on a backbone that was planted or trained here, and does nothing to it, the first such
+A run with a cure has as reference the first run that is the same but for the cure. One that does something else to its
+backbone's tokens (registers, or a control's neurons) has the first run of the same backbone that does nothing; a run on a backbone that was planted or trained here, and does nothing to it, the first such
 run of the same backbone as it came. Others have none, unless one is chosen.
 """
 
@@ -18,7 +18,7 @@ def references(
     """Which run each run is held against; runs without a reference are left out.
 
     Args:
-        runs: `{name: {backbone, registers, neurons?}}`, in their order.
+        runs: `{name: {backbone, registers, neurons?, cure?}}`, in their order.
         backbones: `{name: {…, plant?, train?}}`.
         chosen: reference by run, where it shall be another.
     Raises:
@@ -30,7 +30,9 @@ def references(
         backbone = backbones[run["backbone"]]
         as_it_came = {**backbone, **AS_IT_CAME}
         candidates = []
-        if name not in untouched and not _trained_here(run, backbone):
+        if run.get("cure"):
+            candidates = [other for other, each in runs.items() if {"cure": None} | each == {**run, "cure": None}]
+        elif name not in untouched and not _trained_here(run, backbone):
             candidates = [other for other in untouched if runs[other]["backbone"] == run["backbone"]]
         elif AS_IT_CAME | backbone != as_it_came:
             candidates = [other for other in untouched if AS_IT_CAME | backbones[runs[other]["backbone"]] == as_it_came]
@@ -51,4 +53,4 @@ def _trained_here(run: Mapping, backbone: Mapping) -> bool:
 
 
 def _does_nothing(run: Mapping) -> bool:
-    return run["registers"] == "none" and (run.get("neurons") or "selected") == "selected"
+    return run["registers"] == "none" and (run.get("neurons") or "selected") == "selected" and not run.get("cure")

@@ -69,8 +69,13 @@ class Study:
         return [name for name, entry in self.datasets.items() if entry["role"] == role]
 
     def untouched(self, run: str) -> bool:
-        """Whether the run is its backbone as it is, without registers of ours and without silenced neurons."""
-        return self.runs[run]["registers"] == "none" and self.neurons(run) == "selected"
+        """Whether the run is its backbone as it is, without registers of ours, silenced neurons or a cure."""
+        return self.runs[run]["registers"] == "none" and self.neurons(run) == "selected" and not self.cure(run)
+
+    def cure(self, run: str) -> str:
+        """The name of the run's cure; empty where it has none."""
+        cure = self.runs[run].get("cure") or ""
+        return cure if isinstance(cure, str) else cure["name"]
 
     def neurons(self, run: str) -> str:
         """Whose work the registers take over: `selected`, or a control."""

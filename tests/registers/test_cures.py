@@ -76,8 +76,9 @@ def test_what_is_removed_is_gone_to_the_bit(planted, cure):
 
 @EACH
 def test_an_image_without_outliers_changes_by_no_more_than_the_cure_says(planted, cure):
-    model, x, found = planted
-    name, said = parse_cure(cure)[0], CURES[parse_cure(cure)[0]].without_outliers
+    model, x, _ = planted
+    name = parse_cure(cure)[0]
+    said = CURES[name].without_outliers
     if said is None:
         pytest.skip(f"{name} says that it changes every image")
     none = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(5))
@@ -156,7 +157,10 @@ def test_cures_work_on_the_families_of_vision_transformers(name):
         ({"name": "clip_norm", "at": "output"}, "cure clip_norm has no option 'at': it has none"),
         ({"name": "interpolate", "at": "end"}, "at of cure interpolate is 'end'; expected detection or output"),
         ({"name": "prefix_kv", "tokens": 0}, "tokens of cure prefix_kv is 0; expected a whole number of 1 or more"),
-        ({"name": "average_views", "shift": 1.5}, "shift of cure average_views is 1.5; expected a share over 0 and below 1"),
+        (
+            {"name": "average_views", "shift": 1.5},
+            "shift of cure average_views is 1.5; expected a share over 0 and below 1",
+        ),
     ],
 )
 def test_an_unknown_cure_or_option_is_named(cure, message):
@@ -165,7 +169,7 @@ def test_an_unknown_cure_or_option_is_named(cure, message):
 
 
 def test_what_a_cure_cannot_treat_is_said_by_name(planted, tiny_vit):
-    model, x, found = planted
+    _, x, found = planted
     with pytest.raises(ValueError, match="has no CLS token; mask_attention needs queries: all"):
         add_cure(tiny_vit(cls=False), "mask_attention", found, queries="cls")
     with pytest.raises(ValueError, match="has no registers, trained or test-time"):

@@ -11,9 +11,14 @@ from regvit.data.transform import Transform
 from regvit.models.backbones import load_backbone, save_backbone
 from regvit.models.hooks import output_projection, watch_inputs, watch_outputs
 from regvit.registers.controls import silence
+from regvit.registers.cures.cure import add_cure
+from regvit.registers.neurons import RegisterNeurons
 from regvit.registers.neurons_file import Neuron, NeuronsFile
-from regvit.registers.run_files import Variant, describe_run, read_run
-from regvit.registers.runs import detection_of, open_run
+from regvit.registers.outliers import Detection
+from regvit.registers.run_files import Variant, changes_backbone, describe_run, measures_images, read_run
+from regvit.registers.runs import detection_of, measured_for, open_run, open_uncured
+from regvit.registers.search import SearchOptions
+from regvit.registers.test_time import add_test_time_registers
 
 TRANSFORM = Transform(160, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 SELECTED = {1: (3, 5)}
@@ -174,3 +179,66 @@ def test_a_file_that_is_no_run_is_refused_by_name(tmp_path, content, said):
 def test_a_run_is_described_and_read_without_torch():
     program = "import sys, regvit.registers.run_files; sys.exit(bool({'torch', 'timm'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+DETECTED = NeuronsFile(SELECTED, {"layer": 1, "threshold": 5.0})
+
+
+@pytest.mark.parametrize("cure", ["clip_norm", {"name": "mask_attention", "queries": "cls"}, "ablate"])
+def test_a_cured_run_opens_as_the_backbone_with_that_cure(folder, cure):
+    run = described(folder, "none", 0, DETECTED, cure=cure)
+    assert changes_backbone(run)
+    assert not measures_images(run)
+    x, plain = torch.randn(2, 3, 160, 160), load_backbone(folder / "tiny").model
+    found = RegisterNeurons(Detection(1, 5.0, 1.0), (), selected=SELECTED)
+    with torch.no_grad():
+        untreated = plain(x)
+        with add_cure(plain, cure, found):
+            expected = plain(x)
+        opened = open_run(write(folder, run), folder)
+        assert torch.equal(opened.model(x), expected)
+        assert not torch.equal(expected, untreated)
+
+
+def test_what_a_cure_measures_stands_in_the_file_of_the_run(folder):
+    run = described(folder, "test_time", 1, DETECTED, cure={"name": "constant_registers", "content": "noise"})
+    assert measures_images(run)
+    x = torch.randn(4, 3, 160, 160)
+    run["cure"]["measured"] = measured_for(run, open_uncured(run, folder), x.split(2), SearchOptions())
+    plain = load_backbone(folder / "tiny").model
+    add_test_time_registers(plain, SELECTED, 1)
+    with torch.no_grad(), add_cure(plain, "constant_registers", images=x, content="noise"):
+        expected = plain.forward_features(x)
+        assert torch.equal(open_run(write(folder, run), folder).model.forward_features(x), expected)
+
+
+def test_a_cure_of_outliers_leaves_a_backbone_without_any_as_it_is(folder):
+    run = described(folder, "none", 0, NeuronsFile({}), cure="prefix_kv")
+    assert not measures_images(run)
+    x = torch.randn(1, 3, 160, 160)
+    with torch.no_grad():
+        assert torch.equal(open_run(write(folder, run), folder).model(x), load_backbone(folder / "tiny").model(x))
+
+
+@pytest.mark.parametrize(
+    ("registers", "count", "more", "message"),
+    [
+        ("none", 0, {"cure": "masked"}, "run r: cure is 'masked'"),
+        (
+            "none",
+            0,
+            {"cure": "constant_registers"},
+            "run r: cure constant_registers needs registers: trained or test_time",
+        ),
+        ("test_time", 1, {"cure": "ablate"}, "run r: cure ablate treats the neurons that test-time registers hold"),
+        (
+            "test_time",
+            1,
+            {"cure": "clip_norm", "neurons": "empty"},
+            "cure clip_norm and neurons empty exclude each other",
+        ),
+    ],
+)
+def test_a_cure_that_does_not_fit_the_run_is_refused(folder, registers, count, more, message):
+    with pytest.raises(ValueError, match=message):
+        described(folder, registers, count, **more)

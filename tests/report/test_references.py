@@ -46,3 +46,15 @@ def test_another_reference_can_be_chosen():
         references(runs, BACKBONES, {"trained": "nobody"})
     with pytest.raises(ValueError, match=r"compare\.references holds the run 'intact' against itself"):
         references(runs, BACKBONES, {"intact": "intact"})
+
+
+def test_a_cured_run_is_held_against_the_run_that_is_the_same_but_for_the_cure():
+    runs = {
+        "original": {"backbone": "planted", "registers": "none", "num_registers": 0},
+        "reg": {"backbone": "planted", "registers": "test_time", "num_registers": 1, "cure": None},
+        "masked": {"backbone": "planted", "registers": "none", "num_registers": 0, "cure": "mask_attention"},
+        "mean": {"backbone": "planted", "registers": "test_time", "num_registers": 1, "cure": {"name": "x"}},
+        "alone": {"backbone": "planted", "registers": "test_time", "num_registers": 2, "cure": "x"},
+    }
+    found = references(runs, {"planted": {"plant": {}}})
+    assert found == {"reg": "original", "masked": "original", "mean": "reg"}

@@ -48,7 +48,9 @@ def interpolated(x: Float[Tensor, "b p d"], outliers: Bool[Tensor, "b p"]) -> Fl
     """
     side = math.isqrt(x.shape[1])
     if side**2 != x.shape[1]:
-        raise ValueError(f"{x.shape[1]} patches form no square grid, so their neighbours are not known; use square images")
+        raise ValueError(
+            f"{x.shape[1]} patches form no square grid, so their neighbours are not known; use square images"
+        )
     good = ~outliers[..., None]  # (b, p, 1)
     kept = torch.where(good, x, 0).float()
 

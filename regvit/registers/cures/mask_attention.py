@@ -21,7 +21,7 @@ from regvit.models.attention import attention_of
 from regvit.models.hooks import blocks
 from regvit.models.tokens import TokenLayout
 from regvit.registers.cures.given import Given
-from regvit.registers.cures.mixins import CureMixin, ToldOutliers, tell_outliers
+from regvit.registers.cures.mixins import CureMixin, tell_outliers
 from regvit.registers.mixed_class import mix
 
 Mask = Bool[Tensor, "b 1 q n"] | Float[Tensor, "b h q n"]
@@ -32,7 +32,9 @@ class _Masked(CureMixin):
 
     holds = ("told", "layout", "cls_only")
 
-    def forward(self, x: Float[Tensor, "b n d"], *args: object, attn_mask: Mask | None = None, **kwargs: object) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "b n d"], *args: object, attn_mask: Mask | None = None, **kwargs: object
+    ) -> Tensor:
         allowed = visible(self.told.patches, self.layout.prefix)
         if self.cls_only:
             others = torch.arange(x.shape[1], device=x.device)[:, None] > 0  # (n, 1)
@@ -64,7 +66,9 @@ def maskable(model: nn.Module, first: int) -> list[nn.Module]:
     found = [attention_of(block) for block in blocks(model)[first:]]
     for attention in found:
         if "attn_mask" not in inspect.signature(attention.forward).parameters:
-            raise ValueError(f"{type(attention).__name__} of {type(model).__name__} takes no attn_mask, so it cannot be masked")
+            raise ValueError(
+                f"{type(attention).__name__} of {type(model).__name__} takes no attn_mask, so it cannot be masked"
+            )
     return found
 
 

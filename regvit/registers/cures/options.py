@@ -79,6 +79,22 @@ def parse_cure(given: str | Mapping) -> tuple[str, dict[str, object]]:
     return name, {**known.options, **block}
 
 
+def misplaced(name: str, registers: str, neurons: str = "selected") -> str | None:
+    """Why a run cannot have a cure beside its registers and neurons; None where it can.
+
+    Args:
+        registers: `none`, `trained` or `test_time`.
+        neurons: `selected`, or a control.
+    """
+    if neurons != "selected":
+        return f"cure {name} and neurons {neurons} exclude each other; leave one out"
+    if "registers" in CURES[name].needs and registers == "none":
+        return f"cure {name} needs registers: trained or test_time, not none"
+    if "neurons" in CURES[name].needs and registers == "test_time":
+        return f"cure {name} treats the neurons that test-time registers hold; set registers: none"
+    return None
+
+
 def _in_range(option: str, value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False

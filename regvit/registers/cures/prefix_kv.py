@@ -64,7 +64,9 @@ class _Prefixed(CureMixin):
 
 
 @torch.inference_mode()
-def calibrate(model: nn.Module, batches: Iterable[Float[Tensor, "b 3 h w"]], given: Given, tokens: int) -> dict[str, Tensor]:
+def calibrate(
+    model: nn.Module, batches: Iterable[Float[Tensor, "b 3 h w"]], given: Given, tokens: int
+) -> dict[str, Tensor]:
     """What the attentions of the later blocks see of the strongest outliers: `sinks` (l, tokens, d).
 
     Raises:

@@ -148,5 +148,7 @@ def _outlier_direction(
             rest = rest + x[~outliers].double().sum(0).cpu()
             counts = [counts[0] + int(outliers.sum()), counts[1] + int((~outliers).sum())]
     if not all(counts):
-        raise ValueError(f"{counts[0]} of {sum(counts)} patches are outliers, so they differ from no others; give more images")
+        raise ValueError(
+            f"{counts[0]} of {sum(counts)} patches are outliers, so they differ from no others; give more images"
+        )
     return nn.functional.normalize(out / counts[0] - rest / counts[1], dim=0).float()
