@@ -58,9 +58,9 @@ def test_an_error_that_we_raise_gives_our_line_and_one_of_a_library_keeps_its_tr
 @pytest.mark.parametrize(
     ("stage", "names", "said"),
     [
-        ("compose", ["intakt"], "compose: runs of params.yaml has no 'intakt': did you mean 'intact'?"),
+        ("compose", ["orignal"], "compose: runs of params.yaml has no 'orignal': did you mean 'original'?"),
         ("download", ["notto"], "download: there is no data set 'notto' in params.yaml: did you mean 'noto'?"),
-        ("compose", ["intact"], "compose: data/backbones/focus/backbone.json is missing; a backbone is a folder made by"),
+        ("compose", ["original"], "compose: data/backbones/focus_planted/backbone.json is missing; a backbone is a folder made by"),
         ("extract", ["curd", "noto"], "extract: features/runs/curd.json does not exist; run the compose stage of this run"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else None,

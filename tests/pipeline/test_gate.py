@@ -70,7 +70,7 @@ def test_whatever_changed_it_fits_on_a_page():
 
 def test_the_rules_of_the_repository_are_of_figures_that_the_summary_has():
     names = ["outliers", "cls_cosine", "on_outliers", "morans_i", "corloc", "miou", "rmse", "top1", "ood_top1", "ood_pair", "auroc", "fpr95"]  # fmt: skip
-    changes = [Change(run, name, 0.5, 0.5) for run in ("intact", "original", "test_time_reg") for name in names]
+    changes = [Change(run, name, 0.5, 0.5) for run in ("original", "silenced", "test_time_reg") for name in names]
     rules = read_rules(ROOT / "guard.yaml")
     assert judge(changes, rules) == {}
     assert {

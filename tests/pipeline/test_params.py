@@ -86,7 +86,7 @@ def test_all_faults_are_named_at_once(params):
         ("verify.xxxxx", 30, "unknown key verify.xxxxx: known are images, pictures"),
         ("datasets.noto.rol", "ood", "unknown key datasets.noto.rol: did you mean 'role'?"),
         ("backbones.focus_planted.plant.seedlayer", 4, "unknown key backbones.focus_planted.plant.seedlayer: did you mean 'seed_layer'?"),
-        ("runs.test-time", VALUES["runs"]["intact"], "runs.test-time has a hyphen, and DVC joins names with -.*: write test_time"),
+        ("runs.test-time", VALUES["runs"]["original"], "runs.test-time has a hyphen, and DVC joins names with -.*: write test_time"),
         ("datasets.x; touch y", VALUES["datasets"]["noto"], "datasets.x; touch y is a name that is not made of letters"),
         ("datasets.backbones", VALUES["datasets"]["noto"], "datasets.backbones is a name that the project itself uses"),
         ("runs.original.backbone", "focus_plantd", "which backbones does not have: did you mean 'focus_planted'?"),
@@ -134,9 +134,9 @@ def test_all_faults_are_named_at_once(params):
         ("attention.datasets", ["relief"], "relief.arrays lacks attention, which attention reads: add it, or take relief from"),
         ("extract_dense.datasets.scenes.img_size", 225, "scenes.img_size is 225, no multiple of 14.*: use 224 or 238"),
         ("depth.max_depth", 0.0001, "depth.min_depth is 0.001, expected less than max_depth 0.0001"),
-        ("compare.references", {"original": "intakt"}, "names 'intakt', which runs does not have: did you mean 'intact'?"),
+        ("compare.references", {"test_time_reg": "orignal"}, "names 'orignal', which runs does not have: did you mean 'original'?"),
         ("compare.references", {"original": "original"}, "compare.references.original is the run itself"),
-        ("zeroshot.runs", ["intact"], "zeroshot.text has no text tower for focus, the backbone of run intact: add one"),
+        ("zeroshot.runs", ["original"], "zeroshot.text has no text tower for focus_planted, the backbone of run original: add one"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_said_with_what_was_expected_or_meant(params, path, value, said):
@@ -211,9 +211,7 @@ def test_an_entry_is_found_or_the_nearest_one_named():
     with pytest.raises(ParamsError, match=r"no data set 'notto' in params\.yaml: did you mean 'noto'"):
         source_of(params, "notto")
     assert entry_of(params, "runs", "original").backbone == "focus_planted"
-    with pytest.raises(
-        ParamsError, match=r"runs of params\.yaml has no 'x': there are intact, original, test_time_reg"
-    ):
+    with pytest.raises(ParamsError, match=r"runs of params\.yaml has no 'x': there are original, test_time_reg"):
         entry_of(params, "runs", "x")
 
 
@@ -232,7 +230,7 @@ def test_an_entry_is_found_or_the_nearest_one_named():
         ("backbones:\n", "backbones:\n  mine:\n    source: timm:vit_small_patch14_dinov2.nooto\n",
          r"backbones.mine: .*'vit_small_patch14_dinov2.nooto': Invalid pretrained tag \(nooto\)"),
         ("backbones:\n", "backbones:\n  mine:\n    source: timm:resnet50\n", "ResNet has no list of transformer blocks"),
-        ("backbone: focus, registers: none, num_registers: 0", "backbone: focus, registers: trained, num_registers: 4",
+        ("backbone: focus_planted, registers: none, num_registers: 0", "backbone: focus_planted, registers: trained, num_registers: 4",
          "num_registers is 4, but vit_small_patch14_dinov2 was trained with 0: take a backbone with registers"),
         ("emoji:openmoji", "emoji:opnmoji", "datasets.openmoji: source 'emoji:opnmoji' is unknown; nearest is 'emoji:openmoji'"),
         ("source: relief", "source: releif", "scenes.relief: source 'releif' is unknown; nearest is 'relief'"),

@@ -1,4 +1,4 @@
-"""dvc.yaml names, for every stage, just the parameters that its script reads and the rooms of regvit/ that it uses."""
+"""dvc.yaml names, for every stage, just the parameters that its script reads, and the fingerprint of the code that it runs."""
 
 import ast
 from functools import cache
@@ -8,9 +8,12 @@ import grimp
 import pytest
 from ruamel.yaml import YAML
 
+from stages.fingerprint import code_of
+
 ROOT = Path(__file__).parents[2]
 STAGES = YAML(typ="safe", pure=True).load(ROOT / "dvc.yaml")["stages"]
 STAGES = {name: stage.get("do", stage) for name, stage in STAGES.items()}
+MEASURING = sorted(STAGES.keys() - {"fingerprint"})
 FRAME = {
     "architectures",
     "checkpoint_changes",
@@ -49,12 +52,6 @@ def modules_of(script: Path) -> set[str]:
     return imported.union(*(graph().find_upstream_modules(module) for module in imported))
 
 
-def rooms_of(script: Path) -> set[str]:
-    """`regvit/<room>` of all modules; what reads parameters and files decides no result."""
-    rooms = {f"regvit/{module.split('.')[1]}" for module in modules_of(script) if module.count(".")}
-    return {room for room in rooms if (ROOT / room).is_dir()} - {"regvit/pipeline"}
-
-
 def keys_of(script: Path) -> set[str]:
     """Blocks of params.yaml that a script reads, or a file of regvit/pipeline that it imports."""
     keys = set()
@@ -70,11 +67,21 @@ def keys_of(script: Path) -> set[str]:
     return keys
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_depends_on_its_script_and_on_the_rooms_that_it_uses_and_on_no_other(stage):
+@pytest.mark.parametrize("stage", MEASURING)
+def test_a_stage_depends_on_the_fingerprint_of_its_script_and_on_no_other_code(stage):
     script = script_of(STAGES[stage])
-    code = {dep for dep in STAGES[stage]["deps"] if dep.startswith(("stages/", "regvit"))}
-    assert code == {f"stages/{script.name}", *rooms_of(script)}, f"correct the deps of {stage} in dvc.yaml"
+    code = {dep for dep in STAGES[stage]["deps"] if dep.startswith(("stages", "regvit", "metrics/fingerprint"))}
+    assert code == {f"metrics/fingerprint/{script.stem}.json"}, f"correct the deps of {stage} in dvc.yaml"
+
+
+@pytest.mark.parametrize("script", sorted(file.stem for file in (ROOT / "stages").glob("*.py")))
+def test_a_fingerprint_is_of_all_that_a_script_imports(script, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    script = ROOT / f"stages/{script}.py"
+    modules = {module for module in modules_of(script) if not module.startswith("regvit.pipeline")}
+    files = {file for file in code_of(script) if not file.endswith("__init__.py")}
+    imported = {f"{module.replace('.', '/')}.py" for module in modules}
+    assert files == {f"stages/{script.name}", *(file for file in imported if (ROOT / file).is_file())}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -87,8 +94,10 @@ def test_a_stage_tracks_the_parameters_that_its_script_reads_and_no_others(stage
 
 
 @pytest.mark.parametrize("stage", ["download", "extract", "extract_dense", "backbone", "compose"])
-def test_what_makes_features_depends_on_no_figures_probes_or_pages(stage):
-    assert not {"regvit/stats", "regvit/probing", "regvit/report"} & set(STAGES[stage]["deps"])
+def test_what_makes_features_runs_no_code_of_figures_probes_or_pages(stage, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    rooms = {file.split("/")[1] for file in code_of(ROOT / f"stages/{stage}.py") if file.startswith("regvit/")}
+    assert not {"stats", "probing", "report"} & rooms
 
 
 @pytest.mark.parametrize("stage", STAGES)
