@@ -19,11 +19,14 @@ from regvit.measures.discovery import (
     sweep_table,
 )
 from regvit.measures.tables import write_results, write_table
+from regvit.measures.training_free.token_cut import cut_boxes
 from regvit.models.token_features import Feature
 from regvit.pipeline.command import command
 from regvit.pipeline.params import load_params
 from regvit.pipeline.runtime import Runtime
-from regvit.stats.boxes import draw_boxes, true_boxes
+from regvit.stats.accuracy import accuracy
+from regvit.stats.boxes import HIT, best_iou, draw_boxes, true_boxes
+from regvit.stats.figures import Figure
 
 PICTURES = 8
 
@@ -40,8 +43,13 @@ def main(run: str, name: str) -> None:
     published = Setting(Feature("k", last), False, 0.0) if "k" in knobs.features else None
     kept = dict.fromkeys((*tried.best_of_each(), *([published] if published else [])))
     final = discover(dense, test, tuple(kept), knobs.k_patches)
-    found = figures(tried, final, published, params.seed)
-    write_results(out, run, name, found, dense.image_ids(test), image_columns(tried, final, published))
+    found, columns = figures(tried, final, published, params.seed), image_columns(tried, final, published)
+    if knobs.tau is not None:
+        boxes = cut_boxes(dense, test, knobs.tau)
+        hits = best_iou(boxes, [true_boxes(dense.dataset)[row] for row in test]) >= HIT
+        found.append(Figure.of("corloc_token_cut", accuracy(hits)))
+        columns["corloc_token_cut"] = hits.astype(int)
+    write_results(out, run, name, found, dense.image_ids(test), columns)
     write_table(out / "sweep.csv", sweep_table(tried))
     write_table(out / "features.csv", feature_table(tried, final))
     truth, winner = true_boxes(dense.dataset), final.settings.index(tried.best())

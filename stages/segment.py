@@ -32,7 +32,7 @@ def main(run: str, name: str) -> None:
 
     training = DenseTraining(**knobs, seed=seed, device=device, label=f"segment {run}/{name}")
     segmenter = train(tokens["train"], tokens["val"], mask, len(names), training)
-    counts = count(segmenter.layer, tokens["test"], mask, len(names), device)
+    counts = count(segmenter.layer.to(device), tokens["test"], mask, len(names), device)
     outliers, ids = dense.outliers(rows["test"]), dense.image_ids(rows["test"])
     found = figures(segmenter, counts, outliers, seed)
     write_results(out, run, name, found, ids, image_columns(counts, outliers))

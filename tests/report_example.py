@@ -22,7 +22,7 @@ def params(extra: int = 0) -> dict:
     """The parameters, as params.yaml holds them; `extra` further runs."""
     plain = {"source": NAME, "architecture": "vit", "img_size": 112}
     treated = {"backbone": "planted", "registers": "test_time", "num_registers": 1}
-    sets = {stage: {"datasets": ["scenes"]} for stage in ("tokens", "attention", "discover", "segment", "depth")}
+    sets = {stage: {"datasets": ["scenes"]} for stage in MEASURED}
     return {
         "seed": 0,
         "in_distribution": "home",
@@ -42,6 +42,7 @@ def params(extra: int = 0) -> dict:
         "evaluate": {"detectors": ["msp", "knn"], "bootstrap": 100},
         "compare": {"references": {}, "bases": ["cls", "patch_mean"]},
         "zeroshot": {"runs": [], "datasets": []},
+        "discover_published": {"datasets": []},
         **sets,
     }  # fmt: skip
 
@@ -88,6 +89,9 @@ MEASURED = {  # columns of images.csv and what they are about
     "discover": {"corloc": 0.7, "corloc_mean": 0.5, "corloc_k": 0.7},
     "segment": {"miou_by_image": 0.5, "pixel_accuracy": 0.8, "pixel_accuracy_at_outliers": 0.7},
     "depth": {"rmse": 0.6, "rmse_at_outliers": 0.9},
+    "hummingbird": {"miou_by_image": 0.4, "pixel_accuracy": 0.7, "pixel_accuracy_at_outliers": 0.6},
+    "correspond": {"pck": 0.3, "pck_at_outliers": 0.1},
+    "retrieve": {"map_cls": 0.2, "map_patch_mean": 0.1},
 }  # fmt: skip
 
 

@@ -227,8 +227,9 @@ def small_parameters() -> dict:
     params["identify"]["images"] = 8
     params["probe"] |= {"readouts": ["cls"], "learning_rates": [0.1], "steps": 4, "batch_size": 8}
     params["baselines"] |= {"neighbours": [2], "logistic": [0.1]}
-    for stage in ("tokens", "attention", "segment", "depth"):
+    for stage in ("tokens", "attention", "segment", "depth", "hummingbird", "correspond"):
         params[stage]["datasets"] = ["rooms"]
+    params["retrieve"]["datasets"] = ["shifted"]
     params["discover"]["datasets"] = []  # rooms have no boxes
     for stage in ("segment", "depth"):
         params[stage] |= {"learning_rates": [0.01], "steps": 2, "batch_size": 2}

@@ -14,6 +14,7 @@ import pytest
 import torch
 from data.test_dense_sets import make_ade, make_coco, make_devkit
 from data.test_nyu import make as make_nyu
+from data.test_pair_sets import make_spair
 from ruamel.yaml import YAML
 from run_example import write_run
 
@@ -38,6 +39,7 @@ SETS = {  # images by split
     "voc_masks": {"train": 9, "val": 1, "test": 4},
     "ade20k": {"train": 9, "val": 1, "test": 3},
     "nyu": {"train": 36, "val": 4, "test": 5},
+    "spair": {"test": 5},
 }
 
 
@@ -78,6 +80,7 @@ def work(tmp_path_factory):
     for make in (make_devkit, make_coco, make_ade):
         make(images)
     make_nyu(images / "nyu")
+    make_spair(images)
     given = chosen(images)
     for name in given.scenes:
         run(folder, given, "download", name)
@@ -90,7 +93,7 @@ def work(tmp_path_factory):
     write_run(
         folder / f"features/runs/{RUN}.json", folder / "data/backbones/tiny", Variant("test_time", 1), {2: (1, 5)}
     )
-    for stage in ("extract_dense", "discover", "segment", "depth"):
+    for stage in ("extract_dense", "discover", "segment", "depth", "hummingbird", "correspond"):
         for name in getattr(given, stage).datasets:
             if name in given.scenes:
                 run(folder, given, stage, RUN, name)
@@ -130,3 +133,12 @@ def test_depth_is_measured_in_metres_within_eigens_crop(work):
     found = metrics(work, "depth", "nyu")
     # all is 1 m away; a layer that has learnt nothing says 5 m
     assert found.loc["rmse", "n"] == 5 and 0 < found.loc["rmse", "value"] < 3
+
+
+def test_pixels_are_classified_in_context_and_keypoints_found_by_category(work):
+    found = metrics(work, "hummingbird", "ade20k")
+    assert found.loc["miou", "n"] == SETS["ade20k"]["test"] and 0 <= found.loc["miou", "value"] <= 1
+    assert metrics(work, "correspond", "spair").loc["pck_by_pair", "n"] == 3
+    with open(work / f"metrics/runs/{RUN}/correspond/spair/categories.csv", newline="") as file:
+        assert [(row["category"], row["pairs"], row["points"]) for row in csv.DictReader(file)] == [
+            ("cat", "2", "4"), ("dog", "1", "2")]  # fmt: skip

@@ -156,6 +156,9 @@ def make_project(folder: Path) -> Path:
         "segment": params["segment"] | {"datasets": ["rooms"], "learning_rates": [0.01], "steps": 10, "batch_size": 4},
         "depth": params["depth"] | {"datasets": ["rooms"], "learning_rates": [0.01], "steps": 10, "batch_size": 4,
                                     "bins": 16},
+        "hummingbird": params["hummingbird"] | {"datasets": ["rooms"]},
+        "correspond": {"datasets": ["rooms"]},
+        "retrieve": params["retrieve"] | {"datasets": []},
     }  # fmt: skip
     with open(folder / "params.yaml", "w") as file:
         yaml.dump(params | changes, file)

@@ -96,6 +96,7 @@ def lost(
     grid: tuple[int, int],
     bias: float = 0.0,
     k_patches: int = K_PATCHES,
+    stable: bool = True,
 ) -> Found:
     """LOST on a batch of images, on the device of the similarities; only the masks are labelled on the CPU.
 
@@ -104,6 +105,7 @@ def lost(
         grid: rows and columns of patches.
         bias: added to every similarity.
         k_patches: how many patches of lowest degree may join the seed; all where there are fewer.
+        stable: whether equal degrees come in reading order; False: in the order of the published code, which is torch's.
     Raises:
         ValueError: the similarities do not fit the grid, or k_patches is below 1.
     """
@@ -115,7 +117,7 @@ def lost(
     positive = similarities > -bias  # (b, p, p)
     own = positive.diagonal(dim1=1, dim2=2).int()
     degree = positive.sum(2, dtype=torch.int32) - own  # (b, p); int32: 5 times as fast
-    order = degree.argsort(dim=1, stable=True)
+    order = degree.argsort(dim=1, stable=True) if stable else (-degree.float()).argsort(dim=1, descending=True)
     image, seed = torch.arange(b, device=order.device), order[:, 0]
     chosen = torch.zeros_like(positive[:, 0]).scatter_(1, order[:, :k_patches], True) & positive[image, seed]
     chosen[image, seed] = True
@@ -125,7 +127,7 @@ def lost(
     mask[image, seed] = True
     isolated = degree[image, seed] == 0
     seeds = seed.cpu().numpy()
-    masks = _component_of(mask.reshape(b, *grid).cpu().numpy(), seeds)
+    masks = component_of(mask.reshape(b, *grid).cpu().numpy(), seeds)
     return Found(boxes_around(masks), masks, seeds, isolated.cpu().numpy())
 
 
@@ -351,7 +353,7 @@ def _named(settings: Sequence[Setting]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _component_of(masks: Bool[np.ndarray, "b i j"], seeds: Int[np.ndarray, " b"]) -> Bool[np.ndarray, "b i j"]:
+def component_of(masks: Bool[np.ndarray, "b i j"], seeds: Int[np.ndarray, " b"]) -> Bool[np.ndarray, "b i j"]:
     """The connected component that holds each image's seed, which must be True."""
     labels, _ = ndimage.label(masks, structure=IN_PLANE)
     own = labels.reshape(len(labels), -1)[np.arange(len(labels)), seeds]

@@ -35,7 +35,15 @@ from regvit.measures.dense_heads import (
 )
 from regvit.stats.bootstrap import mean_over_images
 from regvit.stats.figures import Figure
-from regvit.stats.miou import Counts, accuracy, class_ious_with_interval, image_miou, miou, miou_with_interval
+from regvit.stats.miou import (
+    Counts,
+    PatchCounts,
+    accuracy,
+    class_ious_with_interval,
+    image_miou,
+    miou,
+    miou_with_interval,
+)
 
 PIXELS = 1024  # drawn of each image of a batch
 
@@ -92,7 +100,7 @@ def train(
     generator = np.random.default_rng(training.seed)
     heads = train_heads(tokens, mask, n_classes, training, lambda heads, batch, _: _losses(heads, batch, generator))
     layers = [heads.layer(head) for head in range(len(heads))]
-    mious = [miou(count(layer, val, mask, n_classes, training.device)) for layer in layers]
+    mious = [miou(count(layer.to(training.device), val, mask, n_classes, training.device)) for layer in layers]
     best = best_head(heads, [-value for value in mious], "segmentation")
     return Segmenter(layers[best], dict(zip(heads.settings, mious, strict=True)))
 
@@ -114,14 +122,17 @@ def _losses(heads: DenseHeads, batch: Batch[np.ndarray], generator: np.random.Ge
 
 @torch.inference_mode()
 def count(
-    layer: LinearLayer,
+    layer: Callable[[Float[Tensor, "b p d"]], Float[Tensor, "b c g g"]],
     tokens: PatchTokens,
     mask: Callable[[int], UInt8[np.ndarray, "h w"]],
     n_classes: int,
     device: torch.device | str = "cpu",
 ) -> Counts:
-    """Counts of every image of `tokens`, in order, at the full size of its mask."""
-    layer = layer.to(device)
+    """Counts of every image of `tokens`, in order, at the full size of its mask.
+
+    Args:
+        layer: a value for each class at each patch, of patch tokens on the device.
+    """
     names = ("intersection", "predicted", "actual", "right", "counted")
     found: dict[str, list[np.ndarray]] = {name: [] for name in names}
     squares = np.arange(tokens.side**2)
@@ -142,35 +153,48 @@ def count(
 
 
 def figures(segmenter: Segmenter, counts: Counts, outliers: Bool[np.ndarray, "b p"], seed: int = 0) -> list[Figure]:
-    """mIoU and pixel accuracy with their intervals over images; without a value at outliers where there is none.
-
-    Args:
-        outliers: patches of the untreated model.
-    """
-    elsewhere = ~outliers & outliers.any(1, keepdims=True)  # in the same images
-    found = {
-        "miou": miou_with_interval(counts, seed),
-        "pixel_accuracy": accuracy(counts, None, seed),
-        "pixel_accuracy_at_outliers": accuracy(counts, outliers, seed),
-        "pixel_accuracy_elsewhere": accuracy(counts, elsewhere, seed),
-    }
+    """`count_figures`, and what was chosen on the validation split."""
     layer = segmenter.layer
     return [
-        *(Figure.of(name, estimate) for name, estimate in found.items()),
-        Figure.of("miou_by_image", mean_over_images(image_miou(counts), seed)),
+        *count_figures(counts, outliers, seed),
         Figure("val_miou", max(segmenter.val_miou.values())),
         Figure("learning_rate", layer.learning_rate),
         Figure("weight_decay", layer.weight_decay),
     ]
 
 
+def count_figures(counts: Counts, outliers: Bool[np.ndarray, "b p"], seed: int = 0) -> list[Figure]:
+    """mIoU and pixel accuracy with their intervals over images; without a value at outliers where there is none.
+
+    Args:
+        outliers: patches of the untreated model.
+    """
+    return [
+        Figure.of("miou", miou_with_interval(counts, seed)),
+        *place_figures("pixel_accuracy", counts, outliers, seed),
+        Figure.of("miou_by_image", mean_over_images(image_miou(counts), seed)),
+    ]
+
+
+def place_figures(name: str, counts: PatchCounts, outliers: Bool[np.ndarray, "b p"], seed: int = 0) -> list[Figure]:
+    """Share that is right over all patches, at outliers, and elsewhere in the images that have some."""
+    elsewhere = ~outliers & outliers.any(1, keepdims=True)
+    found = {"": None, "_at_outliers": outliers, "_elsewhere": elsewhere}
+    return [Figure.of(f"{name}{where}", accuracy(counts, chosen, seed)) for where, chosen in found.items()]
+
+
 def image_columns(counts: Counts, outliers: Bool[np.ndarray, "b p"]) -> dict[str, np.ndarray]:
-    """One value an image; `<metric>_weight` is the number of pixels by which an image counts, as pixels are pooled."""
-    columns = {"miou_by_image": image_miou(counts)}
-    for name, where in (("pixel_accuracy", np.ones_like(outliers)), ("pixel_accuracy_at_outliers", outliers)):
-        right, counted = ((values * where).sum(1) for values in (counts.right, counts.counted))
-        columns[name] = np.where(counted > 0, right / np.maximum(counted, 1), np.nan)
-        columns[f"{name}_weight"] = counted
+    """One value an image, by which runs are paired."""
+    return {"miou_by_image": image_miou(counts)} | place_columns("pixel_accuracy", counts, outliers)
+
+
+def place_columns(name: str, counts: PatchCounts, outliers: Bool[np.ndarray, "b p"]) -> dict[str, np.ndarray]:
+    """One value an image; `<name>_weight` is the number of pixels by which an image counts, as pixels are pooled."""
+    columns = {}
+    for where, chosen in (("", np.ones_like(outliers)), ("_at_outliers", outliers)):
+        right, counted = ((values * chosen).sum(1) for values in (counts.right, counts.counted))
+        columns[f"{name}{where}"] = np.where(counted > 0, right / np.maximum(counted, 1), np.nan)
+        columns[f"{name}{where}_weight"] = counted
     return columns
 
 

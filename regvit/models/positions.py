@@ -9,6 +9,8 @@ dinov2  as DINOv2's own code for the models without registers: without antialias
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -35,12 +37,14 @@ class TrainedPositions:
     prefix: int
     rule: str = "timm"
 
-    def at(self, grid: int) -> Float[Tensor, "1 m d"]:
-        """The table of a grid of `grid` x `grid` patches."""
+    def at(self, grid: int | tuple[int, int]) -> Float[Tensor, "1 m d"]:
+        """The table of a grid of `grid` x `grid` patches, or of so many rows and columns."""
         return resample(self.table, grid, self.prefix, self.rule)
 
 
-def resample(table: Float[Tensor, "1 n d"], grid: int, prefix: int, rule: str = "timm") -> Float[Tensor, "1 m d"]:
+def resample(
+    table: Float[Tensor, "1 n d"], grid: int | tuple[int, int], prefix: int, rule: str = "timm"
+) -> Float[Tensor, "1 m d"]:
     """A table of a square grid at another grid; its `prefix` rows stay.
 
     Raises:
@@ -48,15 +52,16 @@ def resample(table: Float[Tensor, "1 n d"], grid: int, prefix: int, rule: str = 
     """
     if rule not in RULES:
         raise ValueError(f"positions is {rule!r}; expected one of {', '.join(RULES)}")
-    side = math.isqrt(table.shape[1] - prefix)
-    if side == grid:
+    side, grid = math.isqrt(table.shape[1] - prefix), (grid, grid) if isinstance(grid, int) else grid
+    if grid == (side, side):
         return table
     if rule == "timm":
-        return resample_abs_pos_embed(table, [grid, grid], num_prefix_tokens=prefix)
+        return resample_abs_pos_embed(table, list(grid), num_prefix_tokens=prefix)
     image = table[:, prefix:].reshape(1, side, side, -1).permute(0, 3, 1, 2)  # (1, d, side, side)
-    size = {"size": (grid, grid)} if rule == "plain" else {"scale_factor": ((grid + DINOV2_OFFSET) / side,) * 2}
+    dinov2 = {"scale_factor": tuple((length + DINOV2_OFFSET) / side for length in grid)}
+    size = {"size": grid} if rule == "plain" else dinov2
     image = F.interpolate(image, mode="bicubic", align_corners=False, antialias=False, **size)
-    return torch.cat([table[:, :prefix], image.permute(0, 2, 3, 1).reshape(1, grid * grid, -1)], dim=1)
+    return torch.cat([table[:, :prefix], image.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 
 def prefix_rows(rows: int) -> int:
@@ -72,6 +77,30 @@ def prefix_rows(rows: int) -> int:
         f"a position table of {rows} rows is not that of square images; it cannot be used for those, so resample it "
         "and save the weights again"
     )
+
+
+@contextmanager
+def positions_of(model: nn.Module, grid: tuple[int, int]) -> Iterator[None]:
+    """Inside the `with` block the model takes images of that grid, its table resampled once from the one that was trained.
+
+    Args:
+        grid: rows and columns of patches.
+    Raises:
+        ValueError: the model was built for one size only.
+    """
+    if not getattr(model, "dynamic_img_size", False):
+        raise ValueError(f"{type(model).__name__} takes images of one size only; open it with dynamic_img_size=True")
+    table, own = model._parameters.get("pos_embed"), model.patch_embed.grid_size
+    if table is None:  # rotary positions follow the grid by themselves
+        yield
+        return
+    trained = getattr(model, "trained_positions", None) or TrainedPositions(table, table.shape[1] - own[0] * own[1])
+    model._parameters["pos_embed"] = nn.Parameter(trained.at(grid).to(table), requires_grad=False)
+    model.patch_embed.grid_size = grid
+    try:
+        yield
+    finally:
+        model._parameters["pos_embed"], model.patch_embed.grid_size = table, own
 
 
 @torch.no_grad()

@@ -9,13 +9,16 @@ from regvit.pipeline.faults import nearest
 from regvit.pipeline.schema import PACKAGES, Backbone, Params
 from regvit.registers.cures.options import misplaced, parse_cure
 
-LOCAL = ("folder", "file", "npy", "voc07", "voc12", "coco20k", "voc_segmentation", "ade20k", "nyu")
+LOCAL = ("folder", "file", "npy", "voc07", "voc12", "coco20k", "voc_segmentation", "ade20k", "nyu",
+         "spair", "landmarks")  # fmt: skip
 NEEDED = {  # arrays of extract_dense by the measurement that reads them
     "tokens": ("patches", "norms"),
     "attention": ("attention",),
     "discover": ("inside",),
     "segment": ("patches",),
     "depth": ("patches",),
+    "hummingbird": ("patches",),
+    "correspond": ("patches",),
 }
 
 
@@ -146,6 +149,9 @@ def _broken_measurements(params: Params) -> Iterator[str]:
         yield f"extract_dense.datasets has no {home} with patches, the in_distribution that tokens reads: add it"
     if params.depth.min_depth >= params.depth.max_depth:
         yield f"depth.min_depth is {params.depth.min_depth}, expected less than max_depth {params.depth.max_depth}"
+    for name in params.retrieve.datasets:
+        if name not in datasets:
+            yield f"retrieve.datasets has {name!r}, which datasets does not have{nearest(name, datasets)}"
     for name in params.zeroshot.datasets:
         if name not in datasets:
             yield f"zeroshot.datasets has {name!r}, which datasets does not have{nearest(name, datasets)}"

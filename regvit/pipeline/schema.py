@@ -251,6 +251,17 @@ class Discover(Measured):
     normalised: Some[bool]
     biases: Some[Annotated[float, Ge(-1), Le(0)]]
     k_patches: Count
+    tau: Annotated[float | None, Ge(-1), Lt(1)]
+
+
+class DiscoverPublished(Measured):
+    kind: Literal["k", "q", "v", "token"]
+    layer: int
+    normalised: bool
+    bias: float
+    k_patches: Count
+    tau: Annotated[float, Ge(-1), Lt(1)]
+    head: Index
 
 
 class Trained(Measured):
@@ -266,6 +277,18 @@ class Depth(Trained):
     crop: Literal["none", "eigen"]
     bins: Annotated[int, Ge(2)]
     upsample: Count
+
+
+class Hummingbird(Measured):
+    memory: Count | None
+    images: Count | None
+    neighbours: Count
+    temperature: Positive
+
+
+class Retrieve(Measured):
+    readouts: Some[Readout]
+    recall_at: Some[Count]
 
 
 class Zeroshot(Measured):
@@ -296,6 +319,10 @@ class Params(Block):
     tokens: Measured
     attention: Attention
     discover: Discover
+    discover_published: DiscoverPublished
     segment: Trained
     depth: Depth
+    hummingbird: Hummingbird
+    correspond: Measured
+    retrieve: Retrieve
     zeroshot: Zeroshot

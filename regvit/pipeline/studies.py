@@ -20,8 +20,12 @@ def study_of(params: Params) -> Study:
         "attention": params.attention,
         "tokens": params.tokens,
         "discover": params.discover,
+        "discover_published": params.discover_published,
         "segment": params.segment,
         "depth": params.depth,
+        "hummingbird": params.hummingbird,
+        "correspond": params.correspond,
+        "retrieve": params.retrieve,
         "zeroshot": params.zeroshot,
     }
     return Study.of(to_jsonable_python(blocks))

@@ -74,6 +74,12 @@ METRICS: dict[str, dict[str, Metric]] = {
         "corloc_token": Metric("token"),
         "corloc_published": Metric("published setting"),
         "corloc_dino_seg": Metric("box of CLS attention"),
+        "corloc_token_cut": Metric("normalised cut"),
+    },
+    "discover_published": {
+        "corloc_lost": Metric("LOST", glance="CorLoc of LOST as published, %"),
+        "corloc_dino_seg": Metric("DINO-seg"),
+        "corloc_token_cut": Metric("TokenCut", glance="CorLoc of TokenCut as published, %"),
     },
     "segment": {
         "miou": Metric("mIoU, %", glance="segmentation mIoU, %"),
@@ -88,6 +94,26 @@ METRICS: dict[str, dict[str, Metric]] = {
         "rmse_elsewhere": Metric("elsewhere, same images, m", LOWER, 1, 3),
         "abs_rel": Metric("relative error, %", LOWER),
         "delta1": Metric("δ < 1.25, %", HIGHER),
+    },
+    "hummingbird": {
+        "miou": Metric("mIoU, %", glance="segmentation in context, mIoU, %"),
+        "miou_by_image": Metric("mIoU by image, %"),
+        "pixel_accuracy": Metric("pixel accuracy, %", glance="in context, pixel accuracy, %"),
+        "pixel_accuracy_at_outliers": Metric("at outliers, %", glance="in context, pixel accuracy at outliers, %"),
+        "pixel_accuracy_elsewhere": Metric("elsewhere, same images, %"),
+    },
+    "correspond": {
+        "pck": Metric("points found, %", glance="points found in another view, %"),
+        "pck_at_outliers": Metric("at outliers, %", glance="points found in another view, at outliers, %"),
+        "pck_elsewhere": Metric("elsewhere, same images, %"),
+        "pck_by_pair": Metric("by pair, %"),
+    },
+    "retrieve": {
+        f"{name}_{readout}": Metric(
+            f"{label}, {readout}, %", glance=f"retrieval, {label} from {readout}, %" if name == "map" else ""
+        )
+        for readout in ("cls", "reg_mean", "patch_mean")
+        for name, label in (("map", "mAP"), ("recall1", "recall@1"), ("recall5", "recall@5"), ("recall10", "recall@10"))
     },
     "zeroshot": {
         "top1": Metric("top-1, %", glance="zero-shot top-1, %"),

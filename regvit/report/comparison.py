@@ -34,8 +34,12 @@ TITLES = {
     "attention": "CLS attention in the later blocks",
     "tokens": "What one token tells, and where outliers sit",
     "discover": "CorLoc, % [95 % interval]",
+    "discover_published": "CorLoc as published, % [95 % interval]",
     "segment": "Segmentation",
     "depth": "Depth",
+    "hummingbird": "Segmentation in context",
+    "correspond": "Correspondence",
+    "retrieve": "Retrieval",
     "zeroshot": "Zero-shot classification",
 }
 TOP1, AUROC, FPR95 = (METRICS["evaluate"][name] for name in ("top1", "auroc", "fpr95"))

@@ -33,8 +33,12 @@ STAGE_TITLES = {
     "attention": "Attention",
     "tokens": "What single tokens know",
     "discover": "Object discovery",
+    "discover_published": "Object discovery as published",
     "segment": "Segmentation",
     "depth": "Depth",
+    "hummingbird": "Segmentation in context",
+    "correspond": "Correspondence",
+    "retrieve": "Retrieval",
     "zeroshot": "Zero-shot classification",
 }
 CURVES = {  # of stage, table: (column, label, caption), of which those are drawn that say something
@@ -53,13 +57,21 @@ POINTS = {  # of a stage: (metrics by pattern, label of the axis, caption)
         ("pixels_l2", "L2 error", "Pixels of the patch, read from the token; less is better."),
         ("class_top1", "top-1, %", "Class of the image, read from one token."),
     ),
-    "discover": (("corloc_(?!published|dino)", "CorLoc, %", "Each feature with its own best setting."),),
+    "discover": (("corloc_(?!published|dino|token_cut)", "CorLoc, %", "Each feature with its own best setting."),),
     "segment": (("miou$|pixel_accuracy_", "%", "Segmentation. Elsewhere: other patches of the images with outliers."),),
     "depth": (("rmse", "m", "Depth. Elsewhere: other patches of the images with outliers."),),
+    "hummingbird": (
+        ("miou$|pixel_accuracy_", "%", "In context. Elsewhere: other patches of the images with outliers."),
+    ),
+    "correspond": (("pck", "%", "Points found. Elsewhere: other patches of the first images with outliers."),),
+    "retrieve": (("map", "%", "Mean average precision of each readout."),),
 }
 DRAWN = {  # of a stage: file, heading, what is to be seen
     "attention": ("maps.png", "Attention maps", "Mean over heads of the later blocks; each map on a scale of its own."),
     "discover": ("boxes.png", "Boxes", "Green: true boxes. Red: what is found."),
+    "discover_published": ("boxes.png", "Boxes as published", "Green: true boxes. Red: LOST. Blue: TokenCut."),
+    "hummingbird": ("masks.png", "Masks", "Image, true classes, classes found."),
+    "correspond": ("matches.png", "Matches", "Green: found within a patch. Red: elsewhere. Half of them at outliers."),
 }
 
 

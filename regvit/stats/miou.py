@@ -40,16 +40,21 @@ class ClassCounts:
 
 
 @dataclass(frozen=True)
-class Counts(ClassCounts):
-    """And in the square of each patch.
+class PatchCounts:
+    """Pixels (or points) in the square of each patch.
 
     Attributes:
-        right: pixels that are predicted right.
-        counted: pixels, ignored ones left out.
+        right: those that are predicted right.
+        counted: all of them, ignored ones left out.
     """
 
     right: Int[np.ndarray, "b p"]
     counted: Int[np.ndarray, "b p"]
+
+
+@dataclass(frozen=True)
+class Counts(PatchCounts, ClassCounts):
+    """Pixels by class and by patch."""
 
 
 def class_ious(counts: ClassCounts) -> Float[np.ndarray, " c"]:
@@ -96,7 +101,7 @@ def paired_miou_difference(a: ClassCounts, b: ClassCounts, seed: int = 0, resamp
 
 
 def accuracy(
-    counts: Counts, where: Bool[np.ndarray, "b p"] | None = None, seed: int = 0, resamples: int = RESAMPLES
+    counts: PatchCounts, where: Bool[np.ndarray, "b p"] | None = None, seed: int = 0, resamples: int = RESAMPLES
 ) -> Estimate | None:
     """Share of pixels that are predicted right, summed over images, with its interval.
 
@@ -130,7 +135,7 @@ def _ious(intersection: np.ndarray, predicted: np.ndarray, actual: np.ndarray) -
     return np.where(actual > 0, intersection / np.maximum(union, 1), np.nan)
 
 
-def _within(counts: Counts, where: Bool[np.ndarray, "b p"] | None) -> tuple[np.ndarray, np.ndarray]:
+def _within(counts: PatchCounts, where: Bool[np.ndarray, "b p"] | None) -> tuple[np.ndarray, np.ndarray]:
     """Right and counted pixels of each image in the patches chosen."""
     if where is None:
         return counts.right.sum(1), counts.counted.sum(1)

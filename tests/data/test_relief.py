@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from regvit.data.correspondences import read_pairs
 from regvit.data.dataset_builder import DatasetBuilder
 from regvit.data.dense_labels import read_depth
 from regvit.data.manifest import read_dataset, write_dataset
@@ -89,12 +90,52 @@ def build(folder, monkeypatch, seed=0):
 
 def test_the_set_has_depth_and_masks_of_every_image_and_is_drawn_from_the_seed(tmp_path, monkeypatch):
     dataset = build(tmp_path / "a", monkeypatch)
-    assert [row.split for row in dataset.rows] == ["train"] * 3 + ["val"] * 2 + ["test"] * 2
-    assert dataset.classes == CLASSES
-    for row in dataset.rows:
+    assert [row.split for row in dataset.rows] == ["train"] * 3 + ["val"] * 2 + ["test"] * 4
+    assert dataset.classes == CLASSES and not dataset.rows[7].mask and not dataset.rows[7].depth
+    for row in dataset.rows[:7]:
         depth = read_depth(dataset.root / row.depth)
         mask = np.asarray(Image.open(dataset.root / row.mask))
         assert depth.shape == mask.shape == (32, 32)
         assert depth.min() > 0.5 and depth.max() < 10 and set(np.unique(mask)) <= set(range(1, 6))
     assert build(tmp_path / "b", monkeypatch).digest == dataset.digest
     assert build(tmp_path / "c", monkeypatch, seed=1).digest != dataset.digest
+
+
+def test_every_test_room_has_a_second_view_and_points_that_both_show(tmp_path, monkeypatch):
+    build(tmp_path, monkeypatch)
+    pair, _ = read_pairs(tmp_path)
+    assert pair.name == "relief_test_000>relief_test_000_moved" and pair.tolerance is None
+    assert 300 < len(pair.points) < 32**2 and (pair.points > 0).all() and (pair.points < 224).all()
+
+
+@pytest.mark.parametrize("seed", [0, 4])
+def test_points_of_two_views_are_where_depth_and_pose_say_and_the_hidden_ones_are_left_out(seed):
+    """By the depth files of both views and a rotation matrix, without the code that made the points."""
+    room, first = relief.furnished(np.random.default_rng(seed))
+    second = first.moved(np.random.default_rng(100 + seed))
+    here, there = (room.seen_from(camera, np.random.default_rng(0), 448).depth / 1000 for camera in (first, second))
+    points, focal = room.shared_points(first, second, 448), 224 / np.tan(np.radians(30))
+
+    def axes(camera):
+        """Rows: right, down and ahead of the camera, in the world."""
+        (cy, sy), (cp, sp) = ((np.cos(a), np.sin(a)) for a in (camera.yaw, camera.pitch))
+        return np.array([[cy, 0, -sy], [-sp * sy, -cp, -sp * cy], [cp * sy, -sp, cp * cy]])
+
+    across = (np.arange(32) * 14 + 7).astype(int)
+    kept = {(x, y): (u, v) for x, y, u, v in points.tolist()}
+    errors, hidden, seen = [], [], []
+    for y in across:
+        for x in across:
+            # the depth of a pixel is that of a place a quarter pixel beside its middle
+            ray = np.array([(x + 0.25 - 224) / focal, (y + 0.25 - 224) / focal, 1]) * here[y, x]
+            place = axes(second) @ (axes(first).T @ ray + first.origin - second.origin)
+            u, v = place[:2] / place[2] * focal + 224
+            inside = place[2] > 0 and 1 < u < 447 and 1 < v < 447
+            if (x, y) in kept:
+                errors.append(np.hypot(*np.subtract(kept[x, y], (u, v))))
+                seen.append(abs(there[int(v), int(u)] - place[2])) if inside else None
+            elif inside:
+                hidden.append(place[2] - there[int(v), int(u)])
+    assert len(errors) == len(points) and np.median(errors) < 0.5 and np.mean(np.array(errors) < 2) > 0.97
+    assert np.mean(np.array(seen) < 0.05) > 0.97  # the second view has that depth there
+    assert hidden and np.mean(np.array(hidden) > 0.05) > 0.9  # and something nearer where it is hidden

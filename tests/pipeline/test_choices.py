@@ -147,7 +147,7 @@ def test_a_choice_can_only_change_what_is_there_and_leaves_no_fault(pick, monkey
 def test_the_choice_of_dense_sets_measures_each_of_them_under_all_kinds_of_registers(pick, pictures):
     pick("dense", "--images", pictures)
     chosen = load(pick.file.read_text())
-    measured = {name for stage in ("discover", "segment", "depth") for name in chosen[stage]["datasets"]}
+    measured = {name for stage in ("discover", "segment", "depth", "correspond") for name in chosen[stage]["datasets"]}
     assert measured == set(chosen["scenes"])
     assert [run["registers"] for run in chosen["runs"].values()] == ["none", "test_time", "trained"]
     assert (chosen["depth"]["crop"], chosen["depth"]["max_depth"]) == ("eigen", 10.0)

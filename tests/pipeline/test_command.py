@@ -94,8 +94,9 @@ print(json.dumps(sorted({"torch", "timm"} & sys.modules.keys())))
 @pytest.mark.parametrize(
     ("stages", "imported"),
     [
-        (["download", "compose", "compare", "summary", "report"], []),
+        (["download", "compose", "compare", "summary", "report", "retrieve"], []),
         (["probe", "baselines", "evaluate", "tokens", "attention", "discover", "segment", "depth"], ["torch"]),
+        (["hummingbird", "correspond"], ["torch"]),
     ],
 )
 def test_a_stage_without_a_model_starts_without_timm_and_one_without_tensors_without_torch(stages, imported):

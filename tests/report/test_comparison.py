@@ -4,7 +4,7 @@ import dataclasses
 
 import pandas as pd
 import pytest
-from report_example import params, write_study
+from report_example import MEASURED, params, write_study
 
 from regvit.report.comparison import (
     accuracy_table,
@@ -111,12 +111,15 @@ def test_runs_and_sets_say_what_they_are(results):
     assert row_of(runs_table(results), "cured")[4:] == ["planted", "1 at test time", "selected", "original"]
     assert row_of(runs_table(results), "intact")[4:] == ["as it came", "none", "–", "–"]
     assert row_of(sets_table(results), "lines")[2:] == ["the same classes, another look", "40"]
-    assert row_of(sets_table(results), "scenes")[2] == "attention, tokens, discover, segment, depth"
+    assert (
+        row_of(sets_table(results), "scenes")[2]
+        == "attention, tokens, discover, segment, depth, hummingbird, correspond, retrieve"
+    )
 
 
 def test_without_outliers_and_without_measurements_the_tables_hold_and_say_so(tmp_path):
     bare = params()
-    for stage in ("tokens", "attention", "discover", "segment", "depth"):
+    for stage in MEASURED:
         bare[stage]["datasets"] = []
     for block, name in (("runs", "intact"), ("backbones", "plain")):
         bare[block] = {name: bare[block][name]}

@@ -14,8 +14,8 @@ from small_pipeline import YAML_FILE, Pipeline, commit, lay_out, warm_python
 
 RUNS = ("original", "cured")
 AFTER_PROBES = {"compare", "report", *(f"{stage}@{run}" for stage in ("evaluate", "summary") for run in RUNS)}
-UNUSED = {"discover", "zeroshot"}  # without a data set
-MEASURED = ("tokens", "attention", "segment", "depth")
+UNUSED = {"discover", "discover_published", "zeroshot"}  # without a data set
+MEASURED = ("tokens", "attention", "segment", "depth", "hummingbird", "correspond")
 
 
 @pytest.fixture(scope="module")

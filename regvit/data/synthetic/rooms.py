@@ -7,6 +7,9 @@ height varies little, tiles and stripes have one size in metres, objects stand o
 their angle to a light. No pixel is without a class: where a `scenes` mask has background, these have stuff, and a patch
 of plain wall has to be told from a patch of plain floor.
 
+Every test room is seen by a second camera as well, that has moved aside and looks at the same: where a point of the
+first view is in the second follows from depth and the two cameras, and whether it is hidden there from the ray to it.
+
 Axes of the world: x right, y up, z ahead, metres; the camera stands at (0, height, 0). Depth is the distance along the
 camera's axis, as depth cameras give it, not the length of the ray.
 """
@@ -21,6 +24,7 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8, UInt16
 from PIL import Image
 
+from regvit.data.correspondences import Pair, write_pairs
 from regvit.data.dataset_builder import DatasetBuilder
 from regvit.data.manifest import Row
 from regvit.data.prefetch import in_order
@@ -39,6 +43,10 @@ RADIUS = (0.15, 0.5)  # of an object's footprint, metres
 TILE, STRIPE = 0.5, 0.15  # metres: one size everywhere, as tiles, doors and people are in photographs
 AMBIENT = 0.45  # share of the light that falls on every surface
 NOISE = 3.0  # standard deviation of the pixel noise, grey levels
+ASIDE, AHEAD = (0.4, 0.9), (0.0, 0.5)  # metres that the camera of a second view has moved
+LOOKED_AT = 3.5  # metres ahead, the place that both views have in their middle
+GRID = 32  # points a side that are looked for in the second view: four a patch of 14 pixels
+SAME_POINT = 1e-6  # share of a ray's length by which rounding may put a point before itself
 
 Points = Float[np.ndarray, "n 3"]
 
@@ -155,7 +163,10 @@ class Box:
 
 
 def relief(builder: DatasetBuilder, rest: str) -> None:
-    """Builds the source `relief`: `COUNTS` rooms, each from a generator of its own."""
+    """Builds the source `relief`: `COUNTS` rooms, each from a generator of its own, every test room seen twice.
+
+    The second views come last and have neither mask nor depth: they are for `pairs.csv` alone.
+    """
     builder.refuse_classes()
     builder.credit_to("images", "rendered by regvit.data.synthetic.rooms", "MIT", "this project")
     builder.classes = CLASSES
@@ -166,16 +177,30 @@ def relief(builder: DatasetBuilder, rest: str) -> None:
         for split, count in COUNTS.items()
         for i in range(count)
     ])  # fmt: skip
+    twice = [row for row in rows if row.split == "test"]
+    second = [Row(f"{row.image_id}_moved", "", "", "test") for row in twice]
 
-    def rendered(row: Row) -> tuple[Row, View]:
-        number = int(row.image_id.rpartition("_")[2])
-        return row, render(builder.generator(f"relief:{row.split}:{number}"))
+    def rendered(row: Row) -> tuple[Row, View, Pair | None]:
+        number = int(row.image_id.removesuffix("_moved").rpartition("_")[2])
+        generator = builder.generator(f"relief:{row.split}:{number}")
+        if row.depth:
+            return row, render(generator), None
+        room, camera = furnished(generator)
+        moved = camera.moved(builder.generator(f"relief:moved:{number}"))
+        pair = Pair(row.image_id.removesuffix("_moved"), row.image_id, room.shared_points(camera, moved))
+        return row, room.seen_from(moved, generator), pair
 
-    workers = os.cpu_count() or 1
-    for row, view in builder.watched(in_order(rendered, rows, workers, 4 * workers), len(rows)):
-        Image.fromarray(view.mask).save(builder.folder / row.mask)
-        Image.fromarray(view.depth).save(builder.folder / row.depth)
+    workers, pairs = os.cpu_count() or 1, []
+    for row, view, pair in builder.watched(
+        in_order(rendered, [*rows, *second], workers, 4 * workers), len(rows) + len(second)
+    ):
+        if row.depth:
+            Image.fromarray(view.mask).save(builder.folder / row.mask)
+            Image.fromarray(view.depth).save(builder.folder / row.depth)
         builder.add(row, Image.fromarray(view.image))
+        pairs += [pair] if pair is not None else []
+    if pairs:
+        write_pairs(builder.folder, pairs)
 
 
 def render(generator: np.random.Generator, size: int = SIZE) -> View:
@@ -184,47 +209,114 @@ def render(generator: np.random.Generator, size: int = SIZE) -> View:
     Args:
         size: side of the image, pixels.
     """
+    room, camera = furnished(generator)
+    return room.seen_from(camera, generator, size)
+
+
+@dataclass(frozen=True)
+class Camera:
+    """Where it stands, metres, and by how much it looks down and to the right, radians."""
+
+    origin: Float[np.ndarray, " 3"]
+    pitch: float
+    yaw: float = 0.0
+
+    def rays(self, size: int) -> Float[np.ndarray, "s s 3"]:
+        return camera_rays(size, self.pitch, self.yaw)
+
+    def project(self, points: Points) -> Points:
+        """Column and row in an image of side 1, and depth in metres; the inverse of `rays`."""
+        x, y, z = (points - self.origin).T
+        right, ahead = x * np.cos(self.yaw) - z * np.sin(self.yaw), x * np.sin(self.yaw) + z * np.cos(self.yaw)
+        depth = ahead * np.cos(self.pitch) - y * np.sin(self.pitch)
+        down = -y * np.cos(self.pitch) - ahead * np.sin(self.pitch)
+        return np.stack([(right / depth / HALF_WIDTH + 1) / 2, (down / depth / HALF_WIDTH + 1) / 2, depth], axis=1)
+
+    def moved(self, generator: np.random.Generator) -> Camera:
+        """Some steps to a side and ahead, looking back to what is in the middle."""
+        side, ahead = generator.choice([-1, 1]) * generator.uniform(*ASIDE), generator.uniform(*AHEAD)
+        yaw = -np.arctan2(side, LOOKED_AT) + np.radians(generator.uniform(-5, 5))
+        return Camera(self.origin + np.array([side, generator.uniform(-0.1, 0.1), ahead]), self.pitch, float(yaw))
+
+
+@dataclass(frozen=True)
+class Furnished:
+    """A room with objects in it and a light."""
+
+    room: Room
+    objects: list[Ball | Box]
+    light: Float[np.ndarray, " 3"]
+
+    def depths(self, origin: Float[np.ndarray, " 3"], rays: Points) -> Float[np.ndarray, "k n"]:
+        """Of each surface along each ray, the room's first."""
+        return np.stack([surface.depth(origin, rays) for surface in (self.room, *self.objects)])
+
+    def seen_from(self, camera: Camera, generator: np.random.Generator, size: int = SIZE) -> View:
+        """What a camera sees; the generator is of the noise."""
+        rays = camera.rays(size * SAMPLES).reshape(-1, 3)
+        depths = self.depths(camera.origin, rays)
+        nearest = depths.argmin(0)
+        depth = depths[nearest, np.arange(len(rays))]
+        points = camera.origin + depth[:, None] * rays
+        kind, colour = np.empty(len(rays), np.uint8), np.empty((len(rays), 3))
+        for i, surface in enumerate((self.room, *self.objects)):
+            here = np.flatnonzero(nearest == i)
+            seen = surface.look(points[here])
+            shade = AMBIENT + (1 - AMBIENT) * np.clip(seen.normal @ self.light, 0, 1)
+            kind[here], colour[here] = seen.kind, seen.colour * shade[:, None]
+        floor = np.flatnonzero(kind == FLOOR)
+        colour[floor] *= _dimming(points[floor], self.objects)[:, None]
+        fine = colour.reshape(size, SAMPLES, size, SAMPLES, 3).mean((1, 3))
+        image = fine + generator.normal(0, NOISE, fine.shape)
+        # No sample lies at the centre of a pixel: truth is that of the one above and left of it, a quarter pixel away.
+        depth, kind = (values.reshape(size * SAMPLES, -1)[::SAMPLES, ::SAMPLES] for values in (depth, kind))
+        return View(
+            image.round().clip(0, 255).astype(np.uint8),
+            (depth * 1000).round().astype(np.uint16),
+            (kind + 1).astype("u1"),
+        )
+
+    def shared_points(self, first: Camera, second: Camera, size: int = SIZE) -> Float[np.ndarray, "m 4"]:
+        """Points of a regular grid in the first view that the second one sees too: x, y there and here, pixels.
+
+        A point is hidden where the second camera's ray to it meets something before.
+        """
+        rays = first.rays(GRID).reshape(-1, 3)
+        points = first.origin + self.depths(first.origin, rays).min(0)[:, None] * rays
+        x, y, depth = second.project(points).T
+        inside = (depth > 0) & (np.minimum(x, y) > 0) & (np.maximum(x, y) < 1)
+        towards = (points - second.origin)[inside]
+        inside[inside] = self.depths(second.origin, towards).min(0) > 1 - SAME_POINT
+        across = (np.arange(GRID) + 0.5) / GRID
+        there = np.stack(np.meshgrid(across, across), axis=-1).reshape(-1, 2)
+        return size * np.concatenate([there, np.stack([x, y], axis=1)], axis=1)[inside]
+
+
+def furnished(generator: np.random.Generator) -> tuple[Furnished, Camera]:
+    """A random room with objects in it, and the camera that looks into it."""
     origin = np.array([0.0, generator.uniform(*CAMERA_HEIGHT), 0.0])
-    rays = camera_rays(size * SAMPLES, np.radians(generator.uniform(*PITCH))).reshape(-1, 3)
+    camera = Camera(origin, np.radians(generator.uniform(*PITCH)))
     room = Room(
         *(generator.uniform(*span) for span in (ROOM_WIDTH, ROOM_LENGTH, ROOM_HEIGHT)),
         colours=tuple(_two_colours(generator) for _ in range(3)),
     )
     objects = _furnish(room, generator)
     light = _unit(np.array([generator.uniform(-1, 1), generator.uniform(0.6, 1.2), generator.uniform(-1.2, -0.2)]))
-    surfaces = [room, *objects]
-    depths = np.stack([surface.depth(origin, rays) for surface in surfaces])
-    nearest = depths.argmin(0)
-    depth = depths[nearest, np.arange(len(rays))]
-    points = origin + depth[:, None] * rays
-    kind, colour = np.empty(len(rays), np.uint8), np.empty((len(rays), 3))
-    for i, surface in enumerate(surfaces):
-        here = np.flatnonzero(nearest == i)
-        seen = surface.look(points[here])
-        shade = AMBIENT + (1 - AMBIENT) * np.clip(seen.normal @ light, 0, 1)
-        kind[here], colour[here] = seen.kind, seen.colour * shade[:, None]
-    floor = np.flatnonzero(kind == FLOOR)
-    colour[floor] *= _dimming(points[floor], objects)[:, None]
-    fine = colour.reshape(size, SAMPLES, size, SAMPLES, 3).mean((1, 3))
-    image = fine + generator.normal(0, NOISE, fine.shape)
-    # No sample lies at the centre of a pixel: truth is that of the one above and left of it, a quarter pixel away.
-    depth, kind = (values.reshape(size * SAMPLES, -1)[::SAMPLES, ::SAMPLES] for values in (depth, kind))
-    return View(
-        image.round().clip(0, 255).astype(np.uint8), (depth * 1000).round().astype(np.uint16), (kind + 1).astype("u1")
-    )
+    return Furnished(room, objects, light), camera
 
 
-def camera_rays(size: int, pitch: float) -> Float[np.ndarray, "s s 3"]:
+def camera_rays(size: int, pitch: float, yaw: float = 0.0) -> Float[np.ndarray, "s s 3"]:
     """Directions through the pixels, in the world, each one metre long along the camera's axis.
 
     Args:
         pitch: radians downwards.
+        yaw: radians to the right.
     """
     across = (2 * (np.arange(size) + 0.5) / size - 1) * HALF_WIDTH
     x, down = np.meshgrid(across, across)
     y = -down * np.cos(pitch) - np.sin(pitch)
     z = np.cos(pitch) - down * np.sin(pitch)
-    return np.stack([x, y, z], axis=-1)
+    return np.stack([x * np.cos(yaw) + z * np.sin(yaw), y, z * np.cos(yaw) - x * np.sin(yaw)], axis=-1)
 
 
 def meet_ball(origin: Float[np.ndarray, " 3"], rays: Points, radius: float) -> Float[np.ndarray, " n"]:

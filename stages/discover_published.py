@@ -1,0 +1,46 @@
+"""discover_published@<run>-<dataset>: objects by LOST, DINO-seg and TokenCut exactly as published, CorLoc;
+metrics/runs/<run>/discover_published/<dataset>/."""
+
+from pathlib import Path
+
+import numpy as np
+
+from regvit.data.decoding import read_rgb
+from regvit.data.manifest import read_dataset
+from regvit.measures.tables import mean_figures, write_results
+from regvit.measures.training_free.published_discovery import Published, discover_published
+from regvit.pipeline.command import command
+from regvit.pipeline.params import load_params
+from regvit.pipeline.runtime import Runtime
+from regvit.registers.runs import open_run
+from regvit.stats.boxes import HIT, best_iou, draw_boxes, true_boxes
+
+PICTURES = 8
+
+
+def main(run: str, name: str) -> None:
+    params, out = load_params(), Path("metrics/runs") / run / "discover_published" / name
+    how = Published(**params.discover_published.model_dump(exclude={"datasets"}))
+    backbone, dataset = (
+        open_run(Path(f"features/runs/{run}.json"), Path("data/backbones")),
+        read_dataset(Path("data") / name),
+    )
+    backbone.model.to(Runtime.load().device)
+    truth = true_boxes(dataset)
+    rows = [row for row, boxes in enumerate(truth) if len(boxes)]
+    if not rows:
+        raise ValueError(f"data set {name} has no images with boxes; this measurement needs some")
+    truth = [truth[row] for row in rows]
+    boxes = discover_published(backbone, dataset, rows, how)
+    hits = {f"corloc_{method}": (best_iou(own, truth) >= HIT).astype(float) for method, own in boxes.items()}
+    found = mean_figures(hits, params.seed)
+    write_results(out, run, name, found, list(dataset.rows.select(rows).column("image_id")), hits)
+    first = range(min(PICTURES, len(rows)))
+    drawn = np.stack([boxes["lost"], boxes["token_cut"]], axis=1)
+    pictures = [read_rgb(dataset.image_path(rows[i])) for i in first]
+    draw_boxes(out / "boxes.png", pictures, [truth[i] for i in first], [drawn[i] for i in first])
+    print(f"{run}/{name}: " + ", ".join(f"{one.metric} {one.value:.4f}" for one in found))
+
+
+if __name__ == "__main__":
+    command(main, "run", "dataset", interrupted="metrics/runs/{0}/discover_published/{1} is not finished")
