@@ -21,14 +21,11 @@ def main() -> None:
     opened = {run: open_predictions(Path(f"features/predictions/{run}.zarr")) for run in study.runs}
     drawn = {"resamples": params.evaluate.bootstrap, "seed": study.seed}
     tables = [difference_rows(study)]
-    for run, reference in study.references.items():
-        pairs = readout_pairs(opened[run], opened[reference])
+    for run, reference in [*study.held(), *((run, run) for run in study.runs)]:
+        pairs = readout_pairs(opened[run], opened[reference], study.bases)
         tables += [paired_differences(opened[run], a, opened[reference], b, **drawn) for a, b in pairs]
-    for of in opened.values():
-        pairs = [(readout, base) for base in study.bases for readout in of.readouts if base in of.readouts]
-        tables += [paired_differences(of, readout, of, base, **drawn) for readout, base in pairs if readout != base]
     write_compared("metrics/compare/differences.csv", pd.concat(tables))
-    for run, reference in study.references.items():
+    for run, reference in study.held():
         print(f"{run} against {reference}")
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from regvit.data.batches import Batches
 from regvit.data.manifest import read_dataset
 from regvit.features.dense_set import drawn_images
+from regvit.measures.cost import cost_figures
 from regvit.measures.tables import write_results, write_table
 from regvit.measures.verification import draw_verification, figures, norm_table, open_models, verify
 from regvit.pipeline.command import command
@@ -26,7 +27,7 @@ def main(name: str) -> None:
         models,
         Batches(images, models.run.transform, runtime.batch_size, runtime.workers, runtime.device, label),
     )
-    shown = figures(found, seed)
+    shown = figures(found, seed) + cost_figures(models.run, models.untreated)
     write_results(out, name, params.in_distribution, shown, images.rows.column("image_id"), found.images)
     write_table(out / "norms.csv", norm_table(found))
     scenes = read_dataset(Path("data") / params.verify.pictures).subset("test")

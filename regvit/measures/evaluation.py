@@ -48,12 +48,12 @@ def base_readout(readouts: Sequence[str]) -> str:
     return "cls" if "cls" in readouts else readouts[0]
 
 
-def readout_pairs(a: Predictions, b: Predictions) -> list[tuple[str, str]]:
-    """Each readout of a with the same of b, or b's CLS where b has it not; within a run each with CLS."""
-    base = base_readout(b.readouts)
-    if a is b:
-        return [(name, base) for name in a.readouts if name != base]
-    return [(name, name if name in b.readouts else base) for name in a.readouts]
+def readout_pairs(a: Predictions, b: Predictions, bases: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """Each readout of a run with those of another that it is held against: the same one, or, where the other has it not (as
+    without registers), the bases, CLS if it has none of these; within a run each with the bases."""
+    known = [base for base in bases if base in b.readouts] or [base_readout(b.readouts)]
+    pairs = [(name, base) for name in a.readouts for base in ([name] if a is not b and name in b.readouts else known)]
+    return [(name, base) for name, base in pairs if a is not b or name != base]
 
 
 def paired_differences(

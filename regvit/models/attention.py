@@ -1,13 +1,13 @@
-"""Attention of CLS and registers to all tokens, by block and head.
+"""Attention to all tokens, by block and head: of CLS and registers, or of any rows (`watch_attention`).
 
-Where a block attends through torch's fused kernel, its weights are never made: `watch_prefix_attention` looks at the
+Where a block attends through torch's fused kernel, its weights are never made: `watch_attention` looks at the
 queries q and keys k that the kernel is called with, after whatever the block did to them (normalised queries and keys,
-rotary positions, a bias a head), and computes the rows of the prefix tokens alone:
+rotary positions, a bias a head), and computes just the rows that are asked for:
 
-    A[i, j] = softmax_j(scale * q_i . k_j + mask_ij),   i a prefix token, j any token
+    A[i, j] = softmax_j(scale * q_i . k_j + mask_ij),   j any token
 
-That is (prefix, n) numbers a head instead of (n, n). Blocks without the kernel, and those which subtract one softmax
-from another, are made to compute their weights in the open.
+For the prefix tokens that is (prefix, n) numbers a head instead of (n, n). Blocks without the kernel, and those which
+subtract one softmax from another, are made to compute their weights in the open.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -89,10 +89,42 @@ def watch_prefix_attention(
     Raises:
         ValueError: the model has no prefix token, a layer is out of range, or a block has no softmax weights to read.
     """
-    all_blocks, queries = blocks(model), TokenLayout.of(model).prefix
-    layers = list(range(len(all_blocks))) if layers is None else layers
+    queries = TokenLayout.of(model).prefix
     if not queries:
         raise ValueError("this model has neither CLS nor registers, so no prefix token attends to anything")
+    seen: dict[int, Tensor] = {}
+    with watch_attention(model, layers, lambda layer, rows: seen.update({layer: rows[:queries]})):
+        yield seen
+
+
+class AttentionRows:
+    """The attention matrix of a block, of which rows are computed when they are asked for: `rows[i:j]` is (b, h, q, n).
+
+    Args:
+        shape: (b, h, n).
+        read: gives the rows of a slice or of their numbers, in float32.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], read: Callable[[slice | Int[Tensor, " q"]], Tensor]):
+        self.shape, self._read = shape, read
+
+    def __getitem__(self, queries: slice | Int[Tensor, " q"]) -> Float[Tensor, "b h q n"]:
+        return self._read(queries)
+
+
+@contextmanager
+def watch_attention(
+    model: nn.Module, layers: list[int] | None, look: Callable[[int, AttentionRows], object]
+) -> Iterator[None]:
+    """Inside the `with` block, `look(layer, rows)` is called for each block that attends; `rows` is good for that call alone.
+
+    Args:
+        layers: block indices, all by default.
+    Raises:
+        ValueError: a layer is out of range, or a block has no softmax weights to read.
+    """
+    all_blocks = blocks(model)
+    layers = list(range(len(all_blocks))) if layers is None else layers
     in_the_open, fused = {}, {}
     for layer in layers:
         if not 0 <= layer < len(all_blocks):
@@ -104,20 +136,26 @@ def watch_prefix_attention(
             in_the_open[layer] = owner
         else:
             raise ValueError(f"block {layer} ({type(all_blocks[layer]).__name__}) has no attention weights to read")
-    seen: dict[int, Tensor] = {}
+
+    owners = {layer: attention_of(all_blocks[layer]) for layer in layers}
+
+    def show(layer: int, shape: tuple, read: Callable[[slice | Tensor], Tensor]) -> None:
+        look(layer, AttentionRows(shape, lambda queries: _of_tokens(owners[layer], read(queries))))
+
+    def of_weights(layer: int, a: Float[Tensor, "b h n n"]) -> None:
+        show(layer, a.shape[:3], lambda queries: a[:, :, queries].float())
+
+    def of_kernel(layer: int, q: Tensor, k: Tensor, mask: Tensor | None, scale: float | None) -> None:
+        show(layer, q.shape[:3], lambda queries: _rows(queries, q, k, mask, scale))
+
     with ExitStack() as stack:
         for owner in in_the_open.values():
             stack.enter_context(unfused(owner))
         drops = {layer: owner.attn_drop for layer, owner in in_the_open.items()}
-        owners = {layer: attention_of(all_blocks[layer]) for layer in layers}
-
-        def see(layer: int, rows: Float[Tensor, "b h q n"]) -> None:
-            seen[layer] = _of_tokens(owners[layer], rows)
-
-        stack.enter_context(watch_inputs(drops, lambda layer, a: see(layer, a[:, :, :queries].float())))
-        reader = stack.enter_context(_KernelCalls(lambda layer, *qk: see(layer, _rows(queries, *qk))))
+        stack.enter_context(watch_inputs(drops, of_weights))
+        reader = stack.enter_context(_KernelCalls(of_kernel))
         stack.enter_context(_inside(fused, reader))
-        yield seen
+        yield
 
 
 def query_names(layout: TokenLayout) -> tuple[str, ...]:
@@ -196,17 +234,17 @@ def _inside(watched: dict[int, nn.Module], reader: _KernelCalls) -> Iterator[Non
 
 
 def _rows(
-    queries: int,
+    queries: slice | Int[Tensor, " q"],
     q: Float[Tensor, "b h n c"],
     k: Float[Tensor, "b h n c"],
     mask: Bool[Tensor, "... n n"] | Float[Tensor, "... n n"] | None,
     scale: float | None,
 ) -> Float[Tensor, "b h q n"]:
-    """The first rows of the attention matrix, in float32."""
+    """Rows of the attention matrix, in float32."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    logits = (q[:, :, :queries].float() * scale) @ k.float().mT  # (b, h, q, n)
+    logits = (q[:, :, queries].float() * scale) @ k.float().mT  # (b, h, q, n)
     if mask is not None:
-        rows = mask if mask.shape[-2] == 1 else mask[..., :queries, :]
+        rows = mask if mask.shape[-2] == 1 else mask[..., queries, :]
         logits = logits.masked_fill(~rows, -torch.inf) if rows.dtype == torch.bool else logits + rows.float()
     return logits.softmax(-1)
 

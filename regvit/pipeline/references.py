@@ -162,7 +162,12 @@ def _broken_measurements(params: Params) -> Iterator[str]:
             yield f"zeroshot.text has no text tower for {runs[name].backbone}, the backbone of run {name}: add one"
     for name in params.zeroshot.text.keys() - params.backbones.keys():
         yield f"zeroshot.text.{name} is no backbone{nearest(name, params.backbones)}"
-    references = params.compare.references
+    references, pairs = params.compare.references, params.compare.pairs
+    for name in sorted({each for pair in pairs for each in pair} - runs.keys()):
+        yield f"compare.pairs names {name!r}, which runs does not have{nearest(name, runs)}"
+    for name, other in pairs:
+        if name == other:
+            yield f"compare.pairs holds {name} against itself: name another"
     for name in sorted({*references, *references.values()} - runs.keys()):
         yield f"compare.references names {name!r}, which runs does not have{nearest(name, runs)}"
     for name, other in references.items():

@@ -220,6 +220,8 @@ class Evaluate(Block):
 class Compare(Block):
     references: Named[Text]
     bases: Some[Readout] = ("cls",)
+    readouts: Some[Readout] | None = None
+    pairs: Several[Annotated[tuple[Text, Text], Strict(False)]] = ()
 
 
 class Verify(Block):

@@ -65,6 +65,11 @@ class Probe:
         inner = self.weight.shape[1]
         return inner if self.pool is None else inner // 2 * (1 + self.n_registers)
 
+    @property
+    def parameters(self) -> int:
+        """Numbers that were trained."""
+        return self.weight.size + self.bias.size + (0 if self.pool is None else self.pool.size)
+
     def embed(self, features: Float[np.ndarray, "b d"]) -> Float[np.ndarray, "b d'"]:
         """What the weight multiplies, float32: [CLS; pooled registers] where the probe pools, else the features.
 
@@ -137,7 +142,8 @@ class Baselines:
 
 
 def validation_figures(probes: ProbeSet) -> list[Figure]:
-    """Validation accuracy of each readout's chosen probes, and the learning rates that won: mean, least and largest."""
+    """Of each readout: validation accuracy of its chosen probes, the learning rates that won (mean, least and largest), and
+    what a probe costs: channels that it takes, and its parameters."""
     figures, images = [], np.arange(probes.val_images)
     for name, of_seeds in probes.probes.items():
         correct = np.stack([images < probe.val_correct for probe in of_seeds])  # the same images: seeds narrow nothing
@@ -145,6 +151,8 @@ def validation_figures(probes: ProbeSet) -> list[Figure]:
         keys = {"readout": name, "classifier": "linear"}
         figures.append(Figure.of("val_top1", accuracy(correct), **keys))
         figures.append(Figure("learning_rate", float(np.mean(rates)), min(rates), max(rates), **keys))
+        figures.append(Figure("width", of_seeds[0].width, **keys))
+        figures.append(Figure("head_parameters", of_seeds[0].parameters, **keys))
     return figures
 
 

@@ -8,19 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from regvit.report.catalogue import METRICS, Metric
+from regvit.report.catalogue import METRICS, NEITHER, Metric
 from regvit.report.results import Place, Results
 from regvit.report.study import ANOMALIES, MEASUREMENTS, OOD, Value
-from regvit.report.tables import NONE, Cell, Table, show, show_change
+from regvit.report.tables import NONE, Cell, Table, number, show, show_change
 
-READOUTS = (
-    "cls",
-    "cls_reg",
-    "cls_reg_learned",
-    "cls_patch",
-    "cls_noise",
-    "patch_mean",
-)  # the rows of a run, as far as it has them
 CLASSIFIERS = {"linear": "linear probe", "logistic": "logistic regression", "knn": "kNN"}
 AT_A_GLANCE = ("cls", "patch_mean")  # readouts in the first table
 README_ROWS = (  # (stage, metric) of the README's table
@@ -42,13 +34,16 @@ TITLES = {
     "retrieve": "Retrieval",
     "zeroshot": "Zero-shot classification",
 }
+COSTS = [Metric(label, NEITHER, 1, digits) for label, digits in (
+    ("channels", 0), ("parameters of the head", 0), ("GFLOP an image", 3), ("without registers", 3),
+)]  # fmt: skip
 TOP1, AUROC, FPR95 = (METRICS["evaluate"][name] for name in ("top1", "auroc", "fpr95"))
 
 
 def comparison(results: Results) -> list[Table]:
     """The tables that `make compare` prints and the page begins with; those without rows are left out."""
     tables = [glance_table(results), accuracy_table(results), classifier_table(results), anomaly_table(results)]
-    tables += [detector_table(results), difference_table(results), control_table(results)]
+    tables += [detector_table(results), difference_table(results), cost_table(results), control_table(results)]
     tables += [measurement_table(results, "verify", results.study.in_distribution)]
     return [table for table in tables if table]
 
@@ -138,8 +133,7 @@ def detector_table(results: Results, readout: str = "cls") -> Table:
 
 def difference_table(results: Results) -> Table:
     """The paired differences by which figures are marked, over whole groups of data sets."""
-    study = results.study
-    rows = []
+    study, rows = results.study, []
     for run, readout in _shown(results):
         lines = [
             (f"{study.in_distribution} top-1", results.top1(readout, study.in_distribution), TOP1),
@@ -147,17 +141,43 @@ def difference_table(results: Results) -> Table:
             ("mean AUROC", results.anomaly("auroc", ANOMALIES, readout), AUROC),
             ("mean FPR95", results.anomaly("fpr95", ANOMALIES, readout), FPR95),
         ]
-        bases = [None] if readout == "cls" else [base for base in study.bases if base != readout]
-        for base in bases:
-            who = (f"{run} − {study.references.get(run)}", readout) if base is None else (run, f"{readout} − {base}")
-            changes = [(what, results.change(run, place, base), metric) for what, place, metric in lines]
-            rows += [(*who, what, show_change(change, metric)) for what, change, metric in changes if change]
+        held = [(run, base) for base in study.bases]
+        for each, other in study.held():
+            bases = [readout] if readout in results.readouts(other) else study.bases
+            held += [(other, base) for base in bases if each == run]
+        for other, base in held:
+            who = run if other == run else f"{run} − {other}"
+            which = readout if readout == base else f"{readout} − {base}"
+            for what, place, metric in lines:
+                change = results.differences.get((run, other, base, place))
+                if change:
+                    before = results.value(other, place._replace(readout=base))
+                    rows.append((who, which, what, show_change(change, metric), _relative(change, before)))
     note = (
         "The same images, probe seeds and resamples on both sides; p-values, all data sets and detectors:"
         " `metrics/compare/differences.csv`. Not corrected for the number of rows: 1 in 20 leaves out zero by chance."
+        " Relative: of the figure that is held against."
     )
     title = f"Paired differences, percentage points [95 % interval]; detector {study.detectors[0]}"
-    return Table.of(title, ("run", "readout", "what", "difference"), rows, note)
+    return Table.of(title, ("run", "readout", "what", "difference", "relative, %"), rows, note)
+
+
+def _relative(change: Value, before: Value | None) -> Cell | str:
+    return Cell(number(100 * change.value / before.value, 1, signed=True)) if before and before.value else NONE
+
+
+def cost_table(results: Results) -> Table:
+    """What a readout costs: channels and parameters of its linear head, and operations of the forward that it is read from."""
+    home, rows = results.study.in_distribution, []
+    for run, readout in _shown(results):
+        of = [
+            results.value(run, Place("probe", name, home, readout, "linear")) for name in ("width", "head_parameters")
+        ]
+        of += [results.value(run, Place("verify", name, home)) for name in ("gflops", "gflops_without_registers")]
+        if any(of):
+            rows.append((run, readout, *(show(value, metric) for value, metric in zip(of, COSTS, strict=True))))
+    header = ("run", "readout", *(metric.label for metric in COSTS))
+    return Table.of("Cost of a readout", header, rows)
 
 
 def control_table(results: Results) -> Table:
@@ -246,7 +266,8 @@ def _value(results: Results, run: str, place: Place) -> Value | None:
 def _shown(results: Results) -> Iterator[tuple[str, str]]:
     """(run, readout) of the rows about readouts."""
     for run in results.study.runs:
-        yield from ((run, readout) for readout in READOUTS if readout in results.readouts(run))
+        wanted = results.study.readouts
+        yield from ((run, readout) for readout in results.readouts(run) if wanted is None or readout in wanted)
 
 
 def _marked(results: Results, run: str, place: Place, metric: Metric) -> Cell | str:

@@ -29,9 +29,8 @@ PAIRED_STAGES = ("verify", *MEASUREMENTS)
 
 
 def difference_rows(study: Study) -> pd.DataFrame:
-    """Every run against its reference, in all figures that have a value an image."""
-    pairs = study.references.items()
-    rows = [row for run, reference in pairs for row in image_differences(study, run, reference)]
+    """Every run against its references, in all figures that have a value an image."""
+    rows = [row for run, reference in study.held() for row in image_differences(study, run, reference)]
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 

@@ -35,6 +35,8 @@ class Study:
         detectors: of anomalies; the first one is shown.
         references: which run each run is held against.
         bases: readouts that the other readouts of a run are held against.
+        readouts: rows of the tables about readouts; None: all that a run has.
+        pairs: runs that are held against a second, third, … one, `(run, other)`.
         seed: of the bootstrap.
         folder: metrics/.
     """
@@ -49,6 +51,8 @@ class Study:
     detectors: Sequence[str] = ("msp",)
     references: Mapping[str, str] = field(default_factory=dict)
     bases: Sequence[str] = ("cls",)
+    readouts: Sequence[str] | None = None
+    pairs: Sequence[tuple[str, str]] = ()
     seed: int = 0
     folder: Path = Path("metrics")
 
@@ -64,8 +68,14 @@ class Study:
             detectors=tuple(params["evaluate"]["detectors"]),
             references=references(params["runs"], params["backbones"], params["compare"]["references"]),
             bases=tuple(params["compare"].get("bases", cls.bases)),
+            readouts=params["compare"].get("readouts"),
+            pairs=tuple(map(tuple, params["compare"].get("pairs", ()))),
             folder=folder,
         )
+
+    def held(self) -> list[tuple[str, str]]:
+        """Every run and what it is held against: references first."""
+        return list(dict.fromkeys([*self.references.items(), *self.pairs]))
 
     def sets(self, role: str) -> list[str]:
         """Data sets with a role: `id`, `ood` or `anomaly`."""

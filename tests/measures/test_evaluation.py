@@ -122,6 +122,14 @@ def test_a_readout_is_compared_with_the_same_or_else_with_cls(predictions):
     assert readout_pairs(predictions, other) == [("cls", "cls"), ("cls_reg_learned", "cls")]
     assert readout_pairs(other, predictions) == [("cls", "cls")]
     assert readout_pairs(predictions, predictions) == [("cls_reg_learned", "cls")]
+    bases = ("cls", "cls_reg_learned", "cls_patch")  # cls_patch: none has it
+    assert readout_pairs(predictions, predictions, bases) == [("cls", "cls_reg_learned"), ("cls_reg_learned", "cls")]
+    assert readout_pairs(other, predictions, bases) == [("cls", "cls")]
+    reg_only = dataclasses.replace(
+        index, classifiers=tuple(key for key in index.classifiers if key[0] == "cls_reg_learned")
+    )
+    pairs = readout_pairs(Predictions(cls_only, predictions.group), Predictions(reg_only, predictions.group), bases)
+    assert pairs == [("cls", "cls_reg_learned")]
     assert base_readout(("patch_mean", "cls")) == "cls" and base_readout(("patch_mean", "reg_mean")) == "patch_mean"
 
 

@@ -12,6 +12,7 @@ from regvit.report.comparison import (
     classifier_table,
     comparison,
     control_table,
+    cost_table,
     detector_table,
     difference_table,
     glance_table,
@@ -80,14 +81,45 @@ def test_a_lower_fpr_is_better(results):
     assert row_of(anomaly_table(marked), "cured", "cls")[3].endswith("▼")
 
 
-def test_differences_to_each_base_stand_with_their_intervals(results):
+def test_differences_to_each_base_stand_with_their_intervals_and_what_they_are_relative_to_it(results):
     of = {"stage": "evaluate", "metric": "top1", "dataset": "home", "classifier": "linear", "run": "cured"}
     marked = gained(results, **of, reference="cured", readout="cls_reg", reference_readout="patch_mean")
-    assert row_of(difference_table(marked), "cured", "cls_reg − patch_mean")[2:] == [
-        "home top-1",
-        "+2.0 [+1.0, +3.0] ▲",
-    ]
+    before = results.value("cured", results.top1("patch_mean", "home")).value
+    row = row_of(difference_table(marked), "cured", "cls_reg − patch_mean")
+    assert row[2:4] == ["home top-1", "+2.0 [+1.0, +3.0] ▲"]
+    assert float(row[4]) == pytest.approx(2 / before, abs=0.06)
     assert not difference_table(results)
+
+
+def test_a_run_with_registers_is_held_against_the_bases_of_one_without_and_against_a_second_one(results):
+    of = {"stage": "evaluate", "metric": "top1", "dataset": "home", "classifier": "linear", "run": "cured"}
+    marked = gained(results, **of, reference="original", readout="cls_reg", reference_readout="patch_mean")
+    assert row_of(difference_table(marked), "cured − original", "cls_reg − patch_mean")
+    second = gained(results, **of, reference="intact", readout="cls", reference_readout="cls")
+    assert not difference_table(second)
+    study = dataclasses.replace(second.study, pairs=(("cured", "intact"),))
+    assert row_of(difference_table(dataclasses.replace(second, study=study)), "cured − intact", "cls")
+    assert study.held()[-1] == ("cured", "intact") and set(study.references.items()) < set(study.held())
+
+
+def test_every_readout_has_a_row_unless_some_are_chosen(results):
+    assert set(accuracy_table(results).frame["readout"]) == {
+        r for run in results.study.runs for r in results.readouts(run)
+    }
+    chosen = dataclasses.replace(results, study=dataclasses.replace(results.study, readouts=("cls",)))
+    for table in (accuracy_table(chosen), anomaly_table(chosen)):
+        assert set(table.frame["readout"]) == {"cls"}
+
+
+def test_a_readout_costs_channels_parameters_and_the_forward_that_it_is_read_from(results):
+    assert not cost_table(results)
+    of = {"dataset": "home", "readout": "", "classifier": "", "detector": "", "lo": None, "hi": None, "n": None}
+    probe = of | {"stage": "probe", "readout": "cls_reg", "classifier": "linear", "run": "cured"}
+    rows = [probe | {"metric": "width", "value": 768.0}, probe | {"metric": "head_parameters", "value": 5383.0}]
+    rows += [of | {"stage": "verify", "run": "cured", "metric": "gflops", "value": 1.5}]
+    more = Results.of(results.study, pd.DataFrame(rows)).figures
+    costly = dataclasses.replace(results, figures={**results.figures, **more})
+    assert row_of(cost_table(costly), "cured", "cls_reg") == ["cured", "cls_reg", "768", "5383", "1.500", "–"]
 
 
 def test_classifiers_and_detectors_have_a_row_each(results):
