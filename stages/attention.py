@@ -25,19 +25,21 @@ def main(run: str, name: str) -> None:
     store = Path("features/dense") / run / f"{name}.zarr"
     dense = DenseSet.open(Path("data") / name, store, Runtime.load().device)
     rows, seed = dense.rows("test"), params.seed
-    if not dense.layout.prefix:
-        write_results(out, run, name, [], [], {})
-        print(f"{run}/{name}: the model has neither CLS nor registers whose attention could be measured")
-        return
-    later = later_blocks(dense.store.arrays["attention"][0], params.attention.first_layer)
-    quality = measure_attention(dense, rows, later)
+    chosen = params.attention
+    later = later_blocks(dense.store.arrays["all_queries"][0], chosen.first_layer, chosen.layers)
+    quality = measure_attention(dense, rows, later, chosen.heads)
     found = figures(quality, seed)
     write_results(out, run, name, found, dense.image_ids(rows), image_columns(quality))
     write_tables(out, quality)
-    shown = rows[:PICTURES]
-    draw_attention(out / "maps.png", dense.pictures(shown), attention_maps(dense, shown, later))
+    if dense.layout.prefix:
+        drawn = rows[:PICTURES]
+        draw_attention(out / "maps.png", dense.pictures(drawn), attention_maps(dense, drawn, later))
     values = {one.metric: one.value for one in found}
-    shown = ("entropy", "morans_i", "on_outliers", "on_registers", "object_auroc")
+    shown = (
+        ("entropy", "morans_i", "on_outliers", "on_registers", "all_coherence")
+        if dense.layout.prefix
+        else ("all_coherence",)
+    )
     print(f"{run}/{name}: " + ", ".join(f"{metric} {values[metric]}" for metric in shown))
 
 

@@ -32,7 +32,7 @@ def main(run: str, name: str) -> None:
     fill_store(
         Path("features/dense") / run / f"{name}.zarr",
         dataset,
-        Forward(backbone, arrays, params.extract.precision),
+        Forward(backbone, arrays, params.extract.precision, float32=("all_queries",)),
         run_attributes(read_run(run_file)) | about,
         store_options(runtime, f"extract_dense {run}/{name}"),
     )

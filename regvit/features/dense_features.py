@@ -7,6 +7,8 @@ Of an image there are, by group; p patches stand row by row of the grid:
                 neighbours (2, p): mean cosine of a patch embedding to its up to four neighbours, as it is, and centred on
                 the mean embedding of the set's first images (it says how little information a patch holds)
     attention   attention (l, h, q, n): of CLS and registers to all tokens, by block and head
+                all_queries (l, h, 3): entropy, largest weight and coherence over all queries
+                (`regvit.models.query_attention`)
     inside      k, q, v, token (m, p, d) of the last m blocks, see `regvit.models.token_features`
     always      outliers (p): where the *untreated* model of the same backbone has an outlier in the detection layer,
                 so that runs with and without registers are looked at in the same places
@@ -30,6 +32,7 @@ from regvit.features.dense_set import GROUPS, grid_side
 from regvit.models.attention import watch_prefix_attention
 from regvit.models.backbones import Backbone, load_backbone, resized
 from regvit.models.hooks import blocks, forward_until, watch_outputs
+from regvit.models.query_attention import watch_query_attention
 from regvit.models.token_features import KINDS, Feature, last_layers, watch_patch_features
 from regvit.models.tokens import TokenLayout
 from regvit.registers.neighbourhood import neighbour_cosine
@@ -111,10 +114,11 @@ class DenseArrays:
     def __call__(self, model: nn.Module, images: Float[Tensor, "b 3 s s"]) -> dict[str, Shaped[Tensor, "b ..."]]:
         """The arrays by their names; images are normalised and on the model's device."""
         layout, at, norms = TokenLayout.of(model), self._inside(model), {}
-        attend = "attention" in self.groups and layout.prefix > 0
+        attend = "attention" in self.groups
         with (
             watch_outputs(dict(enumerate(blocks(model))), lambda layer, x: norms.update({layer: _norms(layout, x)})),
-            watch_prefix_attention(model) if attend else nullcontext({}) as weights,
+            watch_prefix_attention(model) if attend and layout.prefix else nullcontext({}) as weights,
+            watch_query_attention(model) if attend else nullcontext({}) as qualities,
             watch_patch_features(model, [Feature(kind, layer) for kind in KINDS for layer in at]) as seen,
         ):
             tokens = model.forward_features(images)
@@ -129,8 +133,10 @@ class DenseArrays:
             e = patch_embeddings(model, images).float()
             cosines = [neighbour_cosine(e), neighbour_cosine(e if self.centre is None else e - self.centre.to(e))]
             arrays |= {"norms": stacked, "neighbours": torch.stack(cosines, dim=1)}
-        if attend:
+        if weights:
             arrays["attention"] = torch.stack([weights[layer] for layer in sorted(weights)], dim=1)
+        if qualities:
+            arrays["all_queries"] = torch.stack([qualities[layer] for layer in sorted(qualities)], dim=1)
         if at:
             arrays |= {kind: torch.stack([seen[Feature(kind, layer)] for layer in at], dim=1) for kind in KINDS}
         return arrays

@@ -13,6 +13,9 @@ a_i = A_i / Σ_patches A (so that maps compare whatever share CLS and registers 
     object_mass         Σ a_i f_i, f_i the share of the patch's pixels that belong to an object
     object_auroc        probability that a pixel of an object has more attention than one of the background, ties half
 
+Over *all* queries, patches too, there are entropy, largest weight and coherence as the recipe of arXiv:2506.08010 has them
+(`regvit.models.query_attention`): `all_entropy`, `all_largest`, `all_coherence`.
+
 Shape letters: b image, l layer, h head, q query (CLS, then registers), n token, p patch, i and j row and column.
 """
 
@@ -34,6 +37,7 @@ from regvit.data.dense_labels import IGNORE, read_mask
 from regvit.features.dense_set import DenseSet, grid_side
 from regvit.measures.tables import mean_figures, write_table
 from regvit.models.attention import query_names
+from regvit.models.query_attention import QUALITIES
 from regvit.models.tokens import TokenLayout
 from regvit.stats.figures import Figure
 
@@ -50,14 +54,18 @@ class AttentionQuality:
     Args:
         queries: names of the tokens that attend: `cls`, `register_0`, …
         later: blocks that are summed up.
-        heads: by metric, of every block and head.
+        heads: by metric, of every block and head; empty where nothing but patches attends.
         outliers: which patches are outliers in the untreated model.
+        over_all: the metrics over all queries.
+        summed_heads: heads that are summed up; None: all.
     """
 
     queries: tuple[str, ...]
     later: tuple[int, ...]
     heads: dict[str, Float[np.ndarray, "b l h q"]]
     outliers: Bool[np.ndarray, "b p"]
+    over_all: dict[str, Float[np.ndarray, "b l h"]]
+    summed_heads: tuple[int, ...] | None = None
 
 
 def entropy(maps: Float[Tensor, "*b p"]) -> Float[Tensor, "*b"]:
@@ -144,12 +152,16 @@ def qualities(
     return {name: found[name].where(known, torch.nan) if name.startswith("object") else found[name] for name in METRICS}
 
 
-def later_blocks(depth: int, first: int | None = None) -> list[int]:
-    """The blocks from `first` on; by default the later half, which is the same in every run on an architecture.
+def later_blocks(depth: int, first: int | None = None, layers: Sequence[int] | None = None) -> list[int]:
+    """The blocks from `first` on; by default the later half, which is the same in every run on an architecture; or `layers`.
 
     Raises:
-        ValueError: the first block is out of range.
+        ValueError: a block is out of range.
     """
+    if layers is not None:
+        if strange := [layer for layer in layers if not 0 <= layer < depth]:
+            raise ValueError(f"attention.layers has {strange[0]}, but the model has {depth} blocks (0 to {depth - 1})")
+        return list(layers)
     first = depth // 2 if first is None else first
     if not 0 <= first < depth:
         raise ValueError(f"first layer {first} is out of range: the model has {depth} blocks (0 to {depth - 1})")
@@ -157,25 +169,41 @@ def later_blocks(depth: int, first: int | None = None) -> list[int]:
 
 
 @torch.inference_mode()
-def measure_attention(dense: DenseSet, rows: Sequence[int], later: Sequence[int]) -> AttentionQuality:
+def measure_attention(
+    dense: DenseSet, rows: Sequence[int], later: Sequence[int], heads: Sequence[int] | None = None
+) -> AttentionQuality:
     """The attention of CLS and registers in every block and head; objects are those of the masks, where there are some.
 
     Args:
         rows: of `dense`, ascending.
         later: blocks that are summed up.
+        heads: that are summed up; None: all.
     Raises:
-        KeyError: attention was not kept, as the model has neither CLS nor registers.
+        KeyError: attention was not kept.
+        ValueError: there is no such head.
     """
+    over_all = dense.read("all_queries", rows)
+    if strange := [head for head in heads or () if head >= over_all.shape[2]]:
+        raise ValueError(
+            f"attention.heads has {strange[0]}, but the model has {over_all.shape[2]} heads (0 to {over_all.shape[2] - 1})"
+        )
     parts: list[dict[str, np.ndarray]] = []
-    for own, arrays in dense.batches(rows, "attention", "outliers"):
+    for own, arrays in dense.batches(rows, "attention", "outliers") if dense.layout.prefix else ():
         attention, outliers = arrays["attention"].double(), arrays["outliers"] > 0
         attention = attention / attention.sum(-1, keepdim=True)  # they are kept in float16
         objects = object_shares(dense, own)
         objects = None if objects is None else torch.from_numpy(objects).to(attention.device)
         found = qualities(attention, dense.layout, outliers, objects)
         parts.append({name: values.cpu().numpy() for name, values in found.items()})
-    heads = {name: np.concatenate([part[name] for part in parts]) for name in METRICS}
-    return AttentionQuality(query_names(dense.layout), tuple(later), heads, dense.outliers(rows))
+    of_prefix = {name: np.concatenate([part[name] for part in parts]) for name in METRICS if parts}
+    return AttentionQuality(
+        query_names(dense.layout),
+        tuple(later),
+        of_prefix,
+        dense.outliers(rows),
+        {f"all_{name}": over_all[..., m] for m, name in enumerate(QUALITIES)},
+        None if heads is None else tuple(heads),
+    )
 
 
 def object_shares(dense: DenseSet, rows: Sequence[int]) -> Float[np.ndarray, "b p"] | None:
@@ -200,19 +228,26 @@ def figures(quality: AttentionQuality, seed: int = 0) -> list[Figure]:
 
 
 def image_columns(quality: AttentionQuality) -> dict[str, Float[np.ndarray, " b"]]:
-    """Each metric of the first query, CLS where there is one: mean over the later blocks and all heads, by image."""
-    later = list(quality.later)
-    return {name: values[..., 0][:, later].mean((1, 2)) for name, values in quality.heads.items()}
+    """Each metric of the first query, CLS where there is one, and those over all queries: mean over the blocks and heads that
+    are summed up, by image."""
+    later, heads = list(quality.later), slice(None) if quality.summed_heads is None else list(quality.summed_heads)
+    of_first = {name: values[..., 0] for name, values in quality.heads.items()}
+    return {name: values[:, later][:, :, heads].mean((1, 2)) for name, values in (of_first | quality.over_all).items()}
 
 
 def write_tables(folder: Path, quality: AttentionQuality) -> None:
     """What the prefix tokens attend to, each metric with its mean over images and its 95 % t interval.
 
     - `layers.csv`: a row a query and block (mean over heads); of the first query only;
-    - `heads.csv`: a row a query, block and head.
+    - `heads.csv`: a row a query, block and head;
+    - `all_queries.csv`: a row a block and head, the metrics over all queries.
 
     Cells are empty where a metric is not defined.
     """
+    lifted = {name: values[..., None] for name, values in quality.over_all.items()}
+    write_table(folder / "all_queries.csv", _table(("all",), lifted).drop(columns="query"))
+    if not quality.heads:
+        return
     means = {name: values.mean(2, keepdims=True)[..., :1] for name, values in quality.heads.items()}
     write_table(folder / "layers.csv", _table(quality.queries[:1], means).drop(columns=["query", "head"]))
     write_table(folder / "heads.csv", _table(quality.queries, quality.heads))
@@ -220,11 +255,11 @@ def write_tables(folder: Path, quality: AttentionQuality) -> None:
 
 def _table(queries: Sequence[str], values: Mapping[str, Float[np.ndarray, "b l h q"]]) -> pd.DataFrame:
     """Query, block, head, and of every metric mean and interval."""
-    _, n_layers, n_heads, n_queries = values[METRICS[0]].shape
+    _, n_layers, n_heads, n_queries = next(iter(values.values())).shape
     layer, head, query = (axis.ravel() for axis in np.indices((n_layers, n_heads, n_queries)))
     columns = {"query": np.array(queries)[query], "layer": layer, "head": head}
-    for name in METRICS:
-        for end, estimate in zip(("", "_lo", "_hi"), _means_with_intervals(values[name]), strict=True):
+    for name, each in values.items():
+        for end, estimate in zip(("", "_lo", "_hi"), _means_with_intervals(each), strict=True):
             columns[f"{name}{end}"] = estimate.ravel()
     return pd.DataFrame(columns).sort_values(["query", "layer", "head"], kind="stable")
 

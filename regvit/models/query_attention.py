@@ -5,10 +5,10 @@ With A_ij the weight that query i gives to token j (rows sum to 1), n tokens of 
     entropy     mean over all queries i of −Σ_j A_ij ln A_ij, nats
     largest     mean over all queries i of max_j A_ij
     coherence   Pearson correlation of A_ij with the distance of i and j on the grid, in patches, over all pairs of patches,
-                each with itself too. Negative: patches attend to what lies near; about 0: place does not matter
+                each with itself too. Negative: patches attend to what lies near; 0: place does not matter, as where all are equal
 
 No (n, n) matrix is made: rows come a few at a time, of more than `MOST` patches those of a random sample, the same in every
-image and block. Sums are float64.
+image and block. Weights are float32, sums float64.
 
 Shape letters: b image, h head, q query, n token, p patch, m the three numbers, in this order.
 """
@@ -27,8 +27,8 @@ from regvit.models.attention import AttentionRows, watch_attention
 from regvit.models.tokens import TokenLayout
 
 QUALITIES = ("entropy", "largest", "coherence")
-MOST = 512  # patches that are queries
-AT_ONCE = 1 << 22  # weights held at once: 32 MiB of float64
+MOST = 256  # patches that are queries
+AT_ONCE = 1 << 22  # weights held at once: 16 MiB of float32
 
 
 @contextmanager
@@ -58,19 +58,21 @@ def query_qualities(rows: AttentionRows, prefix: int, most: int = MOST) -> Float
     places = _places(n - prefix).to(first.device)
     chosen = drawn_queries(n - prefix, most).to(first.device)
     sums = torch.zeros(5, b, h, dtype=torch.float64, device=first.device)
-    whole = rows[:prefix].double()
-    ahead = [torch.special.entr(whole).sum((-2, -1)), whole.amax(-1).sum(-1)] if prefix else [0.0, 0.0]
+    whole, exact = rows[:prefix], {"dtype": torch.float64}
+    ahead = (
+        [torch.special.entr(whole).sum((-2, -1), **exact), whole.amax(-1).sum(-1, **exact)] if prefix else [0.0, 0.0]
+    )
     distances = torch.cdist(places[chosen], places)  # (q, p)
     size = max(1, AT_ONCE // (b * h * n))
     for queries, d in zip(chosen.split(size), distances.split(size), strict=True):
-        a = rows[prefix + queries].double()
+        a = rows[prefix + queries]
         x = a[..., prefix:]
-        parts = (torch.special.entr(a).sum(-1), a.amax(-1), x.sum(-1), x.square().sum(-1), (x * d).sum(-1))
-        sums += torch.stack([part.sum(-1) for part in parts])
+        parts = (torch.special.entr(a), a.amax(-1, keepdim=True), x, x.square(), x * d.float())
+        sums += torch.stack([part.sum((-2, -1), **exact) for part in parts])
     entropy, largest = ((own + sums[i] / len(chosen) * (n - prefix)) / n for i, own in enumerate(ahead))
     x, xx, xd = sums[2:] / distances.numel()
     covariance = xd - x * distances.mean()
-    variance = (xx - x**2).where(xx - x**2 > 1e-12 * xx, torch.nan)  # uniform but for rounding: nothing correlates
+    variance = (xx - x**2).where(xx - x**2 > 1e-12 * xx, torch.inf)  # uniform but for rounding: nothing correlates
     coherence = covariance / (variance * distances.var(unbiased=False)).sqrt()
     return torch.stack([entropy, largest, coherence], dim=-1).float()
 

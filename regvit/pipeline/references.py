@@ -53,6 +53,7 @@ def broken_layers(params: Params) -> Iterator[str]:
         wanted = [(f"identify.{key}", getattr(params.identify, key), 1) for key in ("layer", "max_layer")]
         if name in measured:
             wanted.append(("attention.first_layer", params.attention.first_layer, 1))
+            wanted += [("attention.layers", layer, 1) for layer in params.attention.layers or ()]
         trained = known.trained + (backbone.train.registers if backbone.train else 0)
         if backbone.train and backbone.train.registers and known.trained:
             yield (

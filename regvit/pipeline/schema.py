@@ -246,6 +246,8 @@ class Measured(Block):
 
 class Attention(Measured):
     first_layer: Index | None
+    layers: Some[Index] | None = None
+    heads: Some[Index] | None = None
 
 
 class Discover(Measured):

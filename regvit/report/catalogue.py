@@ -45,6 +45,9 @@ METRICS: dict[str, dict[str, Metric]] = {
         "morans_i": Metric("coherence (Moran's I)", HIGHER, 1, 3, "coherence of CLS attention"),
         "object_mass": Metric("on objects, %", HIGHER),
         "object_auroc": Metric("object AUROC, %", HIGHER, glance="object AUROC of CLS attention, %"),
+        "all_entropy": Metric("all queries: entropy, nats", NEITHER, 1, 2),
+        "all_largest": Metric("all queries: largest weight, %", NEITHER),
+        "all_coherence": Metric("all queries: correlation with distance", NEITHER, 1, 3),
     },
     "tokens": {
         "outlier_fraction": Metric("patches that are outliers, %", LOWER, 100, 2),

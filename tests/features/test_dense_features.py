@@ -8,6 +8,7 @@ from regvit.features.dense_features import DenseArrays, mean_embedding, open_sub
 from regvit.features.dense_set import GROUPS
 from regvit.models.attention import prefix_attention
 from regvit.models.backbones import create, save_backbone
+from regvit.models.query_attention import watch_query_attention
 from regvit.models.token_features import Feature, patch_features
 from regvit.registers.neighbourhood import low_information, neighbour_cosine
 from regvit.registers.outliers import Detection, patch_norms
@@ -24,6 +25,9 @@ def test_every_array_is_what_a_forward_of_its_own_would_give(tiny_vit, noise_ima
     norms = torch.from_numpy(patch_norms(model, [images])).swapaxes(0, 1)
     torch.testing.assert_close(found["norms"], norms)
     torch.testing.assert_close(found["attention"], prefix_attention(model, images).swapaxes(0, 1))
+    with watch_query_attention(model) as over_all:
+        model.forward_features(images)
+    torch.testing.assert_close(found["all_queries"], torch.stack([over_all[layer] for layer in range(6)], dim=1))
     for kind in ("k", "q", "v", "token"):
         features = [Feature(kind, layer) for layer in (4, 5)]
         expected = torch.stack(list(patch_features(model, images, features).values()), dim=1)
@@ -53,7 +57,7 @@ def test_norms_are_the_runs_and_outliers_the_untreated_models(tiny_vit, noise_im
 
 def test_what_a_model_lacks_is_left_out_and_strange_groups_are_refused(tiny_vit, noise_images):
     found = DenseArrays(("patches", "attention"))(tiny_vit(cls=False), noise_images(1))
-    assert found.keys() == {"outliers", "patches"}
+    assert found.keys() == {"outliers", "patches", "all_queries"}
     with pytest.raises(ValueError, match=r"arrays \['keys'\] are unknown; expected some of patches, norms"):
         DenseArrays(("keys",))
     with pytest.raises(ValueError, match="no images to look into"):

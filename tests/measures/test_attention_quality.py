@@ -123,7 +123,8 @@ def test_a_mask_without_objects_has_no_auroc():
 def test_attention_is_measured_image_by_image_in_the_places_of_the_untreated_models_outliers(tmp_path):
     attention, outliers = random_maps(6, 4, 2, 2, 18).numpy(), np.zeros((6, 16), dtype=bool)
     outliers[[1, 4], 3] = outliers[4, 9] = True
-    dense = dense_set(tmp_path / "set", {"attention": attention, "outliers": outliers})
+    over_all = np.arange(6 * 4 * 2 * 3).reshape(6, 4, 2, 3) / 100
+    dense = dense_set(tmp_path / "set", {"attention": attention, "outliers": outliers, "all_queries": over_all})
     found = measure_attention(dense, [1, 2, 4], [2, 3])
     assert found.queries == ("cls", "register_0") and found.outliers.sum(1).tolist() == [1, 0, 2]
     on_outliers = (attention[[1, 4]][..., 2:] * outliers[[1, 4], None, None, None]).sum(-1)  # (b, l, h, q)
@@ -131,6 +132,12 @@ def test_attention_is_measured_image_by_image_in_the_places_of_the_untreated_mod
     assert np.isnan(found.heads["on_outliers"][1]).all() and np.isnan(found.heads["object_auroc"]).all()
     columns = image_columns(found)
     assert np.allclose(columns["on_registers"], attention[[1, 2, 4]][:, 2:, :, 0, 1].mean((1, 2)), atol=1e-3)
+    assert np.allclose(columns["all_largest"], over_all[[1, 2, 4]][:, 2:, :, 1].mean((1, 2)), atol=1e-2)
+    one = image_columns(measure_attention(dense, [1, 2, 4], [0, 3], [1]))
+    assert np.allclose(one["on_registers"], attention[[1, 2, 4]][:, [0, 3], 1, 0, 1].mean(1), atol=1e-3)
+    assert np.allclose(one["all_entropy"], over_all[[1, 2, 4]][:, [0, 3], 1, 0].mean(1), atol=1e-2)
+    with pytest.raises(ValueError, match=r"attention\.heads has 2, but the model has 2 heads \(0 to 1\)"):
+        measure_attention(dense, [1], [2], [2])
     maps = attention_maps(dense, [2], [2, 3])
     assert np.allclose(maps["register_0"][0].ravel(), attention[2, 2:, :, 1, 2:].mean((0, 1)), atol=1e-3)
 
@@ -141,7 +148,8 @@ def made_quality() -> AttentionQuality:
     heads["entropy"][:, 1, 0, 0] -= 0.5
     heads["on_outliers"][:] = np.nan
     heads["on_outliers"][:2, 0] = 0.25
-    return AttentionQuality(("cls", "register_0"), (1, 2), heads, np.zeros((4, 9), dtype=bool))
+    over_all = {"all_coherence": np.full((4, 3, 2), -0.5)}
+    return AttentionQuality(("cls", "register_0"), (1, 2), heads, np.zeros((4, 9), dtype=bool), over_all)
 
 
 def test_figures_are_over_later_blocks_and_heads_of_the_first_query_and_their_intervals_over_images():
@@ -160,6 +168,8 @@ def test_tables_have_a_row_a_query_block_and_head_with_empty_cells_for_what_is_n
     assert heads["entropy"][2] == 2.0 and heads["entropy_lo"][2] < 2 < heads["entropy_hi"][2]
     assert heads.loc[0, ["on_outliers", "on_outliers_lo", "on_outliers_hi"]].tolist() == [0.25] * 3  # of two images
     assert np.isnan(heads["on_outliers"][2])
+    over_all = pd.read_csv(tmp_path / "all_queries.csv")
+    assert len(over_all) == 3 * 2 and over_all["all_coherence_hi"].eq(-0.5).all()
     assert len(layers) == 3 and "head" not in layers and layers["entropy"][1] == 2.25  # mean of 2.0 and 2.5
 
 
@@ -179,5 +189,8 @@ def test_later_blocks_are_the_second_half_or_begin_where_told():
     assert (
         later_blocks(12) == [6, 7, 8, 9, 10, 11] and later_blocks(5) == [2, 3, 4] and later_blocks(12, 10) == [10, 11]
     )
+    assert later_blocks(12, layers=(11,)) == [11]
+    with pytest.raises(ValueError, match=r"attention\.layers has 12, but the model has 12 blocks \(0 to 11\)"):
+        later_blocks(12, layers=(3, 12))
     with pytest.raises(ValueError, match=r"first layer 12 is out of range: the model has 12 blocks \(0 to 11\)"):
         later_blocks(12, 12)

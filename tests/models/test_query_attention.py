@@ -32,7 +32,7 @@ def by_hand(a: np.ndarray, prefix: int, chosen: np.ndarray) -> tuple:
     return (weights * -(rows * np.log(rows)).sum(1)).sum(), (weights * rows.max(1)).sum(), correlation
 
 
-@pytest.mark.parametrize("most", [512, 20])
+@pytest.mark.parametrize("most", [256, 20])
 @pytest.mark.parametrize("kind", ["cls", "registers", "test_time", "patches alone"])
 def test_the_three_numbers_are_those_of_the_whole_matrix(kind, most, tiny_vit, noise_images):
     model = tiny_vit(0, cls=kind != "patches alone", registers=2 if kind == "registers" else 0)
@@ -72,4 +72,4 @@ def test_uniform_attention_has_the_largest_entropy_and_no_coherence(tiny_vit, no
         model.forward_features(noise_images(1))
     entropy, largest, coherence = found[0][0, 0].tolist()
     assert (entropy, largest) == pytest.approx((np.log(64), 1 / 64), rel=1e-6)
-    assert np.isnan(coherence)
+    assert coherence == 0

@@ -160,7 +160,7 @@ def test_figures_have_intervals_and_images_a_row_each(work, stage, metric):
 def test_every_measurement_leaves_its_tables_and_pictures(work):
     for stage, names in {
         "tokens/squares": {"norms.csv", "positions.csv", "anatomy.png"},
-        "attention/squares": {"layers.csv", "heads.csv", "maps.png"},
+        "attention/squares": {"layers.csv", "heads.csv", "all_queries.csv", "maps.png"},
         "discover/squares": {"sweep.csv", "features.csv", "boxes.png"},
         "segment/squares": {"classes.csv", "pixels.csv"},
         "depth/squares": set(),
