@@ -92,7 +92,7 @@ def test_extraction_stops_wherever_it_is_computed(tmp_path, backbone, dataset, p
 
 @pytest.mark.parametrize(
     ("groups", "array"),
-    [(("attention",), "attention"), (("norms",), "norms"), (("inside",), "k"), (("patches",), "cls")],
+    [(("attention",), "all_queries"), (("norms",), "norms"), (("inside",), "k"), (("patches",), "cls")],
 )
 def test_what_measurements_read_is_not_kept_of_such_an_image(tmp_path, backbone, dataset, groups, array):
     with pytest.raises(BadFeatures, match=rf"{IMAGE}'{array}', row 1: nan is not a finite number; {LAYER_SAID}"):
