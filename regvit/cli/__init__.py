@@ -1,4 +1,4 @@
-"""The commands `regvit look`, `regvit neurons` and `regvit export`, one file each, and what they share.
+"""The commands `regvit look`, `regvit neurons`, `regvit census` and `regvit export`, one file each, and what they share.
 
 Exit codes: 0 done; 1 done, but some of the images could not be read; 2 something that was handed in is wrong (one
 message, no traceback); 130 interrupted. What is wrong with the program shows its traceback.
@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from regvit.cli import export, look, neurons
+from regvit.cli import census, export, look, neurons
 from regvit.cli.errors import one_message
 from regvit.pipeline.command import show_anything
 
@@ -32,6 +32,7 @@ app = typer.Typer(
 )
 app.command(epilog=look.EXAMPLES)(one_message(look.look))
 app.command(epilog=neurons.EXAMPLES)(one_message(neurons.neurons))
+app.command(epilog=census.EXAMPLES)(one_message(census.census))
 app.command(epilog=export.EXAMPLES)(one_message(export.export))
 
 

@@ -1,5 +1,6 @@
 """The command line, run as `main([...])` in a folder that looks like the repository after its pipeline."""
 
+import csv
 import json
 import os
 import shutil
@@ -404,3 +405,24 @@ def test_a_command_that_is_not_understood_ends_with_2(command, message, capsys):
 
 def test_the_bound_of_registers_is_that_of_the_library():
     assert regvit.cli.options.MAX_REGISTERS == regvit.registers.test_time.MAX_REGISTERS
+
+
+def test_census_says_of_each_model_whether_registers_can_help_and_appends_a_row(here, capsys):
+    out = here / "census.csv"
+    words = ["--images", "photos", "--img-size", "64", "--out", str(out)]
+    assert main(["census", "tiny", "quiet", *words]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("tiny: registers can help here: 1.56% of the patches are outliers after block ")
+    assert said[1].startswith("quiet: no outliers: largest / median norm at most ")
+    assert main(["census", "random:test_vit", "--images", "photos", "--out", str(out)]) == 0
+    rows = list(csv.DictReader(out.read_text().splitlines()))
+    assert [(row["model"], row["outliers"], row["kind"] == "none") for row in rows] == [
+        ("tiny", "yes", False),
+        ("quiet", "none", True),
+        ("random:test_vit", "none", True),
+    ]
+    assert rows[0]["neurons"] == "1"
+    assert float(rows[0]["norm_ratio"]) > 5 > float(rows[1]["norm_ratio"])
+    (here / "other.csv").write_text("a,b\n1,2\n")
+    assert main(["census", "tiny", *words[:-1], str(here / "other.csv")]) == 2
+    assert "has the columns a, b, not those of a census; give another --out" in capsys.readouterr().err
