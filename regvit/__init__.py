@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from regvit.models.tokens import TokenLayout
+    from regvit.registers.cures.cure import add_cure, remove_cure
     from regvit.registers.export import load
     from regvit.registers.neurons import RegisterNeurons, find_register_neurons
     from regvit.registers.test_time import (
@@ -20,18 +21,22 @@ _HOMES = {
     "RegisterNeurons": "registers.neurons",
     "TestTimeRegisters": "registers.test_time",
     "TokenLayout": "models.tokens",
+    "add_cure": "registers.cures.cure",
     "add_test_time_registers": "registers.test_time",
     "find_register_neurons": "registers.neurons",
     "load": "registers.export",
+    "remove_cure": "registers.cures.cure",
     "remove_test_time_registers": "registers.test_time",
 }
 __all__ = [
     "RegisterNeurons",
     "TestTimeRegisters",
     "TokenLayout",
+    "add_cure",
     "add_test_time_registers",
     "find_register_neurons",
     "load",
+    "remove_cure",
     "remove_test_time_registers",
 ]
 
