@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from regvit.models.tokens import TokenLayout
     from regvit.registers.cures.cure import add_cure, remove_cure
+    from regvit.registers.cures.recursive import find_recursively
     from regvit.registers.export import load
     from regvit.registers.neurons import RegisterNeurons, find_register_neurons
     from regvit.registers.test_time import (
@@ -23,6 +24,7 @@ _HOMES = {
     "TokenLayout": "models.tokens",
     "add_cure": "registers.cures.cure",
     "add_test_time_registers": "registers.test_time",
+    "find_recursively": "registers.cures.recursive",
     "find_register_neurons": "registers.neurons",
     "load": "registers.export",
     "remove_cure": "registers.cures.cure",
@@ -34,6 +36,7 @@ __all__ = [
     "TokenLayout",
     "add_cure",
     "add_test_time_registers",
+    "find_recursively",
     "find_register_neurons",
     "load",
     "remove_cure",

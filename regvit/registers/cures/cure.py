@@ -139,7 +139,10 @@ def measure(
     if images is None:
         raise ValueError(f"cure {name} is measured on images first; give images=…, a hundred varied ones do")
     batches = batches_of(images, transform or (lambda image: image))
-    return FILES[name].calibrate(model, batches, given, **options)
+    found = FILES[name].calibrate(model, batches, given, **options)
+    return {
+        key: values.clone() for key, values in found.items()
+    }  # made in inference mode, they could not be trained with
 
 
 def remove_cure(model: nn.Module) -> None:
