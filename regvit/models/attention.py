@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -140,12 +140,14 @@ def watch_attention(
     owners = {layer: attention_of(all_blocks[layer]) for layer in layers}
 
     def show(layer: int, shape: tuple, read: Callable[[slice | Tensor], Tensor]) -> None:
-        look(layer, AttentionRows(shape, lambda queries: _of_tokens(owners[layer], read(queries))))
+        look(layer, AttentionRows(shape, lambda queries: _of_tokens(owners[layer], read(queries), -1)))
 
     def of_weights(layer: int, a: Float[Tensor, "b h n n"]) -> None:
+        a = _of_tokens(owners[layer], a, 2)
         show(layer, a.shape[:3], lambda queries: a[:, :, queries].float())
 
     def of_kernel(layer: int, q: Tensor, k: Tensor, mask: Tensor | None, scale: float | None) -> None:
+        q = _of_tokens(owners[layer], q, 2)
         show(layer, q.shape[:3], lambda queries: _rows(queries, q, k, mask, scale))
 
     with ExitStack() as stack:
@@ -249,10 +251,13 @@ def _rows(
     return logits.softmax(-1)
 
 
-def _of_tokens(owner: nn.Module, rows: Float[Tensor, "b h q m"]) -> Float[Tensor, "b h q n"]:
-    """The weights of tokens alone."""
+def _of_tokens(owner: nn.Module, x: Shaped[Tensor, ...], dim: int) -> Shaped[Tensor, ...]:
+    """What is of tokens alone, along a dimension of queries or keys."""
     place, count = getattr(owner, "added_keys", (0, 0))
-    return torch.cat([rows[..., :place], rows[..., place + count :]], dim=-1) if count else rows
+    if not count:
+        return x
+    end = x.shape[dim] - place - count
+    return torch.cat([x.narrow(dim, 0, place), x.narrow(dim, place + count, end)], dim)
 
 
 def attention_of(block: nn.Module) -> nn.Module:

@@ -11,8 +11,8 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from regvit.measures.forward_cost import Cost
 from regvit.measures.evaluation import paired_differences
+from regvit.measures.forward_cost import Cost
 from regvit.probing.predictions import Predictions
 from regvit.report.catalogue import METRICS, Metric
 from regvit.report.differences import COLUMNS, image_differences

@@ -8,7 +8,7 @@ from stock_models import features, images, make
 from torch.nn import functional as F
 
 from regvit import TokenLayout, add_test_time_registers
-from regvit.models.attention import prefix_attention
+from regvit.models.attention import prefix_attention, watch_attention
 from regvit.models.hooks import watch_outputs
 from regvit.registers.cures.average_views import View, _moved_back, _view
 from regvit.registers.cures.cure import add_cure
@@ -113,6 +113,9 @@ def test_a_prefix_gives_what_a_token_with_that_key_and_value_would_give(planted)
         after.remove()
         assert prefix_attention(model, x)[layer].shape[-1] == 65
         assert (prefix_attention(model, x)[layer].sum(-1) < 0.999).any()  # the rest falls on the prefix
+        rows = {}
+        with watch_attention(model, [layer], lambda at, all_rows: rows.update({at: all_rows[:]})):
+            features(model, x)
     handle.remove()
     tokens, sink = inputs[0], cure.measured["sinks"][0].expand(len(x), -1, -1)
     extended = torch.cat([tokens[:, :1], sink, tokens[:, 1:]], dim=1)
@@ -122,6 +125,8 @@ def test_a_prefix_gives_what_a_token_with_that_key_and_value_would_give(planted)
     weights = logits.masked_fill(hidden[:, None, None], -torch.inf).softmax(-1)
     wanted = block.attn.proj((weights @ v).transpose(1, 2).flatten(2))
     assert torch.allclose(seen[0], torch.cat([wanted[:, :1], wanted[:, 2:]], dim=1), atol=1e-5)
+    tokens_alone = [0, *range(2, 66)]
+    assert torch.allclose(rows[layer], weights[:, :, tokens_alone][..., tokens_alone], atol=1e-5)
 
 
 def test_the_sinks_of_a_prefix_are_those_of_the_largest_norms(planted):

@@ -1,7 +1,7 @@
 import pytest
 from report_example import params, write_predictions, write_study
 
-from regvit.measures.cost import Cost
+from regvit.measures.forward_cost import Cost
 from regvit.probing.predictions import open_predictions
 from regvit.report.cure_table import Rows, as_markdown, columns_of, cure_differences, cure_tables, draw_cures, rows_of
 from regvit.report.results import Results
