@@ -118,7 +118,7 @@ def test_a_choice_that_reads_images_asks_for_their_folder_and_names_the_files_th
 def test_an_unknown_choice_is_answered_with_those_that_there_are(pick):
     with pytest.raises(
         choose.BadChoice,
-        match="no choice 'imagnet'; there are cifar10, dense, emoji, emoji_large, finetune, imagenet, mine",
+        match="no choice 'imagnet'; there are cifar10, cures, dense, emoji, emoji_large, finetune, imagenet, mine",
     ):
         pick("imagnet")
 
