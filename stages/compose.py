@@ -6,7 +6,7 @@ from regvit.files import write_json
 from regvit.models.backbone_file import read_description
 from regvit.pipeline.command import command
 from regvit.pipeline.params import entry_of, load_params
-from regvit.registers.neurons_file import read_neurons
+from regvit.registers.neurons_file import Overlap, read_neurons
 from regvit.registers.run_files import Variant, describe_run, measures_images
 
 
@@ -29,6 +29,9 @@ def main(name: str) -> None:
     registers = f"{run.num_registers} {run.registers} registers"
     cure = f", cure {described['cure']['name']}" if "cure" in described else ""
     print(f"run {name}: {run.backbone}, {registers}, {taken} {kind + ' ' if kind else ''}neurons {done}{cure}")
+    if "table" in described:
+        overlap = Overlap.of(described["neurons"], searched)
+        print(f"  {described['table']['name']}: {overlap.sentence(searched.ranks)}")
 
 
 if __name__ == "__main__":

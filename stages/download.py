@@ -10,6 +10,7 @@ from pathlib import Path
 from regvit.data.sources import make_dataset
 from regvit.pipeline.command import command
 from regvit.pipeline.params import load_params, source_of
+from regvit.pipeline.source_changes import remember_folder
 
 
 def main(name: str) -> None:
@@ -17,6 +18,8 @@ def main(name: str) -> None:
     began = time.monotonic()
     work = workplace()
     entry = source_of(params, name)
+    if work == Path("work"):
+        remember_folder(name, entry.source)  # before it is read: what changes meanwhile counts as changed
     made = make_dataset(
         entry.source,
         name,

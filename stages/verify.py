@@ -7,11 +7,14 @@ from regvit.data.batches import Batches
 from regvit.data.manifest import read_dataset
 from regvit.features.dense_set import drawn_images
 from regvit.measures.cost import cost_figures
+from regvit.measures.identification import moved_figures, moved_table
 from regvit.measures.tables import write_results, write_table
 from regvit.measures.verification import draw_verification, figures, norm_table, open_models, verify
 from regvit.pipeline.command import command
 from regvit.pipeline.params import load_params
 from regvit.pipeline.runtime import Runtime
+from regvit.registers.neurons_file import read_neurons
+from regvit.registers.run_files import read_run
 
 PICTURES = 6
 
@@ -27,7 +30,9 @@ def main(name: str) -> None:
         models,
         Batches(images, models.run.transform, runtime.batch_size, runtime.workers, runtime.device, label),
     )
-    shown = figures(found, seed) + cost_figures(models.run, models.untreated)
+    run, searched = read_run(run_file), read_neurons(Path(f"features/neurons/{models.run.name}.json").read_text())
+    shown = [*figures(found, seed), *moved_figures(run, searched), *cost_figures(models.run, models.untreated)]
+    write_table(out / "neurons.csv", moved_table(run, searched))
     write_results(out, name, params.in_distribution, shown, images.rows.column("image_id"), found.images)
     write_table(out / "norms.csv", norm_table(found))
     scenes = read_dataset(Path("data") / params.verify.pictures).subset("test")

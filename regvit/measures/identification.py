@@ -24,6 +24,7 @@ from regvit.models.arithmetic import arithmetic
 from regvit.registers.control_neurons import control_neurons
 from regvit.registers.controls import ablated, mlp_widths
 from regvit.registers.neurons import RegisterNeurons
+from regvit.registers.neurons_file import NeuronsFile, Overlap
 from regvit.registers.norms import LayerNorms
 from regvit.registers.outliers import patch_norms
 from regvit.registers.search import SETTLE_ON, Batches, picked
@@ -128,6 +129,32 @@ def score_table(search: RegisterNeurons, planted: Mapping[int, Iterable[int]] | 
     table["selected"] = [int(place in chosen) for place in places]
     table["planted"] = [int(place in truth) for place in places]
     return table
+
+
+def moved_figures(run: Mapping, searched: NeuronsFile) -> list[Figure]:
+    """`found_neurons`: the share of the found neurons that the run takes; none where it takes no neurons, or none were found.
+
+    Args:
+        run: its description, `features/runs/<run>.json`.
+        searched: of the run's backbone.
+    """
+    overlap = Overlap.of(run["neurons"] or {}, searched)
+    found = len(overlap.shared) + len(overlap.missing)
+    if run["neurons"] is None or not found:
+        return []
+    return [Figure("found_neurons", len(overlap.shared) / found, n=found)]
+
+
+def moved_table(run: Mapping, searched: NeuronsFile) -> pd.DataFrame:
+    """A row a neuron of the run or of the search: whether each has it, and its rank in the search, if it is among the best."""
+    overlap = Overlap.of(run["neurons"] or {}, searched)
+    rows = [
+        {"layer": layer, "neuron": unit, "in_run": in_run, "found": found, "rank": searched.ranks.get((layer, unit))}
+        for pairs, in_run, found in ((overlap.shared, 1, 1), (overlap.others, 1, 0), (overlap.missing, 0, 1))
+        for layer, unit in pairs
+    ]
+    columns = ["layer", "neuron", "in_run", "found", "rank"]
+    return pd.DataFrame(rows, columns=columns).sort_values(["rank", "layer", "neuron"]).astype({"rank": "Int64"})
 
 
 def sentence(name: str, search: RegisterNeurons, shown: Iterable[Figure]) -> str:

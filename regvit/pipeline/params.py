@@ -12,11 +12,11 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from regvit.pipeline.checkpoint_changes import changed_checkpoints
 from regvit.pipeline.command import show_anything
 from regvit.pipeline.faults import nearest, sentences
 from regvit.pipeline.references import broken_layers, broken_references, broken_sources
 from regvit.pipeline.schema import Block, Images, Params
+from regvit.pipeline.source_changes import changed_sources
 
 
 class ParamsError(ValueError):
@@ -133,8 +133,8 @@ def main() -> None:
     except (ParamsError, OSError) as error:
         sys.exit(str(error))
     print("params.yaml: no fault found")
-    for name in changed_checkpoints(params):
-        print(f"backbone {name}: its file is no longer the one that it was made of; make repro makes it again")
+    for stage in changed_sources(params):
+        print(f"{stage}: its source is no longer the one that it was made of; make repro makes it again")
 
 
 if __name__ == "__main__":

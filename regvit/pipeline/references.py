@@ -94,6 +94,8 @@ def broken_sources(params: Params) -> Iterator[str]:
                 yield f"{where}: {error}"
     for name, backbone in params.backbones.items():
         yield from _missing(f"backbones.{name}.source", backbone.source)
+    for name, run in params.runs.items():
+        yield from _missing(f"runs.{name}.neurons", run.neurons.partition("?")[0])
 
 
 def _missing(where: str, source: str) -> Iterator[str]:

@@ -13,10 +13,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from regvit.pipeline.checkpoint_changes import changed_checkpoints
 from regvit.pipeline.classes import downloaded, unmet_classes
 from regvit.pipeline.command import show_anything
 from regvit.pipeline.params import ParamsError, check_params
+from regvit.pipeline.source_changes import changed_sources
 
 
 def main(*arguments: str) -> int:
@@ -30,11 +30,9 @@ def main(*arguments: str) -> int:
         code = 0 if arguments or downloaded(params) else _dvc_repro("download")
         if code == 0 and not arguments and (faults := list(unmet_classes(params))):
             sys.exit("make repro: the data sets' classes do not meet\n" + "\n".join(f"  - {fault}" for fault in faults))
-        for name in () if code or arguments else changed_checkpoints(params):
-            print(
-                f"backbone {name}: its file is no longer the one that it was made of, so it is made again", flush=True
-            )
-            code = code or _dvc_repro("--force", "--single-item", f"backbone@{name}")
+        for stage in () if code or arguments else changed_sources(params):
+            print(f"{stage}: its source is no longer the one that it was made of, so it is made again", flush=True)
+            code = code or _dvc_repro("--force", "--single-item", stage)
         code = code or _dvc_repro(*arguments)
         code = code or subprocess.call([sys.executable, "-m", "regvit.pipeline.compare_runs"])
     if interrupts and code:

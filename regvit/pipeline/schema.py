@@ -16,6 +16,7 @@ READOUTS = (
     *("cls", "reg_mean", "patch_mean", "cls_reg", "cls_patch", "patch_reg"),
     *("cls_reg_max", "cls_reg_learned", "cls_reg_attn", "cls_noise", "cls_random"),
 )
+NEURONS = ("selected", "empty", "random", "same_activation", "ablated")  # of a run
 RESERVED = (  # folders of the project's own, and two names that stand for several data sets in the tables
     *("backbones", "neurons", "runs", "dense", "probes", "baselines", "predictions", "compare", "plots", "report"),
     *("ood", "anomalies"),
@@ -40,6 +41,12 @@ def _readout(name: str) -> str:
     if name not in READOUTS and not re.fullmatch(r"(cls_)?reg_(mean_[1-9]\d*|\d+)", name):
         known = ", ".join(map(repr, READOUTS))
         raise ValueError(f"expected a readout: {known}, 'reg_<i>', 'cls_reg_<i>', 'reg_mean_<m>' or 'cls_reg_mean_<m>'")
+    return name
+
+
+def _neurons(name: str) -> str:
+    if name not in NEURONS and not re.match("file:.", name):
+        raise ValueError(f"expected {', '.join(map(repr, NEURONS))} or 'file:<path>'")
     return name
 
 
@@ -162,7 +169,7 @@ class Run(Block):
     num_registers: Annotated[
         int, Ge(0), Le(64)
     ]  # each is a token more in every image, and one holds what all outliers carry
-    neurons: Literal["selected", "empty", "random", "same_activation", "ablated"] = "selected"
+    neurons: Annotated[str, AfterValidator(_neurons)] = "selected"
     neurons_seed: Seed = 0
     cure: Annotated[Any, AfterValidator(_cure)] = None  # regvit/registers/cures/options.py
 

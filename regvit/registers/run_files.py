@@ -5,21 +5,22 @@ the untreated model: `{run, backbone, weights_sha256, transform, registers, num_
 neurons, detection}`. `neurons` is `{layer: [neuron, …]}` for `test_time` and null otherwise, `detection` is
 `{layer, threshold}`, null where the backbone has no outliers.
 
-A run may be a control (see `controls`): then `control` names it, `neurons` are the ones that it moves or silences, and
-`neurons_seed` is the seed of a random draw. A run that is no control has neither key.
+A run may take its neurons from a file: then `table` is `{name, sha256}` of it. It may be a control (see `controls`): then
+`control` names it, `neurons` are the ones that it moves or silences, and `neurons_seed` is the seed of a random draw.
 
 A run may have a cure beside its registers (see `cures`): then `cure` is `{name, options, neurons, seed, measured}`, `neurons`
 those of the search where the cure needs them, `measured` what it measured on images of the ID train split.
 """
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from regvit.registers.control_neurons import CONTROLS, control_neurons
 from regvit.registers.cures.options import CURES, misplaced, parse_cure
-from regvit.registers.neurons_file import NeuronsFile
+from regvit.registers.neurons_file import NeuronsFile, read_table, table_path
 
 REGISTERS = ("none", "trained", "test_time")
 REQUIRED = {"run", "backbone", "weights_sha256", "registers", "num_registers", "neurons", "detection"}
@@ -32,8 +33,9 @@ class Variant:
     Attributes:
         registers: `none`, `trained` (the backbone must have them) or `test_time`.
         num_registers: test-time registers to add, or trained registers expected.
-        neurons: which neurons the run takes: `selected`, or those of a control: `empty` (none), `random` and
-            `same_activation` are moved into test-time registers, `ablated` are silenced without any.
+        neurons: which neurons the run takes: `selected`, `file:<path>` (see `neurons_file.read_table`), or those of a
+            control: `empty` (none), `random` and `same_activation` are moved into test-time registers, `ablated` are silenced
+            without any.
         neurons_seed: of `random`.
         cure: what is done besides: a name, or `{name: …, option: value}`; see `regvit.registers.cures.options`.
         statistic, patches, scale: of `test_time`, see `regvit.registers.test_time`.
@@ -48,6 +50,11 @@ class Variant:
     patches: str = "zero"
     scale: float = 1.0
 
+    @property
+    def from_file(self) -> bool:
+        """Whether the neurons are those of a file."""
+        return self.neurons.startswith("file:")
+
     def check(self) -> None:
         """Raises ValueError where the parts do not fit each other."""
         if self.registers not in REGISTERS:
@@ -56,8 +63,10 @@ class Variant:
             raise ValueError(f"test-time registers need num_registers of 1 or more, got {self.num_registers}")
         if self.registers == "none" and self.num_registers:
             raise ValueError(f"registers is none, so num_registers must be 0, got {self.num_registers}")
-        if self.neurons not in ("selected", *CONTROLS):
-            raise ValueError(f"neurons is {self.neurons!r}; expected one of selected, {', '.join(CONTROLS)}")
+        if self.neurons not in ("selected", *CONTROLS) and not self.from_file:
+            raise ValueError(
+                f"neurons is {self.neurons!r}; expected one of selected, {', '.join(CONTROLS)}, or file:<path>"
+            )
         fitting = {"selected": self.registers, "ablated": "none"}.get(self.neurons, "test_time")
         if self.registers != fitting:
             raise ValueError(
@@ -80,11 +89,14 @@ def describe_run(name: str, backbone: Mapping, variant: Variant, searched: Neuro
     try:
         variant.check()
         _check_trained(backbone, variant)
+        widths = dict(enumerate(backbone["mlp_widths"]))
         taken, control = searched.selected, None if variant.neurons == "selected" else variant.neurons
-        if control is not None:
-            widths = dict(enumerate(backbone["mlp_widths"]))
+        if variant.from_file:
+            taken, control = read_table(variant.neurons), None
+            _check_places(taken, widths, backbone["name"])
+        elif control is not None:
             taken = control_neurons(control, taken, widths, searched.candidates, variant.neurons_seed)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"run {name}: {error}") from error
     moved = variant.registers == "test_time"
     neurons = {str(layer): list(units) for layer, units in sorted(taken.items())}
@@ -101,6 +113,9 @@ def describe_run(name: str, backbone: Mapping, variant: Variant, searched: Neuro
         "neurons": neurons if moved or control else None,
         "detection": searched.detection,
     }
+    if variant.from_file:
+        path = table_path(variant.neurons)
+        described["table"] = {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     if control is not None:
         described["control"] = control
         if control == "random":
@@ -111,6 +126,16 @@ def describe_run(name: str, backbone: Mapping, variant: Variant, searched: Neuro
         neurons = {str(layer): list(units) for layer, units in sorted(taken.items())}
         described["cure"] = {"name": cure, "options": options, "neurons": neurons, "seed": seed, "measured": {}}
     return described
+
+
+def _check_places(neurons: Mapping[int, Sequence[int]], widths: Mapping[int, int], backbone: str) -> None:
+    for layer, units in neurons.items():
+        if layer not in widths or not 0 <= min(units) <= max(units) < widths[layer]:
+            has = f"{widths[layer]} in that layer" if layer in widths else f"{len(widths)} layers"
+            raise ValueError(
+                f"the file names neuron {max(units)} of layer {layer}, but backbone {backbone} has {has}: "
+                "it is a table of another model"
+            )
 
 
 def _check_trained(backbone: Mapping, variant: Variant) -> None:

@@ -35,6 +35,7 @@ METRICS: dict[str, dict[str, Metric]] = {
         "outlier_patch_cosine": Metric("outlier patch cosine", HIGHER, 1, 3),
         "cls_attention_on_outliers": Metric("CLS attention on outliers, %", LOWER),
         "cls_attention_on_registers": Metric("on registers, %", NEITHER),
+        "found_neurons": Metric("of the found neurons, %", NEITHER, 100, 0),
     },
     "attention": {
         "entropy": Metric("entropy, nats", NEITHER, 1, 2, "entropy of CLS attention, nats"),

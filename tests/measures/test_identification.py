@@ -8,11 +8,14 @@ from regvit.measures import identification
 from regvit.measures.identification import (
     figures,
     histogram_table,
+    moved_figures,
+    moved_table,
     norm_table,
     norms_under_treatments,
     score_table,
     sentence,
 )
+from regvit.registers.neurons_file import NeuronsFile
 from regvit.registers.planting import plant
 
 
@@ -105,3 +108,13 @@ def test_a_model_without_outliers_gets_no_treatment_and_says_so(tiny_vit, noise_
     assert len(score_table(found, None)) == 0
     histogram = histogram_table(found, {})
     assert (histogram["before"] == histogram["after"]).all()  # nothing was treated
+
+
+def test_neurons_found_are_those_that_the_run_itself_takes():
+    searched = NeuronsFile({3: (5, 7), 4: (1,)}, ranks={(3, 5): 1, (4, 1): 2, (3, 7): 3, (3, 9): 4})
+    (one,) = moved_figures({"neurons": {"3": [5, 9]}}, searched)
+    assert (one.metric, one.value, one.n) == ("found_neurons", 1 / 3, 3)
+    assert moved_figures({"neurons": {}}, searched)[0].value == 0
+    assert moved_figures({"neurons": None}, searched) == moved_figures({"neurons": {"3": [5]}}, NeuronsFile({})) == []
+    rows = moved_table({"neurons": {"3": [5, 8, 9]}}, searched).fillna(0).values.tolist()
+    assert rows == [[3, 5, 1, 1, 1], [4, 1, 0, 1, 2], [3, 7, 0, 1, 3], [3, 9, 1, 0, 4], [3, 8, 1, 0, 0]]

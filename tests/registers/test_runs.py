@@ -95,7 +95,7 @@ def test_an_incomplete_description_is_refused(folder):
         ("some", 0, {}, "registers is 'some'; expected one of none, trained, test_time"),
         ("none", 0, {"neurons": "random"}, "neurons is 'random', which needs registers: test_time, but registers is 'none'"),
         ("test_time", 1, {"neurons": "ablated"}, "'ablated', which needs registers: none, but registers is 'test_time'"),
-        ("test_time", 1, {"neurons": "other"}, "expected one of selected, empty, random, same_activation, ablated"),
+        ("test_time", 1, {"neurons": "other"}, "expected one of selected, empty, random, same_activation, ablated, or file:<path>"),
     ],
 )  # fmt: skip
 def test_a_variant_that_does_not_fit_is_refused_and_the_run_named(folder, registers, count, more, message):
@@ -125,6 +125,22 @@ def test_a_random_control_moves_as_many_other_neurons_and_says_so(folder):
     opened = open_run(write(folder, run), folder)
     assert opened.model.blocks[1].mlp.fc2.register_neurons.tolist() == units
     assert run != described(folder, "test_time", 1, neurons="random", neurons_seed=5)
+
+
+def test_a_run_may_take_its_neurons_from_a_file(folder, tmp_path):
+    (tmp_path / "table.json").write_text("[[1, 7, 0.9], [0, 2, 0.8], [1, 4, 0.7]]")
+    run = described(folder, "test_time", 1, neurons=f"file:{tmp_path}/table.json?top_k=2")
+    assert run["neurons"] == {"0": [2], "1": [7]} and "control" not in run
+    assert run["table"]["name"] == "table.json" and len(run["table"]["sha256"]) == 64
+    opened = open_run(write(folder, run), folder)
+    assert opened.model.blocks[0].mlp.fc2.register_neurons.tolist() == [2]
+    (tmp_path / "table.json").write_text("[[1, 700, 0.9]]")
+    with pytest.raises(
+        ValueError, match="neuron 700 of layer 1, but backbone tiny has 192 in that layer: it is a table of an"
+    ):
+        described(folder, "test_time", 1, neurons=f"file:{tmp_path}/table.json")
+    with pytest.raises(ValueError, match="'file:x', which needs registers: test_time, but registers is 'none'"):
+        described(folder, "none", 0, neurons="file:x")
 
 
 def test_a_control_of_equal_activation_takes_its_neurons_from_the_candidates(folder):

@@ -16,7 +16,7 @@ STAGES = {name: stage.get("do", stage) for name, stage in STAGES.items()}
 MEASURING = sorted(STAGES.keys() - {"fingerprint"})
 FRAME = {
     "architectures",
-    "checkpoint_changes",
+    "source_changes",
     "choose",
     "classes",
     "command",
@@ -33,7 +33,7 @@ FRAME = {
 def graph() -> grimp.ImportGraph:
     """Which module of the library imports which; without those that look at params.yaml and decide no result."""
     modules = grimp.build_graph("regvit", exclude_type_checking_imports=True)
-    for name in ("architectures", "checkpoint_changes", "references"):
+    for name in ("architectures", "source_changes", "references"):
         modules.remove_module(f"regvit.pipeline.{name}")
     return modules
 
