@@ -14,7 +14,7 @@ from regvit.pipeline.command import command
 
 OUT = Path("metrics/fingerprint")
 PARAMETERS = "regvit/pipeline/"  # reads them, and DVC tracks their values
-CHECKS = [f"regvit.pipeline.{name}" for name in ("architectures", "checkpoint_changes", "references")]  # of them
+CHECKS = [f"regvit.pipeline.{name}" for name in ("architectures", "source_changes", "references")]  # of them
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from regvit.files import write_text
 from regvit.pipeline.command import show_anything
 from regvit.pipeline.params import load_params
 from regvit.pipeline.studies import study_of
-from regvit.report.checks import self_checks, summary_line
+from regvit.report.checks import findings, self_checks, summary_line
 from regvit.report.comparison import comparison, readme_table
 from regvit.report.results import Results
 
@@ -34,6 +34,7 @@ def main(*arguments: str) -> int:
         write_readme(Path("README.md"), results)
     else:
         print("\n\n".join(table.text() for table in comparison(results)))
+        print("\nOutliers", *findings(results), sep="\n")
         print("\nSelf-checks", *(check.text() for check in checks), summary_line(checks), sep="\n")
     return int(not all(check.passed for check in checks))
 

@@ -10,6 +10,9 @@
     set: {<parameter>: value}            for all points alike
     stages: {<stage>@<run>: [<metric>[:<readout>[:<data set>]], …]}      what runs, and what of it is shown
     slow: likewise, where asked for
+
+in which `<run>` is the run that `--run` names, or else the first of params.yaml with test-time registers; `<backbone>` its
+backbone, and `<id>` the ID set.
 """
 
 import argparse
@@ -28,6 +31,7 @@ from ruamel.yaml import YAML
 
 from regvit.pipeline.command import show_anything
 from regvit.pipeline.compare_experiments import UNAVAILABLE
+from regvit.pipeline.params import ParamsError, entry_of, load_params
 from regvit.report.catalogue import METRICS, Metric
 from regvit.report.study import Value
 from regvit.report.tables import NONE, Table, show
@@ -35,6 +39,7 @@ from regvit.stats.figures import read_figures
 
 DVC = [sys.executable, "-m", "dvc"]
 FOLDER = Path("sweeps")
+PLACEHOLDERS = ("<run>", "<backbone>", "<id>")
 KEYS = {"title", "expect", "vary", "points", "set", "stages", "slow"}
 # An experiment works in a folder of its own: `.` on the path makes its stages import the library from there, not from
 # the working tree, where the installed package points.
@@ -63,12 +68,15 @@ class Sweep:
             yield [*DVC, "exp", "run", "--queue", "--name", name, *words, *self.stages]
 
 
-def read_sweep(name: str, slow: bool = False) -> Sweep:
-    """The sweep of sweeps/<name>.yaml; with what is slow its experiments are others, and so is its name."""
+def read_sweep(name: str, slow: bool = False, run: str | None = None) -> Sweep:
+    """The sweep of sweeps/<name>.yaml, of a run; with what is slow its experiments are others, and so is its name."""
     path = FOLDER / f"{name}.yaml"
     if not path.is_file():
         sys.exit(f"there is no {path}; there are {', '.join(sorted(p.stem for p in FOLDER.glob('*.yaml')))}")
-    found = YAML(typ="safe", pure=True).load(path)
+    text = path.read_text(encoding="utf-8")
+    for placeholder, word in _words(run).items() if any(each in text for each in PLACEHOLDERS) else ():
+        text = text.replace(placeholder, word)
+    found = YAML(typ="safe", pure=True).load(text)
     if unknown := sorted(found.keys() - KEYS):
         sys.exit(f"{path}: unknown key {unknown[0]}; known are {', '.join(sorted(KEYS))}")
     if bool(found.get("vary")) == bool(found.get("points")) or not found.get("stages"):
@@ -79,6 +87,21 @@ def read_sweep(name: str, slow: bool = False) -> Sweep:
     return Sweep(
         called, found["title"], found.get("expect", ""), **varied, shared=found.get("set") or {}, stages=stages
     )
+
+
+def _words(run: str | None) -> dict[str, str]:
+    """What the placeholders of a sweep stand for."""
+    params = load_params()
+    treated = [
+        name for name, each in params.runs.items() if (each.registers, each.neurons) == ("test_time", "selected")
+    ]
+    if run is None and not treated:
+        sys.exit(
+            "no run of params.yaml has test-time registers, which this sweep is of: add one, or name a run by --run"
+        )
+    run = run or treated[0]
+    words = (run, entry_of(params, "runs", run).backbone, params.in_distribution)
+    return dict(zip(PLACEHOLDERS, words, strict=True))
 
 
 def table(sweep: Sweep) -> Table:
@@ -144,22 +167,23 @@ def main() -> None:
     parser.add_argument("action", choices=("list", "queue", "start", "table"))
     parser.add_argument("name", nargs="?", help="a file of sweeps/, without .yaml")
     parser.add_argument("--slow", action="store_true", help="measure what the sweep calls slow, too")
+    parser.add_argument("--run", help="the run that is varied (the first with test-time registers)")
     parser.add_argument("--jobs", default="1", help="experiments that `start` runs at a time (1)")
     given = parser.parse_args()
     if given.action == "list":
         for path in sorted(FOLDER.glob("*.yaml")):
-            print(f"{path.stem:<20} {read_sweep(path.stem).title}")
+            print(f"{path.stem:<20} {YAML(typ='safe', pure=True).load(path)['title']}")
     elif given.action == "start":
         sys.exit(subprocess.call([*DVC, "queue", "start", "--jobs", given.jobs], env=ENVIRONMENT))
     elif given.name is None:
         parser.error(f"{given.action} needs the name of a sweep; `list` shows them")
     elif given.action == "queue":
-        for command in read_sweep(given.name, given.slow).commands():
+        for command in read_sweep(given.name, given.slow, given.run).commands():
             if code := subprocess.call(command, env=ENVIRONMENT):
                 sys.exit(f"`dvc exp run` ended with exit code {code}; what it said stands above")
         print("`python -m regvit.pipeline.sweeps start` works the queue off, and `table` shows what is done")
     else:
-        shown = table(read_sweep(given.name, given.slow))
+        shown = table(read_sweep(given.name, given.slow, given.run))
         print(
             shown.text() if shown else f"no experiment of sweep {given.name} belongs to this commit: `queue` it first"
         )
@@ -168,4 +192,7 @@ def main() -> None:
 if __name__ == "__main__":
     show_anything()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it in silence, as it ends `cat`
-    main()
+    try:
+        main()
+    except ParamsError as error:
+        sys.exit(str(error))

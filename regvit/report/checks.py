@@ -1,4 +1,5 @@
-"""The checks that a run on a planted backbone makes of itself: the truth is known, so what must be found and cured is, too."""
+"""What was found of outliers on any backbone, in sentences; and the checks that a run on a planted backbone makes of itself,
+as there the truth is known, so that what must be found and cured is, too."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ CURED = {
     "cls_attention_on_outliers": (0, 0.02),
 }
 UNCURED = 0.5  # of the untreated share of outliers, at least, that the controls of the search leave
+GONE = 0.01  # of the untreated share of outliers, at most, that a cure leaves
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,57 @@ def self_checks(results: Results) -> list[Check]:
         elif entry["registers"] == "test_time" and entry["num_registers"] == 1:
             checks += _verified(results, run, CURED)
     return checks
+
+
+def findings(results: Results) -> list[str]:
+    """Of each backbone: outliers or none, in which layer; what each of its runs leaves of them; what the controls say."""
+    return [line for backbone in results.study.backbones for line in _findings(results, backbone)]
+
+
+def _findings(results: Results, backbone: str) -> Iterator[str]:
+    study = results.study
+
+    def searched(name: str) -> float | None:
+        value = results.value(backbone, Place("identify", name, study.in_distribution))
+        return None if value is None else value.value
+
+    if not searched("outliers_found"):
+        median, largest = searched("median_norm"), searched("largest_norm")
+        ratio = (
+            f": the largest patch norm in the last block but one is {largest / median:.2g} medians" if median else ""
+        )
+        yield f"{backbone}: no outliers that stand apart as a small group{ratio}"
+        return
+    untreated, neurons = searched("outlier_fraction"), searched("register_neurons") or 0
+    makers = f"{neurons:.0f} neurons write {searched('explained') or 0:.1%} of their excess"
+    yield (
+        f"{backbone}: {untreated:.2%} of the patches are outliers after block {searched('layer'):.0f}; "
+        + (makers if neurons else "no neuron writes a notable share of their excess")
+    )
+    for run in (name for name, entry in study.runs.items() if entry["backbone"] == backbone):
+        left, own, before = (
+            results.value(run, Place("verify", name, study.in_distribution))
+            for name in ("outlier_fraction", "own_outlier_fraction", "untreated_outlier_fraction")
+        )
+        if left is None or before is None or study.untouched(run):
+            continue
+        share = left.value / before.value if before.value else 0
+        verdict = "gone" if share <= GONE else "fewer" if share < UNCURED else "still there"
+        shifted = (
+            f"; by the run's own norms {own.value:.3%}"
+            if own and own.value > max(left.value, GONE * before.value)
+            else ""
+        )
+        yield f"  {run}: {left.value:.3%} of {before.value:.3%} left on held-out images, {verdict}{shifted}"
+    if neurons:
+        shares = [(searched(f"outlier_fraction_{key}") or 0) / untreated for key in ("after", "empty", "random")]
+        verdict = (
+            "so it is these neurons" if shares[0] <= GONE and min(shares[1:]) >= UNCURED else "so it is not these alone"
+        )
+        yield (
+            f"  controls of the search: these neurons moved leave {shares[0]:.0%}, an empty register {shares[1]:.0%}, random "
+            f"neurons {shares[2]:.0%} of them, {verdict}"
+        )
 
 
 def summary_line(checks: list[Check]) -> str:

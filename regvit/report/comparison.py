@@ -258,9 +258,9 @@ def _at_a_glance(results: Results) -> Iterator[tuple[Place, Metric]]:
 
 
 def _value(results: Results, run: str, place: Place) -> Value | None:
-    """A run's figure; for the outliers also where it was not held against the model before planting."""
-    searched = (place.stage, place.metric) == ("verify", "outlier_fraction")
-    return results.outliers(run) if searched else results.value(run, place)
+    """A run's figure; of outliers none where its backbone shows none."""
+    outliers = (place.stage, place.metric) == ("verify", "outlier_fraction")
+    return results.outliers(run) if outliers else results.value(run, place)
 
 
 def _shown(results: Results) -> Iterator[tuple[str, str]]:

@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from regvit.report.catalogue import METRICS
-from regvit.report.checks import Check, self_checks, summary_line
+from regvit.report.checks import Check, findings, self_checks, summary_line
 from regvit.report.comparison import comparison, measurement_table, runs_table, sets_table
 from regvit.report.pictures import Drawn, comparisons, photo_bytes, picture, tiles
 from regvit.report.plots import plot_histogram, plot_layers, plot_norms, plot_places, plot_points, plot_scores
@@ -148,6 +148,7 @@ def report(results: Results) -> str:
         study=study,
         planted=any(study.planted(run["backbone"]) for run in study.runs.values()),
         parts=[part for part in parts if part.blocks],
+        findings=findings(results),
         checks=checks,
         verdict=summary_line(checks),
         failed=_failed(checks),

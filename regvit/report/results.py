@@ -89,17 +89,10 @@ class Results:
         return Place("evaluate", metric, dataset, readout, "", detector or self.study.detectors[0])
 
     def outliers(self, run: str) -> Value | None:
-        """Share of patches that are outliers in the run's own model; None where its backbone shows none.
-
-        On held-out images where the run was held against the model before planting, else on the images of the search.
-        """
+        """Share of held-out patches that are outliers in the run's own model; None where its backbone shows none."""
         home, backbone = self.study.in_distribution, self.study.runs[run]["backbone"]
         found = self.value(backbone, Place("identify", "outliers_found", home))
-        if found is None or not found.value:
-            return None
-        cured = self.study.runs[run]["registers"] == "test_time"
-        searched = Place("identify", "outlier_fraction_after" if cured else "outlier_fraction", home)
-        return self.value(run, Place("verify", "outlier_fraction", home)) or self.value(backbone, searched)
+        return self.value(run, Place("verify", "outlier_fraction", home)) if found and found.value else None
 
 
 def _known(figures: pd.DataFrame) -> pd.DataFrame:

@@ -13,6 +13,7 @@ from regvit.data.class_choice import ClassChoice
 from regvit.data.sources import find_source
 from regvit.pipeline import choose
 from regvit.pipeline.params import faults_of
+from regvit.registers.neurons import PUBLISHED, SearchOptions
 
 ROOT = Path(__file__).parents[2]
 CHOICES = [file.stem for file in sorted((ROOT / "choices").glob("*.yaml")) if file.stem not in choose.LISTS]
@@ -23,7 +24,14 @@ def load(text: str) -> dict:
     return YAML(typ="safe", pure=True).load(text)
 
 
-BACKBONES = load((ROOT / "choices/backbones.yaml").read_text())["backbones"]
+READY = load((ROOT / "choices/backbones.yaml").read_text())
+BACKBONES = READY["backbones"]
+PUBLISHED_BACKBONES = {  # our entries by the names of the published settings
+    "openai_clip_base": "clip_base_openai",
+    "openclip_base": "clip_base_laion",
+    "openclip_large": "clip_large_laion",
+    "dinov2_large": "dinov2_large",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +62,14 @@ def pick(tmp_path, monkeypatch, capsys):
 
     pick.file = file
     return pick
+
+
+def test_the_published_searches_are_ready_to_be_copied():
+    assert set(READY["identify"]) == set(PUBLISHED_BACKBONES.values()) and set(PUBLISHED_BACKBONES) == set(PUBLISHED)
+    for name, options in PUBLISHED.items():
+        entry = READY["identify"][PUBLISHED_BACKBONES[name]]
+        assert SearchOptions(**{key: value for key, value in entry.items() if key != "images"}) == options
+        assert not faults_of(load(PARAMS) | {"identify": load(PARAMS)["identify"] | entry})
 
 
 @pytest.mark.parametrize("name", CHOICES)

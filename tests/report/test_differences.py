@@ -3,9 +3,12 @@
 import numpy as np
 import pandas as pd
 import pytest
-from report_example import write_study
+from report_example import params, write_study
 
+from regvit.report.comparison import glance_table
 from regvit.report.differences import at_outliers, difference_rows, image_differences, paired_mean, paired_miou
+from regvit.report.results import Results
+from regvit.report.study import all_figures
 
 
 def table(values, images="abcd", **columns) -> pd.DataFrame:
@@ -55,6 +58,18 @@ def test_what_is_measured_at_outliers_pairs_within_a_backbone_only(results):
         at_outliers(stage, metric) for stage, metric in rows.loc[rows["run"] == "original", ["stage", "metric"]].values
     )
     assert at_outliers("tokens", "pixels_l2_normal") and not at_outliers("verify", "outlier_fraction")
+
+
+def test_trained_registers_are_held_against_the_same_model_without_them_where_the_choice_says_so(tmp_path):
+    of = params()
+    of["backbones"]["reg4"] = {"source": "timm:reg4", "architecture": "vit", "img_size": 112}
+    of["runs"]["trained"] = {"backbone": "reg4", "registers": "trained", "num_registers": 4}
+    of["compare"]["references"] = {"trained": "intact"}
+    study = write_study(tmp_path, of=of)
+    results = Results.of(study, all_figures(study), difference_rows(study))
+    assert study.references == {"original": "intact", "cured": "original", "trained": "intact"}
+    table = glance_table(results).frame.set_index("measure")["trained − intact"].map(str)
+    assert table["depth RMSE, m"] != table["CLS attention on outliers, %"] == "–"  # of other places in another backbone
 
 
 def test_a_run_pairs_with_itself_in_another_experiment(results, tmp_path):
