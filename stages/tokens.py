@@ -1,4 +1,4 @@
-"""tokens@<run>-<dataset>: where outliers sit and what single tokens know; metrics/runs/<run>/tokens/<dataset>/."""
+"""tokens@<run>-<dataset>: where outliers sit, and what single patches know of their place and pixels; metrics/runs/<run>/tokens/<dataset>/."""
 
 from pathlib import Path
 
@@ -9,9 +9,7 @@ from regvit.measures.tables import mean_figures, write_images, write_table
 from regvit.measures.token_probes import (
     by_kind,
     chance,
-    class_from_token,
     fit_patch_probes,
-    kinds_of_tokens,
     read_patches,
     tokens_and_pixels,
 )
@@ -22,12 +20,9 @@ from regvit.stats.figures import Figure, figures_table, write_figures
 
 
 def main(run: str, name: str) -> None:
-    params, device = load_params(), Runtime.load().device
-    seed, out = params.seed, Path("metrics/runs") / run / "tokens" / name
-    dense, labelled = (
-        DenseSet.open(Path("data") / each, Path("features/dense") / run / f"{each}.zarr", device)
-        for each in (name, params.in_distribution)
-    )
+    seed, device = load_params().seed, Runtime.load().device
+    out = Path("metrics/runs") / run / "tokens" / name
+    dense = DenseSet.open(Path("data") / name, Path("features/dense") / run / f"{name}.zarr", device)
     train, test = dense.rows("train"), dense.rows("test")
     seen = Anatomy.of(dense, test)
     norms = norm_table(seen)
@@ -35,25 +30,13 @@ def main(run: str, name: str) -> None:
     columns = by_kind(read_patches(probes, tokens_and_pixels(dense, test)), seen.outliers)
     figures = anatomy.figures(seen, norms, seed) + mean_figures(columns, seed)
     figures += [Figure(metric, value) for metric, value in chance(seen.outliers.shape[1]).items()]
-
-    # scenes have no class: it is read from the tokens of the ID set
-    learned, tested = labelled.rows("train", having="label"), labelled.rows("test", having="label")
-    labels = labelled.dataset.labels()
-    classes = class_from_token(
-        kinds_of_tokens(labelled, learned), labels[learned], kinds_of_tokens(labelled, tested), labels[tested], seed
-    )
-    of_classes = mean_figures(classes, seed)
-    tables = figures_table(figures, run, name), figures_table(of_classes, run, params.in_distribution)
-    write_figures(out / "figures.csv", *tables)
+    write_figures(out / "figures.csv", figures_table(figures, run, name))
     write_images(out / "images.csv", dense.image_ids(test), anatomy.image_columns(seen) | columns)
     write_table(out / "norms.csv", norms)
     write_table(out / "positions.csv", position_table(seen))
     draw_anatomy(out / "anatomy.png", seen, f"{run}: {name}")
-    shown = ("outlier_fraction", "position_top1", "pixels_l2", "class_top1")
-    print(
-        f"{run}/{name}: "
-        + ", ".join(f"{f.metric} {f.value}" for f in figures + of_classes if f.metric.startswith(shown))
-    )
+    shown = ("outlier_fraction", "position_top1", "pixels_l2")
+    print(f"{run}/{name}: " + ", ".join(f"{f.metric} {f.value}" for f in figures if f.metric.startswith(shown)))
 
 
 if __name__ == "__main__":

@@ -86,6 +86,7 @@ def write_predictions(path: Path, study: Study, run: str, right: float) -> None:
 MEASURED = {  # columns of images.csv and what they are about
     "attention": {"entropy": 4.0, "on_outliers": 0.3, "on_registers": 0.0, "morans_i": 0.4, "object_auroc": 0.7},
     "tokens": {"position_top1_normal": 0.3, "position_top1_outlier": 0.1, "pixels_l2_normal": 13.5, "pixels_l2_outlier": 23.0},
+    "token_classes": {"class_top1_cls": 0.6, "class_top1_normal": 0.4, "class_top1_outlier": 0.5},
     "discover": {"corloc": 0.7, "corloc_mean": 0.5, "corloc_k": 0.7},
     "segment": {"miou_by_image": 0.5, "pixel_accuracy": 0.8, "pixel_accuracy_at_outliers": 0.7},
     "depth": {"rmse": 0.6, "rmse_at_outliers": 0.9},

@@ -230,6 +230,7 @@ def small_parameters() -> dict:
     for stage in ("tokens", "attention", "segment", "depth", "hummingbird", "correspond"):
         params[stage]["datasets"] = ["rooms"]
     params["retrieve"]["datasets"] = ["shifted"]
+    params["token_classes"] |= {"datasets": ["plain"], "learning_rates": [0.1], "steps": 2, "batch_size": 4}
     params["discover"]["datasets"] = []  # rooms have no boxes
     for stage in ("segment", "depth"):
         params[stage] |= {"learning_rates": [0.01], "steps": 2, "batch_size": 2}

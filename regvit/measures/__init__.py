@@ -10,7 +10,8 @@ Each leaves `figures.csv`, a row a figure, and `images.csv`, a value an image by
 | `identify` | identification | outliers_found, layer, threshold, outlier_fraction, `_after` (one register), `_ablated`, `_empty`, `_random`, register_neurons, explained; where planted precision, recall |
 | `evaluate` | evaluation, prediction, detectors | top1, auroc, fpr95, fpr95_ood_positive, aupr_in, aupr_out |
 | `verify` | verification | outlier_fraction, own_outlier_fraction, cls_attention_on_outliers, cls_attention_on_registers; where planted cls_cosine, patch_cosine, outlier_patch_cosine |
-| `tokens` | anatomy, token_probes | outlier_fraction, neighbour_similarity, outlier_on_low_information, position_top1, position_distance, pixels_l2 and class_top1, each `_normal`, `_outlier`, `_difference` |
+| `tokens` | anatomy, token_probes | outlier_fraction, neighbour_similarity, outlier_on_low_information, position_top1, position_distance and pixels_l2, each `_normal`, `_outlier`, `_difference` |
+| `token_classes` | token_classes | class_top1 of each kind of token; register_cosine |
 | `attention` | attention_quality | on_outliers, on_registers, largest, entropy, morans_i, distance_correlation, object_auroc |
 | `discover` | discovery | corloc (of the chosen setting), corloc_mean (over features), corloc_`<feature>`, corloc_published, corloc_dino_seg |
 | `segment` | segmentation, dense_heads | miou, miou_by_image, pixel_accuracy, pixel_accuracy_at_outliers |

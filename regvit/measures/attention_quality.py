@@ -13,6 +13,9 @@ a_i = A_i / Σ_patches A (so that maps compare whatever share CLS and registers 
     object_mass         Σ a_i f_i, f_i the share of the patch's pixels that belong to an object
     object_auroc        probability that a pixel of an object has more attention than one of the background, ties half
 
+    register_overlap    Σ min(a_i, a'_i), mean over the pairs of registers: 1 where they look at the same patches, 0 where at
+                        none in common
+
 Over *all* queries, patches too, there are entropy, largest weight and coherence as the recipe of arXiv:2506.08010 has them
 (`regvit.models.query_attention`): `all_entropy`, `all_largest`, `all_coherence`.
 
@@ -24,6 +27,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +47,7 @@ from regvit.stats.figures import Figure
 
 METRICS = (
     "entropy", "largest", "on_outliers", "on_registers", "on_patches", "on_cls", "morans_i", "distance_correlation",
-    "object_mass", "object_auroc",
+    "register_overlap", "object_mass", "object_auroc",
 )  # fmt: skip
 
 
@@ -98,6 +102,14 @@ def distance_correlation(maps: Float[Tensor, "*b p"]) -> Float[Tensor, "*b"]:
     return (a * d).sum(-1) / (a.square().sum(-1) * d.square().sum(-1)).sqrt()
 
 
+def register_overlap(maps: Float[Tensor, "*b r p"]) -> Float[Tensor, "*b"]:
+    """Mean over the pairs of registers of what their maps, which sum to 1, have in common; nan for fewer than two."""
+    pairs = list(combinations(maps.unbind(-2), 2))
+    if not pairs:
+        return torch.full(maps.shape[:-2], torch.nan, dtype=maps.dtype, device=maps.device)
+    return torch.stack([torch.minimum(one, other).sum(-1) for one, other in pairs]).mean(0)
+
+
 def object_auroc(maps: Float[Tensor, "*b p"], objects: Float[Tensor, "*b p"]) -> Float[Tensor, "*b"]:
     """AUROC over pixels of attention as a detector of objects; nan where there are only objects or none.
 
@@ -141,6 +153,7 @@ def qualities(
         "morans_i": morans_i(a),
         "distance_correlation": distance_correlation(a),
     }
+    found["register_overlap"] = register_overlap(a[..., layout.cls : layout.prefix, :])[..., None].expand_as(on_patches)
     if not layout.num_registers:
         found["on_registers"] = torch.full_like(on_patches, torch.nan)
     if objects is None:

@@ -14,8 +14,7 @@ on each kind. Both have a closed form in sums over tokens, so that no token need
 
 A least-squares fit to one-hot places would be closed as well, but places inside the grid are masked by those around.
 
-**Class** is learned from one token an image, drawn at random, by logistic regression with an L2 penalty, and tested on
-every token of that kind: the mean over them is what one drawn at random is expected to score.
+The class of the image: `token_classes`.
 """
 
 from __future__ import annotations
@@ -26,9 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, KFold
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from regvit.features.dense_set import DenseSet, grid_side
@@ -36,8 +33,6 @@ from regvit.measures.tables import image_means
 
 RIDGE = 1e-2  # of the mean diagonal: on images held out of a training split better than 1e-4 by a sixth (pixels), a
 # quarter (position); tokens of one image resemble each other, so there are fewer of them than it seems
-PENALTIES = (1.0, 1e-1, 1e-2, 1e-3)  # λ of the logistic regression, chosen by cross-validation on the training tokens
-FOLDS = 3
 
 
 @dataclass(frozen=True)
@@ -176,86 +171,3 @@ def chance(patches: int) -> dict[str, float]:
     i, j = np.divmod(np.arange(patches), grid_side(patches))
     apart = np.hypot(i[:, None] - i, j[:, None] - j)
     return {"position_top1_chance": 1 / patches, "position_distance_chance": float(apart.mean())}
-
-
-def kinds_of_tokens(dense: DenseSet, rows: Sequence[int]) -> dict[str, tuple[np.ndarray, Bool[np.ndarray, "b t"]]]:
-    """The kinds of tokens that a class is read from: tokens (b, t, d), and which of them belong to the kind.
-
-    `normal` are the patches that are no outliers; `normal_beside` those of images that have outliers, so that
-    `outlier` can be compared with the same images.
-    """
-    patches, mask = dense.read("patches", rows), dense.outliers(rows)
-    kinds = {"normal": (patches, ~mask), "normal_beside": (patches, ~mask & mask.any(1, keepdims=True))}
-    kinds["outlier"] = (patches, mask)
-    for kind, array in (("cls", "cls"), ("register", "registers")):
-        if array in dense.store.arrays:
-            tokens = dense.read(array, rows)
-            tokens = tokens.reshape(len(tokens), -1, tokens.shape[-1])
-            kinds[kind] = tokens, np.ones(tokens.shape[:2], dtype=bool)
-    return kinds
-
-
-def class_from_token(
-    train: Mapping[str, tuple[np.ndarray, np.ndarray]],
-    train_labels: Int[np.ndarray, " b"],
-    test: Mapping[str, tuple[np.ndarray, np.ndarray]],
-    test_labels: Int[np.ndarray, " b"],
-    seed: int = 0,
-) -> dict[str, Float[np.ndarray, " b"]]:
-    """Expected accuracy of reading an image's class from one random token, by kind of token.
-
-    Args:
-        train, test: of `kinds_of_tokens`.
-        train_labels, test_labels: class index of each image.
-        seed: of the draw of training tokens and of the folds.
-    Returns: `class_top1_<kind>`, one value a test image: share of its tokens of that kind which give the right class;
-        nan where it has none, and throughout where a kind is too rare in the training images to learn two classes from.
-    Raises:
-        ValueError: an image has no label.
-    """
-    for name, labels in (("training", train_labels), ("test", test_labels)):
-        if (labels < 0).any():
-            raise ValueError(f"{int((labels < 0).sum())} {name} images have no label; leave them out")
-    rng, found = np.random.default_rng(seed), {}
-    for kind, (tokens, belongs) in train.items():
-        chosen = np.where(belongs, rng.random(belongs.shape), -1).argmax(1)
-        has = belongs.any(1)
-        x, y = tokens[has, chosen[has]].astype(np.float64), train_labels[has]
-        of_test, belongs = test[kind]
-        right = np.full(belongs.shape, np.nan)
-        if (np.unique(y, return_counts=True)[1] > FOLDS).sum() > 1:  # so that every fold leaves two classes
-            fit = ClassProbe(x, y, seed=seed)
-            right = fit.predict(of_test.reshape(-1, of_test.shape[-1])).reshape(belongs.shape) == test_labels[:, None]
-        found[f"class_top1_{kind}"] = image_means(right, belongs)
-    found["class_top1_difference"] = found["class_top1_outlier"] - found["class_top1_normal_beside"]
-    return found
-
-
-class ClassProbe:
-    """Multinomial logistic regression with the penalty of best cross-validated accuracy, of equal ones the largest:
-
-        minimise over W, b:  mean cross-entropy(z W' + b) + λ |W|² / 2,    z = (x − mean) / σ,  σ² the mean variance
-
-    Args:
-        labels: class indices, at least two different ones in every fold's rest.
-        penalties: λ, largest first.
-        seed: of the folds.
-    """
-
-    def __init__(
-        self,
-        x: Float[np.ndarray, "b d"],
-        labels: Int[np.ndarray, " b"],
-        penalties: Sequence[float] = PENALTIES,
-        seed: int = 0,
-    ):
-        self.mean = x.mean(0)
-        self.sd = max(float(np.sqrt(np.square(x - self.mean).mean())), 1e-12)
-        strengths = [1 / (len(x) * penalty) for penalty in penalties]
-        folds = KFold(FOLDS, shuffle=True, random_state=seed)
-        search = GridSearchCV(LogisticRegression(tol=1e-4, max_iter=1000), {"C": strengths}, cv=folds)
-        self.fit = search.fit((x - self.mean) / self.sd, labels).best_estimator_
-
-    def predict(self, x: Float[np.ndarray, "b d"]) -> Int[np.ndarray, " b"]:
-        """Class index of each token."""
-        return self.fit.predict((x - self.mean) / self.sd)

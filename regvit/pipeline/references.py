@@ -13,6 +13,7 @@ LOCAL = ("folder", "file", "npy", "voc07", "voc12", "coco20k", "voc_segmentation
          "spair", "landmarks")  # fmt: skip
 NEEDED = {  # arrays of extract_dense by the measurement that reads them
     "tokens": ("patches", "norms"),
+    "token_classes": ("patches",),
     "attention": ("attention",),
     "discover": ("inside",),
     "segment": ("patches",),
@@ -147,9 +148,9 @@ def _broken_measurements(params: Params) -> Iterator[str]:
             elif missing := [array for array in arrays if array not in dense[name].arrays]:
                 lacks = ", ".join(missing)
                 yield f"extract_dense.datasets.{name}.arrays lacks {lacks}, which {stage} reads: add it, or take {name} from {stage}.datasets"
-    home = params.in_distribution
-    if params.tokens.datasets and home in datasets and "patches" not in (dense[home].arrays if home in dense else ()):
-        yield f"extract_dense.datasets has no {home} with patches, the in_distribution that tokens reads: add it"
+    for name in params.token_classes.datasets:
+        if name in params.scenes:
+            yield f"token_classes.datasets has {name!r}, a set of scenes, which have no class: name one of datasets"
     if params.depth.min_depth >= params.depth.max_depth:
         yield f"depth.min_depth is {params.depth.min_depth}, expected less than max_depth {params.depth.max_depth}"
     for name in params.retrieve.datasets:

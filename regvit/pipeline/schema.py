@@ -257,6 +257,12 @@ class Attention(Measured):
     heads: Some[Index] | None = None
 
 
+class TokenClasses(Measured):
+    learning_rates: Some[Positive]
+    steps: Count
+    batch_size: Count
+
+
 class Discover(Measured):
     features: Some[Literal["k", "q", "v", "token"]]
     normalised: Some[bool]
@@ -328,6 +334,7 @@ class Params(Block):
     verify: Verify
     extract_dense: ExtractDense
     tokens: Measured
+    token_classes: TokenClasses
     attention: Attention
     discover: Discover
     discover_published: DiscoverPublished

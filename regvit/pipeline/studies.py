@@ -19,6 +19,7 @@ def study_of(params: Params) -> Study:
         "compare": params.compare,
         "attention": params.attention,
         "tokens": params.tokens,
+        "token_classes": params.token_classes,
         "discover": params.discover,
         "discover_published": params.discover_published,
         "segment": params.segment,

@@ -24,7 +24,8 @@ README_MOST = 10  # rows
 TITLES = {
     "verify": "Outliers on held-out images, and cosine to the model before planting",
     "attention": "CLS attention in the later blocks",
-    "tokens": "What one token tells, and where outliers sit",
+    "tokens": "What one patch tells, and where outliers sit",
+    "token_classes": "Class from one token, top-1 %",
     "discover": "CorLoc, % [95 % interval]",
     "discover_published": "CorLoc as published, % [95 % interval]",
     "segment": "Segmentation",
@@ -44,7 +45,7 @@ def comparison(results: Results) -> list[Table]:
     """The tables that `make compare` prints and the page begins with; those without rows are left out."""
     tables = [glance_table(results), accuracy_table(results), classifier_table(results), anomaly_table(results)]
     tables += [detector_table(results), difference_table(results), cost_table(results), control_table(results)]
-    tables += [measurement_table(results, "verify", results.study.in_distribution)]
+    tables += [class_table(results), measurement_table(results, "verify", results.study.in_distribution)]
     return [table for table in tables if table]
 
 
@@ -196,6 +197,17 @@ def control_table(results: Results) -> Table:
         "The cure moves the register neurons into one test-time register; the last two columns are what must not cure."
     )
     return Table.of("Outlier patches left, %", header, rows, note)
+
+
+def class_table(results: Results) -> Table:
+    """Where several sets are looked at: a row a run and kind of token, a column a set (as Darcet et al. 2024, table 1)."""
+    sets, rows = results.study.measured["token_classes"], []
+    for run in results.study.runs if len(sets) > 1 else ():
+        for name, metric in METRICS["token_classes"].items():
+            values = [results.value(run, Place("token_classes", name, dataset)) for dataset in sets]
+            if any(values):
+                rows.append((run, metric.label, *(show(value, metric) for value in values)))
+    return Table.of("Class from one token, top-1 % [95 % interval]", ("run", "token", *sets), rows)
 
 
 def measurement_table(results: Results, stage: str, dataset: str) -> Table:

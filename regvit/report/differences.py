@@ -65,7 +65,8 @@ def image_differences(study: Study, run: str, reference: str, other: Study | Non
 
 def at_outliers(stage: str, metric: str) -> bool:
     """Whether a figure is of the places of outliers, which are others in another backbone."""
-    return stage == "tokens" or ("outlier" in metric and stage != "verify")
+    beside = metric in ("class_top1_normal_beside", "class_top1_difference")
+    return stage == "tokens" or beside or ("outlier" in metric and stage != "verify")
 
 
 def paired_mean(first: pd.DataFrame, second: pd.DataFrame, metric: str, seed: int = 0) -> Difference | None:

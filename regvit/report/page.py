@@ -32,6 +32,7 @@ LARGEST_PICTURE = 30_000
 STAGE_TITLES = {
     "attention": "Attention",
     "tokens": "What single tokens know",
+    "token_classes": "Class from one token",
     "discover": "Object discovery",
     "discover_published": "Object discovery as published",
     "segment": "Segmentation",
@@ -55,8 +56,8 @@ POINTS = {  # of a stage: (metrics by pattern, label of the axis, caption)
     "tokens": (
         ("position_top1", "top-1, %", "Position of the patch, read from the token."),
         ("pixels_l2", "L2 error", "Pixels of the patch, read from the token; less is better."),
-        ("class_top1", "top-1, %", "Class of the image, read from one token."),
     ),
+    "token_classes": (("class_top1", "top-1, %", "Class of the image, read from one token of a kind."),),
     "discover": (("corloc_(?!published|dino|token_cut)", "CorLoc, %", "Each feature with its own best setting."),),
     "segment": (("miou$|pixel_accuracy_", "%", "Segmentation. Elsewhere: other patches of the images with outliers."),),
     "depth": (("rmse", "m", "Depth. Elsewhere: other patches of the images with outliers."),),

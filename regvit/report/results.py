@@ -66,14 +66,10 @@ class Results:
         return self.differences.get((run, reference, base or place.readout, place))
 
     def places(self, stage: str, dataset: str | None = None) -> list[Place]:
-        """What a stage measured, in the order of the catalogue, each once; of one data set, if it is given.
-
-        What single tokens know of the class is read on the ID set, whatever set the stage is of.
-        """
+        """What a stage measured, in the order of the catalogue, each once; of one data set, if it is given."""
         names = list(METRICS[stage])
         found = dict.fromkeys(place for _, place in self.figures if place.stage == stage and place.metric in names)
-        sets = (None, dataset, *([self.study.in_distribution] if stage == "tokens" else []))
-        shown = (place for place in found if dataset is None or place.dataset in sets)
+        shown = (place for place in found if dataset in (None, place.dataset))
         return sorted(shown, key=lambda place: names.index(place.metric))
 
     def readouts(self, run: str) -> list[str]:

@@ -16,7 +16,7 @@ from regvit.report.references import references
 from regvit.stats.figures import KEYS, read_figures
 
 MEASUREMENTS = (
-    *("attention", "tokens", "discover", "discover_published", "segment", "depth"),
+    *("attention", "tokens", "token_classes", "discover", "discover_published", "segment", "depth"),
     *("hummingbird", "correspond", "retrieve", "zeroshot"),
 )  # each for the sets that it names
 OOD, ANOMALIES = "ood", "anomalies"  # data sets that are several: images of all OOD sets; mean over the anomaly sets

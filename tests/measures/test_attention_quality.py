@@ -23,6 +23,7 @@ from regvit.measures.attention_quality import (
     object_auroc,
     object_shares,
     qualities,
+    register_overlap,
     write_tables,
 )
 from regvit.models.tokens import TokenLayout
@@ -101,6 +102,16 @@ def test_shares_of_attention_are_those_of_the_whole_row_and_maps_those_of_the_pa
     assert found["object_mass"] == pytest.approx(0.2 + 0.5 * 0.2)
 
 
+def test_registers_overlap_by_what_their_maps_share():
+    maps = torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.5, 0.0, 0.5, 0.0], [0.0, 0.0, 0.0, 1.0]], dtype=torch.float64)
+    assert register_overlap(maps).item() == pytest.approx((0.5 + 0 + 0) / 3)
+    assert register_overlap(maps[:2]).item() == pytest.approx(0.5) and register_overlap(maps[:1]).isnan()
+    attention = torch.cat([torch.full((3, 1), 0.25, dtype=torch.float64), torch.zeros(3, 3), 0.75 * maps], 1)
+    rows = torch.cat([attention[:1], attention])[None, None, None]  # CLS, three registers; over 1 + 3 + 4 tokens
+    found = qualities(rows, TokenLayout(1, 3), torch.zeros(1, 4, dtype=torch.bool), None)["register_overlap"]
+    assert found.shape == (1, 1, 1, 4) and found.flatten().tolist() == pytest.approx([1 / 6] * 4)
+
+
 def test_what_an_image_lacks_is_nan_and_nothing_else_is():
     layout, outliers = TokenLayout(1, 0), torch.zeros(2, 16, dtype=torch.bool)
     outliers[1, 3] = True
@@ -110,7 +121,7 @@ def test_what_an_image_lacks_is_nan_and_nothing_else_is():
     found = qualities(random_maps(2, 1, 1, 1, 17), layout, outliers, objects)
     undefined = {name: values[:, 0, 0, 0].isnan().tolist() for name, values in found.items()}
     assert undefined.pop("on_outliers") == [True, False]
-    assert undefined.pop("on_registers") == [True, True]
+    assert undefined.pop("on_registers") == undefined.pop("register_overlap") == [True, True]
     assert all(undefined.pop(name) == [False, True] for name in METRICS if name.startswith("object"))
     assert not np.array(list(undefined.values())).any()
 

@@ -7,12 +7,9 @@ from sklearn.linear_model import Ridge
 
 from regvit.measures import token_probes
 from regvit.measures.token_probes import (
-    ClassProbe,
     by_kind,
     chance,
-    class_from_token,
     fit_patch_probes,
-    kinds_of_tokens,
     patch_pixels,
     read_patches,
     tokens_and_pixels,
@@ -118,58 +115,3 @@ def test_outliers_are_compared_with_normal_patches_and_within_their_own_images()
 def test_chance_is_the_mean_distance_of_two_places_drawn_at_random():
     expected = {"position_top1_chance": 1 / 4, "position_distance_chance": (2 + 2**0.5) / 4}  # 0, 1, 1, sqrt 2
     assert chance(4) == pytest.approx(expected)
-
-
-def test_logistic_regression_is_at_the_minimum_of_its_objective_on_tokens_as_they_are():
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 3, 90)
-    x = 5 + 3 * (rng.normal(size=(90, 6)) + np.eye(3, 6)[labels])
-    found = ClassProbe(x, labels, [0.05])
-    z = torch.from_numpy((x - x.mean(0)) / np.sqrt(np.square(x - x.mean(0)).mean()))
-    weight, bias = (torch.from_numpy(part).requires_grad_() for part in (found.fit.coef_, found.fit.intercept_))
-    loss = torch.nn.functional.cross_entropy(z @ weight.T + bias, torch.from_numpy(labels))
-    (loss + 0.05 / 2 * weight.square().sum()).backward()
-    assert weight.grad.abs().max() < 1e-3 and bias.grad.abs().max() < 1e-3
-    assert (found.predict(x) == labels).mean() > 0.6
-
-
-def test_two_classes_of_more_are_enough():
-    labels = np.repeat([1, 3], 20)
-    x = np.random.default_rng(0).normal(size=(40, 4)) + 4 * (labels == 3)[:, None]
-    assert ClassProbe(x, labels).predict(x).tolist() == labels.tolist()
-
-
-def labelled_set(folder, count: int, seed: int, outlier_share: float = 0.5):
-    """CLS, register and outliers carry the class; normal patches are noise. Some images have two outliers."""
-    rng = np.random.default_rng(seed)
-    labels, outliers = np.arange(count) % 3, np.zeros((count, 9), dtype=bool)
-    outliers[: round(count * outlier_share), [3, 7]] = True
-    signal, noise = np.eye(3, 8)[labels], lambda *shape: 0.1 * rng.normal(size=(count, *shape, 8))
-    patches = noise(9) + outliers[..., None] * signal[:, None]
-    arrays = {
-        "cls": signal + noise(),
-        "registers": signal[:, None] + noise(1),
-        "patches": patches,
-        "outliers": outliers,
-    }
-    return kinds_of_tokens(dense_set(folder, arrays, side=3), range(count)), labels
-
-
-def test_a_class_is_read_from_the_tokens_that_carry_it_and_not_from_the_others(tmp_path):
-    train, test = labelled_set(tmp_path / "a", 60, 0), labelled_set(tmp_path / "b", 40, 1)
-    found = {name.removeprefix("class_top1_"): values for name, values in class_from_token(*train, *test).items()}
-    assert found.keys() == {"cls", "register", "normal", "normal_beside", "outlier", "difference"}
-    assert found["cls"].mean() == found["register"].mean() == 1
-    assert np.nanmean(found["outlier"]) == 1 and np.isnan(found["outlier"]).sum() == 20
-    assert abs(found["normal"].mean() - 1 / 3) < 0.15
-    assert np.array_equal(np.isnan(found["normal_beside"]), np.isnan(found["outlier"]))
-    assert np.nanmean(found["difference"]) > 0.5
-
-
-def test_a_kind_of_token_that_is_nowhere_has_no_value_and_images_without_a_label_are_refused(tmp_path):
-    train, test = labelled_set(tmp_path / "a", 30, 0, 0.0), labelled_set(tmp_path / "b", 12, 1, 0.0)
-    found = class_from_token(*train, *test)
-    assert np.isnan(found["class_top1_outlier"]).all() and not np.isnan(found["class_top1_normal"]).any()
-    test[1][3] = -1
-    with pytest.raises(ValueError, match="1 test images have no label; leave them out"):
-        class_from_token(*train, *test)

@@ -9,6 +9,7 @@ from report_example import MEASURED, params, write_study
 from regvit.report.comparison import (
     accuracy_table,
     anomaly_table,
+    class_table,
     classifier_table,
     comparison,
     control_table,
@@ -102,6 +103,14 @@ def test_a_run_with_registers_is_held_against_the_bases_of_one_without_and_again
     assert study.held()[-1] == ("cured", "intact") and set(study.references.items()) < set(study.held())
 
 
+def test_classes_from_one_token_have_a_column_a_set_where_there_are_several(results):
+    assert not class_table(results)
+    measured = {**results.study.measured, "token_classes": ("scenes", "flags")}
+    of = dataclasses.replace(results, study=dataclasses.replace(results.study, measured=measured))
+    row = row_of(class_table(of), "cured", "outlier patch")
+    assert row[2].startswith("5") and row[3] == "–"
+
+
 def test_every_readout_has_a_row_unless_some_are_chosen(results):
     assert set(accuracy_table(results).frame["readout"]) == {
         r for run in results.study.runs for r in results.readouts(run)
@@ -145,7 +154,7 @@ def test_runs_and_sets_say_what_they_are(results):
     assert row_of(sets_table(results), "lines")[2:] == ["the same classes, another look", "40"]
     assert (
         row_of(sets_table(results), "scenes")[2]
-        == "attention, tokens, discover, segment, depth, hummingbird, correspond, retrieve"
+        == "attention, tokens, token_classes, discover, segment, depth, hummingbird, correspond, retrieve"
     )
 
 

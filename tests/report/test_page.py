@@ -13,7 +13,7 @@ from regvit.report.study import Study, all_figures
 
 PARTS = [
     "Before and after", "What registers change", "Self-checks", "What was run", "Outliers and their neurons", "Attention",
-    "What single tokens know", "Object discovery", "Segmentation", "Depth", "Segmentation in context", "Correspondence", "Retrieval", "Classification and anomalies", "Make it again",
+    "What single tokens know", "Class from one token", "Object discovery", "Segmentation", "Depth", "Segmentation in context", "Correspondence", "Retrieval", "Classification and anomalies", "Make it again",
     "Words",
 ]  # fmt: skip
 

@@ -35,6 +35,7 @@ PARAMS = SimpleNamespace(
     extract=schema.Extract(precision="float32"),
     extract_dense=schema.ExtractDense(layers=2, datasets={"squares": KEPT, "blind": KEPT}),
     attention=schema.Attention(datasets=["squares"], first_layer=None),
+    token_classes=schema.TokenClasses(datasets=["squares"], learning_rates=[0.1], steps=20, batch_size=8),
     discover=schema.Discover(
         datasets=["squares"],
         features=["k", "token"],
@@ -52,7 +53,17 @@ PARAMS = SimpleNamespace(
     correspond=schema.Measured(datasets=["squares"]),
     verify=schema.Verify(images=5, pictures="squares"),
 )
-MEASURED = ("tokens", "attention", "discover", "discover_published", "segment", "depth", "hummingbird", "correspond")
+MEASURED = (
+    "tokens",
+    "token_classes",
+    "attention",
+    "discover",
+    "discover_published",
+    "segment",
+    "depth",
+    "hummingbird",
+    "correspond",
+)
 
 
 def run(stage, folder, *names):
@@ -160,6 +171,7 @@ def test_figures_have_intervals_and_images_a_row_each(work, stage, metric):
 def test_every_measurement_leaves_its_tables_and_pictures(work):
     for stage, names in {
         "tokens/squares": {"norms.csv", "positions.csv", "anatomy.png"},
+        "token_classes/squares": set(),
         "attention/squares": {"layers.csv", "heads.csv", "all_queries.csv", "maps.png"},
         "discover/squares": {"sweep.csv", "features.csv", "boxes.png"},
         "segment/squares": {"classes.csv", "pixels.csv"},
@@ -170,8 +182,8 @@ def test_every_measurement_leaves_its_tables_and_pictures(work):
     assert {"norms.csv", "maps.png", "images.jpg"} <= {p.name for p in (work / "metrics/runs/cured/verify").iterdir()}
 
 
-def test_classes_are_read_from_the_tokens_of_the_id_set(work):
-    table = figures(work, "cured", "tokens/squares")
+def test_classes_are_read_from_single_tokens(work):
+    table = figures(work, "cured", "token_classes/squares")
     assert {"class_top1_cls", "class_top1_register", "class_top1_normal"} <= set(table.index)
     assert table.loc["class_top1_cls", "n"] == 8
 

@@ -42,6 +42,7 @@ def params_text():
     for measurement in (
         "extract_dense",
         "tokens",
+        "token_classes",
         "attention",
         "discover",
         "segment",

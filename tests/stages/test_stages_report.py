@@ -50,7 +50,7 @@ def project(built, tmp_path_factory, monkeypatch) -> Study:
 
 def test_figures_and_differences_of_every_stage_stand_in_one_table_each(project):
     figures = pd.read_csv("metrics/compare/figures.csv")
-    assert set(figures["stage"]) == {"identify", "probe", "evaluate", "verify", "attention", "tokens", "discover", "segment", "depth",
+    assert set(figures["stage"]) == {"identify", "probe", "evaluate", "verify", "attention", "tokens", "token_classes", "discover", "segment", "depth",
                                     "hummingbird", "correspond", "retrieve"}  # fmt: skip
     assert set(figures["run"]) == {*project.runs, *project.backbones}
     differences = pd.read_csv("metrics/compare/differences.csv").query(
