@@ -84,9 +84,9 @@ def misplaced(name: str, registers: str, neurons: str = "selected") -> str | Non
 
     Args:
         registers: `none`, `trained` or `test_time`.
-        neurons: `selected`, or a control.
+        neurons: `selected`, `file:<path>`, or a control.
     """
-    if neurons != "selected":
+    if neurons != "selected" and not neurons.startswith("file:"):
         return f"cure {name} and neurons {neurons} exclude each other; leave one out"
     if "registers" in CURES[name].needs and registers == "none":
         return f"cure {name} needs registers: trained or test_time, not none"
