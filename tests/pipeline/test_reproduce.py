@@ -29,7 +29,7 @@ def main(name):
 
 command(main, "name", interrupted="nothing of {{0}} is kept")
 """
-SETS = {"twemoji": ["a", "b"], "openmoji": ["a", "b"], "noto": ["b", "a"], "digits": ["0"], "textiles": ["1"]}
+SETS = {"twemoji": ["a", "b"], "openmoji": ["a", "b"], "noto": ["b", "a"], "digits": ["0"]}
 PIPELINE = f"""
 stages:
   download:
