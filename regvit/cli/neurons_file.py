@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from regvit.cli.errors import WrongInput
+from regvit.registers.neurons_file import read_table
 
 if TYPE_CHECKING:
     from regvit.models.backbones import Backbone
@@ -36,10 +38,14 @@ def neurons_beside(backbone: Backbone, root: Path | None) -> Path | None:
 
 
 def read_neurons(path: Path, backbone: Backbone) -> tuple[Detection | None, dict[int, tuple[int, ...]]]:
-    """Detection and register neurons from a file, which must be of this backbone where both say so."""
+    """Detection and register neurons from a file, which must be of this backbone where both say so; a table that others
+    published has no detection."""
     from regvit.registers.neurons import read_selected  # why here and not above: see __init__
 
     text = path.read_bytes()
+    if b'"selected"' not in text:
+        with contextlib.suppress(ValueError):
+            return None, read_table(f"file:{path}")
     try:
         about = NeuronsFile.model_validate_json(text)
     except ValidationError as error:

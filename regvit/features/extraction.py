@@ -310,13 +310,16 @@ def _explained(forward: Forward, dataset: Dataset, error: UnstorableFeature, dev
     values = forward.unrounded(image)[error.array].float()
     if values.isfinite().all():
         what = f"{values[values.abs() == values.abs().max()][0].item():g} is beyond float16 (±65504)"
+        cure = "check the weights: features are kept in float16, whatever precision they are computed in"
     else:
         with arithmetic(forward.precision, device):
             where = where_it_begins(forward.backbone.model, transform.normalise(image))
         what = f"{values[~values.isfinite()][0].item():g} is not a finite number; {where}"
+        exact = forward.precision.startswith("float32")
+        cure = "check the weights" if exact else f"set extract.precision to float32 instead of {forward.precision}"
     return (
         f"image {row.image_id!r} ({row.path}): array {error.array!r}, row {error.row}: {what}; take the image out of the "
-        f"manifest, or extract with another precision than {forward.precision}"
+        f"data set, or {cure}"
     )
 
 

@@ -225,6 +225,12 @@ def test_what_the_user_got_wrong_is_one_message_without_a_traceback(here, capsys
     assert "Traceback" not in printed
 
 
+def test_a_table_that_others_published_is_taken_for_neurons(here):
+    (here / "table.json").write_text(json.dumps([[LAYER, UNIT, 9.5]]))
+    assert main(["export", "tiny", "--neurons", str(here / "table.json"), "--out", str(here / "cured")]) == 0
+    assert json.loads((here / "cured/registers.json").read_text())["neurons"] == {str(LAYER): [UNIT]}
+
+
 def test_a_pipe_and_what_lies_in_dev_are_written_to_and_never_replaced(here, monkeypatch):
     command, pipe = ["neurons", "quiet", "grey.png", "--img-size", "64", "--out"], here / "pipe"
     os.mkfifo(pipe)

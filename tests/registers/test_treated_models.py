@@ -37,6 +37,16 @@ def test_what_was_done_in_between_stays_when_the_registers_go(name, done):
     assert torch.equal(features(plain, x), treated)
 
 
+@pytest.mark.parametrize("name", ["test_vit", "deit_tiny_distilled_patch16_224", "test_vit2"])
+def test_a_model_that_was_moved_with_its_registers_lies_in_one_place_without_them(name):
+    model = make(name, **({} if name.startswith("test") else {"depth": 3, "img_size": 64}))
+    handle = add_test_time_registers(model, NEURONS, 2)
+    model.to("meta").half()
+    handle.remove()
+    left = {(value.device.type, value.dtype) for value in (*model.parameters(), *model.buffers())}
+    assert left == {("meta", torch.float16)}
+
+
 @pytest.mark.parametrize("name", ["test_vit", "test_vit2"])
 @pytest.mark.parametrize("before", [True, False])
 def test_a_model_is_fine_tuned_with_its_registers_which_stay_zero(name, before):

@@ -102,7 +102,8 @@ def test_arithmetic_in_float16_that_overflows_inside_of_the_model_is_caught(tmp_
     model.blocks[2].mlp.fc1.weight.mul_(1e5)
     model.blocks[2].mlp.fc2.weight.mul_(1e3)
     with pytest.raises(
-        BadFeatures, match=r"image 'n0' .*nan is not a finite number; it begins in layer 2; .* precision than float16"
+        BadFeatures,
+        match=r"image 'n0' .*nan is not a finite number; it begins in layer 2; .* set extract.precision to float32",
     ):
         run(tmp_path, backbone_of(model), dataset, "float16")
     run(tmp_path / "again", backbone_of(model), dataset)  # float32 holds it
