@@ -43,6 +43,7 @@ def params(extra: int = 0) -> dict:
         "compare": {"references": {}, "bases": ["cls", "patch_mean"]},
         "zeroshot": {"runs": [], "datasets": []},
         "discover_published": {"datasets": []},
+        "zeroshot_segment": {"datasets": []},
         **sets,
     }  # fmt: skip
 

@@ -10,7 +10,7 @@ in a batch `PIXELS` are drawn at random: an unbiased estimate of the mean over a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,23 +133,37 @@ def count(
     Args:
         layer: a value for each class at each patch, of patch tokens on the device.
     """
+
+    def found() -> Iterator[tuple[np.ndarray, Tensor]]:
+        for rows, patches in tokens.in_order():
+            yield from zip(map(mask, rows), layer(patches.to(device)), strict=True)
+
+    return count_maps(found(), n_classes, tokens.side)
+
+
+def count_maps(
+    found: Iterable[tuple[UInt8[np.ndarray, "h w"], Float[Tensor, "c i j"]]], n_classes: int, side: int
+) -> Counts:
+    """Counts of masks and of the classes' values on any grid, upsampled (bilinear) to each mask's own size.
+
+    Args:
+        side: of the patch grid, by whose squares right pixels are counted.
+    """
     names = ("intersection", "predicted", "actual", "right", "counted")
-    found: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    squares = np.arange(tokens.side**2)
-    for rows, patches in tokens.in_order():
-        for row, maps in zip(rows, layer(patches.to(device)), strict=True):
-            truth = mask(row)
-            upsampled = F.interpolate(maps[None], truth.shape, mode="bilinear", align_corners=False)[0]
-            guess = upsampled.argmax(0).cpu().numpy()
-            asked = truth != IGNORE
-            truth, guess, patch = truth[asked], guess[asked], pixels_of_patches(squares, *truth.shape)[asked]
-            right = truth == guess
-            found["intersection"].append(np.bincount(truth[right], minlength=n_classes))
-            found["predicted"].append(np.bincount(guess, minlength=n_classes))
-            found["actual"].append(np.bincount(truth, minlength=n_classes))
-            found["right"].append(np.bincount(patch[right], minlength=len(squares)))
-            found["counted"].append(np.bincount(patch, minlength=len(squares)))
-    return Counts(**{name: np.stack(values) for name, values in found.items()})
+    counted: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    squares = np.arange(side**2)
+    for truth, maps in found:
+        upsampled = F.interpolate(maps[None], truth.shape, mode="bilinear", align_corners=False)[0]
+        guess = upsampled.argmax(0).cpu().numpy()
+        asked = truth != IGNORE
+        truth, guess, patch = truth[asked], guess[asked], pixels_of_patches(squares, *truth.shape)[asked]
+        right = truth == guess
+        counted["intersection"].append(np.bincount(truth[right], minlength=n_classes))
+        counted["predicted"].append(np.bincount(guess, minlength=n_classes))
+        counted["actual"].append(np.bincount(truth, minlength=n_classes))
+        counted["right"].append(np.bincount(patch[right], minlength=len(squares)))
+        counted["counted"].append(np.bincount(patch, minlength=len(squares)))
+    return Counts(**{name: np.stack(values) for name, values in counted.items()})
 
 
 def figures(segmenter: Segmenter, counts: Counts, outliers: Bool[np.ndarray, "b p"], seed: int = 0) -> list[Figure]:

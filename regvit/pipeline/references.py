@@ -10,7 +10,7 @@ from regvit.pipeline.schema import PACKAGES, Backbone, Params
 from regvit.registers.cures.options import misplaced, parse_cure
 
 LOCAL = ("folder", "file", "npy", "voc07", "voc12", "coco20k", "voc_segmentation", "ade20k", "nyu",
-         "spair", "landmarks")  # fmt: skip
+         "spair", "context60", "coco_object", "imagenet_seg", "landmarks")  # fmt: skip
 NEEDED = {  # arrays of extract_dense by the measurement that reads them
     "tokens": ("patches", "norms"),
     "token_classes": ("patches",),
@@ -159,6 +159,8 @@ def _broken_measurements(params: Params) -> Iterator[str]:
     for name in params.zeroshot.datasets:
         if name not in datasets:
             yield f"zeroshot.datasets has {name!r}, which datasets does not have{nearest(name, datasets)}"
+    for name in {*params.zeroshot_segment.datasets, *params.zeroshot_segment.objects} - known.keys():
+        yield f"zeroshot_segment has {name!r}, which neither datasets nor scenes has{nearest(name, known)}"
     for name in params.zeroshot.runs:
         if name not in runs:
             yield f"zeroshot.runs has {name!r}, which runs does not have{nearest(name, runs)}"

@@ -314,6 +314,14 @@ class Zeroshot(Measured):
     text: Named[Tower]
 
 
+class ZeroshotSegment(Measured):
+    objects: Several[Text]
+    foils: Some[Literal["plain", "qq", "kk_gaussian", "qq_kk"]]
+    scale: Positive
+    threshold: Annotated[float, Ge(0), Lt(1)]
+    background: Named[Some[Text]]
+
+
 warnings.filterwarnings("ignore", 'Field name "register"')  # of every class, but no instance has it
 
 
@@ -344,3 +352,4 @@ class Params(Block):
     correspond: Measured
     retrieve: Retrieve
     zeroshot: Zeroshot
+    zeroshot_segment: ZeroshotSegment

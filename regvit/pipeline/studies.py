@@ -28,5 +28,6 @@ def study_of(params: Params) -> Study:
         "correspond": params.correspond,
         "retrieve": params.retrieve,
         "zeroshot": params.zeroshot,
+        "zeroshot_segment": params.zeroshot_segment,
     }
     return Study.of(to_jsonable_python(blocks))

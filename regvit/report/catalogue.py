@@ -130,6 +130,13 @@ METRICS: dict[str, dict[str, Metric]] = {
         "untreated_top1": Metric("untreated top-1, %"),
         "gain": Metric("gain, points", HIGHER),
     },
+    "zeroshot_segment": {
+        "miou": Metric("mIoU, %", glance="zero-shot segmentation mIoU, %"),
+        **{f"miou_{foil}": Metric(f"mIoU, {foil}, %") for foil in ("plain", "qq", "kk_gaussian", "qq_kk")},
+        "pixel_accuracy_plain": Metric("pixel accuracy, %"),
+        "pixel_accuracy_objects": Metric("pixel accuracy, %", glance="object or background, pixel accuracy, %"),
+        "ap": Metric("AP, %", glance="object or background, AP, %"),
+    },
     "evaluate": {
         "top1": Metric("top-1, %", glance="top-1 from {readout}, %"),
         "auroc": Metric("AUROC, %"),

@@ -34,6 +34,7 @@ TITLES = {
     "correspond": "Correspondence",
     "retrieve": "Retrieval",
     "zeroshot": "Zero-shot classification",
+    "zeroshot_segment": "Zero-shot segmentation",
 }
 COSTS = [Metric(label, NEITHER, 1, digits) for label, digits in (
     ("channels", 0), ("parameters of the head", 0), ("GFLOP an image", 3), ("without registers", 3),

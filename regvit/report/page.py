@@ -41,6 +41,7 @@ STAGE_TITLES = {
     "correspond": "Correspondence",
     "retrieve": "Retrieval",
     "zeroshot": "Zero-shot classification",
+    "zeroshot_segment": "Zero-shot segmentation",
 }
 CURVES = {  # of stage, table: (column, label, caption), of which those are drawn that say something
     ("attention", "layers"): (
@@ -72,6 +73,7 @@ DRAWN = {  # of a stage: file, heading, what is to be seen
     "discover": ("boxes.png", "Boxes", "Green: true boxes. Red: what is found."),
     "discover_published": ("boxes.png", "Boxes as published", "Green: true boxes. Red: LOST. Blue: TokenCut."),
     "hummingbird": ("masks.png", "Masks", "Image, true classes, classes found."),
+    "zeroshot_segment": ("masks.png", "Masks", "Image, true classes, classes found by their names."),
     "correspond": ("matches.png", "Matches", "Green: found within a patch. Red: elsewhere. Half of them at outliers."),
 }
 

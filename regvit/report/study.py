@@ -17,7 +17,7 @@ from regvit.stats.figures import KEYS, read_figures
 
 MEASUREMENTS = (
     *("attention", "tokens", "token_classes", "discover", "discover_published", "segment", "depth"),
-    *("hummingbird", "correspond", "retrieve", "zeroshot"),
+    *("hummingbird", "correspond", "retrieve", "zeroshot", "zeroshot_segment"),
 )  # each for the sets that it names
 OOD, ANOMALIES = "ood", "anomalies"  # data sets that are several: images of all OOD sets; mean over the anomaly sets
 
@@ -31,7 +31,7 @@ class Study:
         backbones, datasets, scenes: their entries in params.yaml, by name.
         in_distribution: the ID set.
         measured: data sets by measurement.
-        zeroshot_runs: those that zero-shot classification is of.
+        zeroshot_runs: those that zero-shot classification and segmentation are of.
         detectors: of anomalies; the first one is shown.
         references: which run each run is held against.
         bases: readouts that the other readouts of a run are held against.
@@ -106,7 +106,7 @@ class Study:
         for stage in ("probe", "evaluate", "verify"):
             yield stage, self.in_distribution
         for stage, names in self.measured.items():
-            if stage != "zeroshot" or run in self.zeroshot_runs:
+            if not stage.startswith("zeroshot") or run in self.zeroshot_runs:
                 yield from ((stage, name) for name in names)
 
     def path(self, run: str, stage: str, dataset: str, file: str) -> Path:

@@ -14,7 +14,7 @@ from small_pipeline import YAML_FILE, Pipeline, commit, lay_out, warm_python
 
 RUNS = ("original", "cured")
 AFTER_PROBES = {"compare", "report", *(f"{stage}@{run}" for stage in ("evaluate", "summary") for run in RUNS)}
-UNUSED = {"discover", "discover_published", "zeroshot"}  # without a data set
+UNUSED = {"discover", "discover_published", "zeroshot", "zeroshot_segment"}  # without a data set
 MEASURED = ("tokens", "attention", "segment", "depth", "hummingbird", "correspond")
 
 

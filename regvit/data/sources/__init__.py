@@ -15,6 +15,7 @@
 | `npy:<file>.npy[:severity]` | images in one array, such as CIFAR-10.1 or a corruption of CIFAR-10-C |
 | `voc07:<VOCdevkit>`, `voc12:<VOCdevkit>`, `coco20k:<folder>` | photographs with the boxes of their objects |
 | `voc_segmentation:<VOCdevkit>`, `ade20k:<ADEChallengeData2016>` | photographs with class masks |
+| `context60:<VOCdevkit>`, `coco_object:<folder>`, `imagenet_seg:<folder>` | photographs with class masks, of which none is trained on |
 | `nyu:<folder>` | photographs of rooms with measured depth |
 | `relief` | rendered rooms with depth and class masks, some of them from two places |
 | `spair:<SPair-71k>` | pairs of photographs with matching keypoints |
@@ -46,6 +47,7 @@ from regvit.data.sources import (
     folder,
     hub,
     landmarks,
+    mask_sets,
     npy,
     nyu,
     published_sets,
@@ -73,6 +75,9 @@ SOURCES: dict[str, tuple[Build, tuple[str, ...]]] = {  # by what stands before t
     "ade20k": (published_sets.ade20k, ("ade20k:<ADEChallengeData2016>",)),
     "nyu": (nyu.nyu, ("nyu:<folder>",)),
     "relief": (rooms.relief, ("relief",)),
+    "context60": (mask_sets.context60, ("context60:<VOCdevkit>",)),
+    "coco_object": (mask_sets.coco_object, ("coco_object:<folder>",)),
+    "imagenet_seg": (mask_sets.imagenet_seg, ("imagenet_seg:<folder>",)),
     "spair": (spair.spair, ("spair:<SPair-71k>",)),
     "landmarks": (landmarks.landmarks, ("landmarks:<folder>",)),
 }

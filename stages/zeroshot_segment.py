@@ -1,0 +1,78 @@
+"""zeroshot_segment@<run>-<dataset>: classes of pixels, or objects, by the names of classes; metrics/runs/<run>/zeroshot_segment/<dataset>/."""
+
+from pathlib import Path
+
+import numpy as np
+import open_clip
+
+from regvit.data.batches import Batches
+from regvit.data.decoding import read_rgb
+from regvit.data.dense_labels import zero_is_ignored
+from regvit.measures.segmentation import pixel_table, read_classes
+from regvit.measures.tables import write_results, write_table
+from regvit.measures.training_free.pictures import draw_masks
+from regvit.measures.training_free.zeroshot_segmentation import (
+    Names,
+    Texts,
+    figures,
+    image_columns,
+    masked,
+    segment_classes,
+    segment_objects,
+)
+from regvit.measures.zeroshot import TEMPLATES, check_same_tower, class_embeddings, names_of, open_text_tower
+from regvit.models.backbones import load_backbone, unplanted
+from regvit.pipeline.command import command
+from regvit.pipeline.params import load_params
+from regvit.pipeline.runtime import Runtime
+from regvit.registers.run_files import read_run
+from regvit.registers.runs import open_run
+
+PICTURES = 8
+
+
+def main(run_name: str, name: str) -> None:
+    params, runtime = load_params(), Runtime.load()
+    knobs, device, data = params.zeroshot_segment, runtime.device, Path("data") / name
+    run_file, backbones = Path(f"features/runs/{run_name}.json"), Path("data/backbones")
+    run = read_run(run_file)
+    clip = open_text_tower(params.zeroshot.text[run["backbone"]]).to(device)
+    untreated = load_backbone(backbones / run["backbone"])
+    intact = unplanted(backbones / run["backbone"]) if untreated.planted else untreated
+    intact.model.to(device)
+    check_same_tower(clip, intact)
+    images, templates = masked(data), TEMPLATES[params.zeroshot.templates]
+    backbone = open_run(run_file, backbones)
+    backbone.model.to(device)
+    transform = backbone.transform.whole()
+    batches = Batches(
+        images, transform, runtime.batch_size, runtime.workers, device, f"zeroshot_segment {run_name}/{name}"
+    )
+
+    def mask(row: int) -> np.ndarray:
+        return read_classes(images.root / images.rows[row].mask, len(images.classes) + 1, zero_is_ignored(data))
+
+    if name in knobs.objects:
+        texts = class_embeddings(clip, open_clip.IMAGENET_CLASSNAMES, templates)
+        found = segment_objects(backbone.model, clip.projection, batches, texts, mask)
+    else:
+        names = Names.of(names_of(images.classes), knobs.background.get(name, ()))
+        told = Texts(class_embeddings(clip, names.names, templates), names, knobs.scale, knobs.threshold)
+        found = segment_classes(backbone.model, clip.projection, batches, told, knobs.foils, mask)
+    ids, out = list(images.rows.column("image_id")), Path("metrics/runs") / run_name / "zeroshot_segment" / name
+    written = figures(found, params.seed)
+    write_results(out, run_name, name, written, ids, image_columns(found))
+    first = next(iter(found.counts.values()))
+    write_table(out / "pixels.csv", pixel_table(first, ("background", *images.classes), ids))
+    shown = range(min(PICTURES, len(ids)))
+    draw_masks(
+        out / "masks.png",
+        [read_rgb(images.image_path(i)) for i in shown],
+        [mask(i) for i in shown],
+        found.first_masks[:PICTURES],
+    )
+    print(f"{run_name} on {name}: " + ", ".join(f"{one.metric} {one.value}" for one in written) + f"; {clip.label}")
+
+
+if __name__ == "__main__":
+    command(main, "run", "dataset", interrupted="metrics/runs/{0}/zeroshot_segment/{1} is not finished")
