@@ -21,7 +21,7 @@ from regvit.pipeline.command import command
 from regvit.pipeline.params import load_params
 from regvit.pipeline.runtime import Runtime
 
-PICTURES, LINES = 6, 12
+PICTURES, LINES = 4, 12
 
 
 def main(run: str, name: str) -> None:

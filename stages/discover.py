@@ -19,13 +19,13 @@ from regvit.measures.discovery import (
     sweep_table,
 )
 from regvit.measures.tables import write_results, write_table
-from regvit.measures.training_free.token_cut import cut_boxes
+from regvit.measures.training_free.token_cut import cut, cut_hits
 from regvit.models.token_features import Feature
 from regvit.pipeline.command import command
 from regvit.pipeline.params import load_params
 from regvit.pipeline.runtime import Runtime
 from regvit.stats.accuracy import accuracy
-from regvit.stats.boxes import HIT, best_iou, draw_boxes, true_boxes
+from regvit.stats.boxes import draw_boxes, true_boxes
 from regvit.stats.figures import Figure
 
 PICTURES = 8
@@ -44,11 +44,10 @@ def main(run: str, name: str) -> None:
     kept = dict.fromkeys((*tried.best_of_each(), *([published] if published else [])))
     final = discover(dense, test, tuple(kept), knobs.k_patches)
     found, columns = figures(tried, final, published, params.seed), image_columns(tried, final, published)
-    if knobs.tau is not None:
-        boxes = cut_boxes(dense, test, knobs.tau)
-        hits = best_iou(boxes, [true_boxes(dense.dataset)[row] for row in test]) >= HIT
-        found.append(Figure.of("corloc_token_cut", accuracy(hits)))
-        columns["corloc_token_cut"] = hits.astype(int)
+    if knobs.taus:
+        hits = cut_hits(*(cut(dense, rows, knobs.taus) for rows in (learn, test)))
+        found += [Figure.of(metric, accuracy(values)) for metric, values in hits.items()]
+        columns |= {metric: values.astype(int) for metric, values in hits.items()}
     write_results(out, run, name, found, dense.image_ids(test), columns)
     write_table(out / "sweep.csv", sweep_table(tried))
     write_table(out / "features.csv", feature_table(tried, final))

@@ -268,7 +268,7 @@ class Discover(Measured):
     normalised: Some[bool]
     biases: Some[Annotated[float, Ge(-1), Le(0)]]
     k_patches: Count
-    tau: Annotated[float | None, Ge(-1), Lt(1)]
+    taus: Several[Annotated[float, Ge(-1), Lt(1)]]
 
 
 class DiscoverPublished(Measured):

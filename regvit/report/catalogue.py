@@ -83,7 +83,8 @@ METRICS: dict[str, dict[str, Metric]] = {
         "corloc_token": Metric("token"),
         "corloc_published": Metric("published setting"),
         "corloc_dino_seg": Metric("box of CLS attention"),
-        "corloc_token_cut": Metric("normalised cut"),
+        "corloc_token_cut": Metric("TokenCut"),
+        "corloc_token_cut_published": Metric("TokenCut, published τ"),
     },
     "discover_published": {
         "corloc_lost": Metric("LOST", glance="CorLoc of LOST as published, %"),

@@ -108,7 +108,7 @@ def test_lines_and_masks_are_drawn_in_their_colours(tmp_path):
     draw_matches(tmp_path / "m.png", [(white, white)], [lines], [np.array([True, False])])
     drawn = np.asarray(Image.open(tmp_path / "m.png").convert("RGB")).astype(int)
     green, red = ((drawn[..., i] > drawn[..., 1 - i] + 100).any(1) for i in (1, 0))
-    assert green[70:80].any() and not green[:60].any() and red[145:155].any() and not red[:140].any()
+    assert green[52:60].any() and not green[:45].any() and red[108:116].any() and not red[:100].any()
     draw_masks(tmp_path / "k.png", [white], [np.array([[1, 255]], np.uint8)], [np.array([[0, 2]])])
     drawn = np.asarray(Image.open(tmp_path / "k.png").convert("RGB"))
     assert drawn.shape == (336, 112, 3)

@@ -15,7 +15,7 @@ from regvit.data.manifest import Row, read_dataset
 from regvit.data.transform import Transform
 from regvit.measures.discovery import lost
 from regvit.measures.training_free.published_discovery import Published, boxes_of, dino_seg, discover_published, padded
-from regvit.measures.training_free.token_cut import cut_boxes, token_cut
+from regvit.measures.training_free.token_cut import Cuts, cut, cut_hits, token_cut
 from regvit.models.backbones import Backbone, create
 from regvit.models.positions import positions_of
 from regvit.models.token_features import Feature, patch_features
@@ -129,5 +129,17 @@ def test_every_image_of_a_set_has_its_boxes_in_its_own_pixels(tmp_path, model):
 def test_kept_keys_are_cut_into_boxes_of_the_whole_image(tmp_path):
     keys = structured(3)[:, :144].reshape(3, 144, 24)
     dense = dense_set(tmp_path / "made", {"k": np.stack([keys * 0 + 1, keys], axis=1)}, None, [(120, 240)] * 3, side=12)
-    expected = np.array([published_cut(one.half().float(), (12, 12)) for one in keys]) * [10, 20, 10, 20]
-    assert cut_boxes(dense, [0, 1, 2]).tolist() == expected.tolist()
+    taus = (0.0, 0.2, 0.4)
+    expected = [[published_cut(one.half().float(), (12, 12), tau) for one in keys] for tau in taus] * np.array(
+        [10, 20, 10, 20]
+    )
+    found = cut(dense, [0, 1, 2], taus)
+    assert found.boxes.tolist() == expected.tolist() and not found.overlaps.any()  # there are no true boxes
+
+
+def test_the_threshold_that_finds_most_is_taken_to_other_images_and_the_published_one_stands_beside():
+    tried = Cuts((0.2, 0.8), np.zeros((2, 3, 4)), np.array([[0.6, 0.1, 0.1], [0.6, 0.6, 0.1]]))
+    final = Cuts((0.2, 0.8), np.zeros((2, 2, 4)), np.array([[0.9, 0.9], [0.5, 0.4]]))
+    hits = cut_hits(tried, final)
+    assert hits["corloc_token_cut"].tolist() == [True, False]
+    assert hits["corloc_token_cut_published"].tolist() == [True, True]

@@ -42,7 +42,7 @@ PARAMS = SimpleNamespace(
         normalised=[True, False],
         biases=[0.0, -0.5],
         k_patches=10,
-        tau=0.2,
+        taus=[0.2, 0.5],
     ),
     discover_published=schema.DiscoverPublished(
         datasets=["squares"], kind="k", layer=-1, normalised=False, bias=0.0, k_patches=10, tau=0.2, head=1

@@ -67,7 +67,7 @@ def draw_matches(
     """
     if not pairs or not len(pairs) == len(lines) == len(right):
         raise ValueError(f"{len(pairs)} pairs, lines of {len(lines)}, {len(right)} verdicts: expected as many of each")
-    side = 2 * SIDE
+    side = 3 * SIDE // 2
     sheet = Image.new("RGB", (columns * 2 * side, -(-len(pairs) // columns) * side), "white")
     pen = ImageDraw.Draw(sheet)
     for number, (pair, own, verdicts) in enumerate(zip(pairs, lines, right, strict=True)):
@@ -86,4 +86,4 @@ def draw_matches(
 def _save(path: Path, sheet: Image.Image) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with write_atomic(path) as beside:
-        sheet.quantize(COLOURS, dither=Image.Dither.NONE).save(beside, optimize=True)
+        sheet.quantize(COLOURS, dither=Image.Dither.NONE).save(beside)
