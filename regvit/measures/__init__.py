@@ -16,5 +16,10 @@ Each leaves `figures.csv`, a row a figure, and `images.csv`, a value an image by
 | `discover` | discovery | corloc (of the chosen setting), corloc_mean (over features), corloc_`<feature>`, corloc_published, corloc_dino_seg |
 | `segment` | segmentation, dense_heads | miou, miou_by_image, pixel_accuracy, pixel_accuracy_at_outliers |
 | `depth` | depth, dense_heads | rmse, abs_rel, delta1, …, rmse_at_outliers |
+| `hummingbird` | training_free/hummingbird | miou, miou_by_image, pixel_accuracy, pixel_accuracy_at_outliers |
+| `correspond` | training_free/correspondence | pck, pck_at_outliers, pck_by_pair |
+| `retrieve` | training_free/retrieval | map_`<readout>`, recall`<k>`_`<readout>` |
+| `discover_published` | training_free/published_discovery, token_cut | corloc_lost, corloc_dino_seg, corloc_token_cut |
+| `zeroshot_segment` | training_free/zeroshot_segmentation, clip_patches | miou (of the first foil), miou_`<foil>`, pixel_accuracy_`<foil>`; of objects ap |
 | `zeroshot` | zeroshot | top1, top5, gain |
 """

@@ -95,7 +95,10 @@ print(json.dumps(sorted({"torch", "timm"} & sys.modules.keys())))
     ("stages", "imported"),
     [
         (["download", "compose", "compare", "summary", "report", "retrieve"], []),
-        (["probe", "baselines", "evaluate", "tokens", "token_classes", "attention", "discover", "segment", "depth"], ["torch"]),
+        (
+            ["probe", "baselines", "evaluate", "tokens", "token_classes", "attention", "discover", "segment", "depth"],
+            ["torch"],
+        ),
         (["hummingbird", "correspond"], ["torch"]),
     ],
 )
