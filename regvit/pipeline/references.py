@@ -148,9 +148,6 @@ def _broken_measurements(params: Params) -> Iterator[str]:
             elif missing := [array for array in arrays if array not in dense[name].arrays]:
                 lacks = ", ".join(missing)
                 yield f"extract_dense.datasets.{name}.arrays lacks {lacks}, which {stage} reads: add it, or take {name} from {stage}.datasets"
-    for name in params.token_classes.datasets:
-        if name in params.scenes:
-            yield f"token_classes.datasets has {name!r}, a set of scenes, which have no class: name one of datasets"
     if params.depth.min_depth >= params.depth.max_depth:
         yield f"depth.min_depth is {params.depth.min_depth}, expected less than max_depth {params.depth.max_depth}"
     for name in params.retrieve.datasets:
