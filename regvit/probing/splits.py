@@ -50,10 +50,10 @@ def check_splits(train: Split, val: Split, classes: Sequence[str]) -> None:
     for name, split in (("train", train), ("val", val)):
         _check_split(name, split, classes)
     shapes = [{name: values.shape[1] for name, values in split.features.items()} for split in (train, val)]
-    if not shapes[0] or shapes[0] != shapes[1]:
-        raise ValueError(
-            f"train has the readouts and channels {shapes[0]} and val {shapes[1]}; expected the same, at least one"
-        )
+    if not shapes[0]:
+        raise ValueError("there is no readout to train on: name one that the run has in probe.readouts, such as cls")
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"train has the readouts and channels {shapes[0]} and val {shapes[1]}; expected the same")
     if (train.labels == train.labels[0]).all():
         raise ValueError(f"all {len(train.labels)} training images are of class {train.labels[0]}; "
                          "a probe needs images of at least 2 classes")  # fmt: skip

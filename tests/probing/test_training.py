@@ -354,3 +354,11 @@ def test_splits_that_do_not_fit_are_refused(change, message):
     train, val = (Split({given["name"]: given[x]}, given[y], given["channels"]) for x, y in (("x", "y"), ("v", "w")))
     with pytest.raises(ValueError, match=message):
         train_probes(train, val, CLASSES, Settings((0.1,)))
+
+
+def test_a_run_that_has_none_of_the_readouts_is_told_so():
+    nothing = Split({}, np.arange(20) % 7, None)
+    with pytest.raises(
+        ValueError, match=r"there is no readout to train on: name one that the run has in probe\.readouts"
+    ):
+        train_probes(nothing, nothing, CLASSES, Settings((0.1,)))
