@@ -165,7 +165,7 @@ def project(tmp_path_factory) -> Iterator[Project]:
         "runs": {"original": {"backbone": "focus_planted", "registers": "none", "num_registers": 0},
                  "test_time_reg": {"backbone": "focus_planted", "registers": "test_time", "num_registers": 1}},
         "identify": small["identify"] | {"layer": 3, "top_k": 5},
-        **{stage: small[stage] | {"datasets": []} for stage in ("tokens", "token_classes", "segment", "depth")},
+        **{stage: small[stage] | {"datasets": []} for stage in ("tokens", "token_classes", "segment", "depth", "hummingbird", "correspond", "retrieve")},
     })  # fmt: skip
     shutil.copytree(folder / "images/plain/test", folder / "photos")
     Image.open(folder / "photos/one/0.png").save(folder / "cat.jpg")

@@ -19,7 +19,15 @@ from regvit.report.catalogue import METRICS
 from regvit.report.checks import Check, findings, self_checks, summary_line
 from regvit.report.comparison import comparison, measurement_table, runs_table, sets_table
 from regvit.report.pictures import Drawn, comparisons, photo_bytes, picture, tiles
-from regvit.report.plots import plot_histogram, plot_layers, plot_norms, plot_places, plot_points, plot_scores
+from regvit.report.plots import (
+    plot_distributions,
+    plot_histogram,
+    plot_layers,
+    plot_norms,
+    plot_places,
+    plot_points,
+    plot_scores,
+)
 from regvit.report.results import Place, Results
 from regvit.report.tables import Table
 
@@ -186,6 +194,11 @@ def _first_run(results: Results) -> str:
 def _search_blocks(results: Results) -> Iterator[Block]:
     """What the search saw in each backbone, and where outliers sit."""
     study = results.study
+    if len(study.backbones) > 1:
+        every = plot_distributions({backbone: study.search(backbone, "histogram") for backbone in study.backbones})
+        yield Block(
+            "All backbones", plots=[Plot(every, "Norms of the patches: outliers are a second hump to the right.")]
+        )
     for backbone in study.backbones:
         threshold = results.value(backbone, Place("identify", "threshold", study.in_distribution))
         scores, norms = study.search(backbone, "scores"), plot_norms(study.search(backbone, "norms"))

@@ -61,6 +61,19 @@ def plot_histogram(table: pd.DataFrame, threshold: float | None) -> str:
     return _source(figure, axes)
 
 
+def plot_distributions(tables: Mapping[str, pd.DataFrame]) -> str:
+    """Share of the patches by norm in the detection layer (the last but one without outliers), in median norms: a line a model
+    (Darcet et al. 2024, figures 4a and 7)."""
+    figure, axes = _axes("L2 norm / median norm", "share of the patches")
+    for name, table in tables.items():
+        share = table["before"] / table["before"].sum()
+        median = 10 ** table["log10_norm"][(share.cumsum() >= 0.5).idxmax()]
+        axes.step(10 ** table["log10_norm"] / median, share.where(share > 0), where="mid", label=_plain(name))
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    return _source(figure, axes)
+
+
 def plot_scores(table: pd.DataFrame, most: int = 30) -> str:
     """Attribution of the best neurons by rank, and which of them were selected."""
     figure, axes = _axes("rank of the neuron", "share of the outliers' excess")

@@ -7,13 +7,25 @@ import pandas as pd
 import pytest
 
 from regvit.report.plot_tables import COLUMNS, plot_tables, write_plots
-from regvit.report.plots import INK, plot_histogram, plot_layers, plot_norms, plot_places, plot_points, plot_scores
+from regvit.report.plots import (
+    INK,
+    plot_distributions,
+    plot_histogram,
+    plot_layers,
+    plot_norms,
+    plot_places,
+    plot_points,
+    plot_scores,
+)
 from regvit.report.study import Value
 
 LAYERS = pd.DataFrame({"layer": [0, 1], "x": [0.1, 0.2], "x_lo": [0.0, 0.1], "x_hi": [0.2, 0.3]})
 DRAWN = {
     "norms": lambda: plot_norms(pd.DataFrame({"layer": [0, 1], "$max": [1.0, 60.0]})),
     "histogram": lambda: plot_histogram(pd.DataFrame({"log10_norm": [0, 1], "before": [5, 1], "after": [6, 0]}), 5.0),
+    "distributions": lambda: plot_distributions(
+        {name: pd.DataFrame({"log10_norm": [0, 1], "before": [5, 1]}) for name in ("$a", "b")}
+    ),
     "scores": lambda: plot_scores(pd.DataFrame({"rank": [1, 2], "attribution": [0.6, 0.1], "selected": [True, False]})),
     "layers": lambda: plot_layers({"a": LAYERS, "_b": pd.DataFrame(), "c": LAYERS}, "x", "share"),
     "points": lambda: plot_points(["row"], {"a": [Value(0.5, 0.4, 0.6)], "b": [Value(0.5)], "c": [None]}, "%", 100),
