@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,9 @@ from regvit.cli.errors import WrongInput
 from regvit.cli.images import DecodedImages, decode, image_files
 from regvit.cli.options import BACKBONES, IMG_SIZE, Architecture, Device, ImgSize
 from regvit.cli.outputs import check_out, write
+
+if TYPE_CHECKING:
+    from regvit.models.backbones import Backbone
 
 RANDOM = "random:"
 EXAMPLES = f"""{BACKBONES}
@@ -54,7 +57,11 @@ def census(
     files = [files[i] for i in np.random.default_rng(0).permutation(len(files))[:limit]]  # folders may be sorted
     left_out = 0
     for name in models:
-        opened = _random(name) if name.startswith(RANDOM) else open_backbone(name, architecture, img_size, IMG_SIZE)
+        opened = (
+            _random(name, img_size)
+            if name.startswith(RANDOM)
+            else open_backbone(name, architecture, img_size, IMG_SIZE)
+        )
         opened.model.to(place := named_device(device))
         pixels, faults = decode(files, opened.transform, workers)
         batches = DecodedImages(pixels, opened.transform, place, batch_size)
@@ -84,7 +91,7 @@ def append(path: Path, row: dict[str, object]) -> None:
     write(path, before + text.getvalue())
 
 
-def _random(name: str):
+def _random(name: str, img_size: int | None) -> Backbone:
     """A model of timm's with random weights, which no source of weights has."""
     import torch  # why here and not above: see __init__
 
@@ -92,5 +99,5 @@ def _random(name: str):
     from regvit.models.sources import transform_of
 
     torch.manual_seed(0)
-    model = create(name.removeprefix(RANDOM), {"num_classes": 0})
+    model = create(name.removeprefix(RANDOM), {"num_classes": 0, **({"img_size": img_size} if img_size else {})})
     return Backbone(name, model, transform_of(model), "", None, {"name": name})
