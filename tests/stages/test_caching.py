@@ -92,6 +92,7 @@ def test_the_number_of_registers_reruns_only_what_test_time_runs_make_and_going_
     made = {"compose@cured", "extract@cured-plain", "extract@cured-shifted"} | dense
     following = {f"{stage}@cured" for stage in ("probe", "baselines", "evaluate", "verify", "summary")}
     following |= {f"{stage}@cured-rooms" for stage in MEASURED} | {"compare", "report"}
+    following |= {"retrieve@cured-shifted", "token_classes@cured-plain"}
     assert made | {"probe@cured", "evaluate@cured", "verify@cured"} <= ran
     assert ran - {"summary@original"} <= made | following
     pipeline.change("runs", "cured", "num_registers", to=1)
