@@ -4,10 +4,12 @@ Clients read both variables when they are imported, so this module sets them bef
 the server nobody answers, and the hub of the world is never asked.
 """
 
+import atexit
 import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 import tempfile
 import threading
@@ -24,6 +26,7 @@ with socket.socket() as free:
     ADDRESS = free.getsockname()
 os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{ADDRESS[1]}"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hub-")
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 os.environ.pop("HF_TOKEN", None)
 RESOLVE = re.compile(r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+))?(?:/(.*))?")
