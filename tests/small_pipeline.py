@@ -222,7 +222,7 @@ def small_parameters() -> dict:
                 "plain": {"img_size": None, "arrays": ["patches"]},
             },
         },
-        "evaluate": {"detectors": ["msp"], "bootstrap": 10},
+        "evaluate": {"detectors": ["msp"], "bootstrap": 10, "shrinkage": None},
     }
     params["identify"]["images"] = 8
     params["probe"] |= {"readouts": ["cls"], "learning_rates": [0.1], "steps": 4, "batch_size": 8}

@@ -84,7 +84,10 @@ def images_of(dataset, backbone):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_extraction_stops_wherever_it_is_computed(tmp_path, backbone, dataset, precision):
-    said = rf"{IMAGE}'cls', row 1: nan is not a finite number; {LAYER_SAID}; take the image out of the manifest"
+    cure = {"float32": "check the weights", "bfloat16": "set extract.precision to float32"}[precision]
+    said = (
+        rf"{IMAGE}'cls', row 1: nan is not a finite number; {LAYER_SAID}; take the image out of the data set, or {cure}"
+    )
     with pytest.raises(BadFeatures, match=said):
         extract(tmp_path / "x.zarr", backbone, dataset, precision=precision, options=Options(batch_size=2))
     assert not (tmp_path / "x.zarr").exists()

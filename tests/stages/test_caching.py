@@ -120,6 +120,7 @@ def test_the_precision_of_extraction_reruns_what_features_decide_and_no_search(p
 def test_a_data_set_taken_out_is_not_reported_though_its_files_still_lie_there(pipeline):
     datasets = YAML_FILE.load(pipeline.folder / "params.yaml")["datasets"]
     pipeline.change("datasets", to={"plain": datasets["plain"]})
+    pipeline.change("retrieve", "datasets", to=[])
     ran, _ = pipeline.repro()
     assert ran == AFTER_PROBES
     assert (pipeline.folder / "features/cured/shifted.zarr").exists()

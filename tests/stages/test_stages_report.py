@@ -26,7 +26,7 @@ import summary  # noqa: E402
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Study:
     """Everything that the three stages leave, for the parameters of the repository."""
-    folder = tmp_path_factory.mktemp("project")
+    folder = tmp_path_factory.mktemp("reported")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         shutil.copy(ROOT / "params.yaml", folder)
@@ -44,7 +44,7 @@ def built(tmp_path_factory) -> Study:
 
 @pytest.fixture
 def project(built, tmp_path_factory, monkeypatch) -> Study:
-    monkeypatch.chdir(next(path for path in tmp_path_factory.getbasetemp().glob("project*")))
+    monkeypatch.chdir(next(path for path in tmp_path_factory.getbasetemp().glob("reported*")))
     return built
 
 
