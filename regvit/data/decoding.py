@@ -95,11 +95,7 @@ def check_file(path: Path | str) -> None:
 
 
 def open_image(file: Path | str | BinaryIO) -> Image.Image:
-    """Pillow's `Image.open` for files of strangers: by the decoders of FORMATS alone, whatever the file's name.
-
-    Raises:
-        UnidentifiedImageError: none of them knows the file.
-    """
+    """Pillow's `Image.open` for files of strangers: by the decoders of FORMATS alone, whatever the file's name."""
     return Image.open(file, formats=_formats())
 
 
@@ -124,11 +120,7 @@ def usual_suffix(content: bytes) -> str:
 
 @contextmanager
 def opened(path: Path | str) -> Iterator[Image.Image]:
-    """The image of a file, its pixels not decoded yet.
-
-    Raises:
-        UnreadableImage: the file is missing or broken; also where that shows only within the block.
-    """
+    """The image of a file, its pixels not decoded yet; UnreadableImage also where a fault shows only within the block."""
     try:
         check_file(path)
         with open_image(path) as image:
@@ -140,11 +132,7 @@ def opened(path: Path | str) -> Iterator[Image.Image]:
 
 
 def original_size(path: Path | str) -> tuple[int, int]:
-    """Width and height of an image, upright as EXIF says, from its header alone.
-
-    Raises:
-        UnreadableImage: the file is missing or has no header that is known.
-    """
+    """Width and height of an image, upright as EXIF says, from its header alone. Raises as `opened`."""
     with opened(path) as image:
         return image.size[::-1] if image.getexif().get(ORIENTATION, 1) >= 5 else image.size
 

@@ -16,9 +16,7 @@ STAGES = {name: stage.get("do", stage) for name, stage in STAGES.items()}
 MEASURING = sorted(STAGES.keys() - {"fingerprint"})
 FRAME = {
     "architectures",
-    "source_changes",
     "choose",
-    "classes",
     "command",
     "faults",
     "params",
@@ -26,6 +24,7 @@ FRAME = {
     "reproduce",
     "runtime",
     "schema",
+    "source_changes",
 }
 
 

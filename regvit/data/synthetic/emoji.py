@@ -19,15 +19,8 @@ from PIL import Image
 from regvit.data.decoding import to_rgb
 
 # Unicode's groups less flags, components, and people (the last two vary by skin tone and hair rather than in kind).
-GROUPS = (
-    "Activities",
-    "Animals & Nature",
-    "Food & Drink",
-    "Objects",
-    "Smileys & Emotion",
-    "Symbols",
-    "Travel & Places",
-)
+GROUPS = ("Activities", "Animals & Nature", "Food & Drink", "Objects", "Smileys & Emotion", "Symbols",
+          "Travel & Places")  # fmt: skip
 LINE_LAYERS = ("line", "line-supplement")
 SVG = "http://www.w3.org/2000/svg"
 
