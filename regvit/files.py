@@ -29,7 +29,7 @@ def write_atomic(path: Path | str) -> Iterator[Path]:
     """A path of the same file name to write to; what is there at the end of the block gets the final place.
 
     Args:
-        path: final one; its folder is made if missing.
+        path: final one; its folder must exist.
     Raises:
         OSError: the path is one of the system's, the file cannot be written, or none was, or another process writes the
             same one at the same time. What was in the final place stays.
@@ -40,7 +40,7 @@ def write_atomic(path: Path | str) -> Iterator[Path]:
     folder = path.with_name(f"{path.name}.partial")
     if folder.exists():  # of a process that was killed
         shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+    folder.mkdir()
     try:
         yield folder / path.name
         sync(folder / path.name)
@@ -85,12 +85,6 @@ def write_table(path: Path | str, header: Sequence[str], rows: Iterable[Sequence
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)
-
-
-def write_picture(path: Path | str, figure: object, dpi: int) -> None:
-    """A figure of matplotlib as a PNG, whole or not there, without the version that drew it."""
-    with write_atomic(path) as beside:
-        figure.savefig(beside, dpi=dpi, metadata={"Software": None})
 
 
 def sync(path: Path) -> None:

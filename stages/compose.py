@@ -21,7 +21,9 @@ def main(name: str) -> None:
         from regvit.pipeline.cure_images import measure_cure  # why here: torch takes seconds, and few runs need it
 
         described["cure"]["measured"] = measure_cure(described)
-    write_json(f"features/runs/{name}.json", described)
+    out = Path(f"features/runs/{name}.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, described)
     taken = sum(len(units) for units in (described["neurons"] or {}).values())
     kind, done = described.get("control", ""), "silenced" if run.neurons == "ablated" else "moved"
     registers = f"{run.num_registers} {run.registers} registers"

@@ -37,6 +37,7 @@ def main(name: str) -> None:
     about = {"backbone": name, "weights_sha256": backbone.weights_sha256, "images": len(images), "seed": seed}
     about |= {"rounds": params.identify.rounds} if params.identify.rounds > 1 else {}
     neurons, out = Path(f"features/neurons/{name}.json"), Path("metrics/backbones") / name
+    neurons.parent.mkdir(parents=True, exist_ok=True)
     write_text(neurons, found.to_json(**about))
     shown = figures(found, treated, backbone.planted, seed)
     write_figures(out / "figures.csv", figures_table(shown, name, params.in_distribution))

@@ -1,6 +1,7 @@
 """The benchmarks run, on tiny sizes; what they find is for larger ones."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import __main__ as runner
-from benchmarks import extraction, machine, memory, pipeline, probes, stores
+from benchmarks import extraction, identification, machine, memory, pipeline, probes, stores
 from regvit.features.store import ArraySpec
 
 
@@ -36,6 +37,18 @@ def test_a_ratio_without_an_aim_is_shown_and_misses_nothing():
     price = row(0.03, wanted=None)
     assert runner.table([price]).splitlines()[-1] == "| a / b | 0.03 [0.03, 0.03] | – | of 3 |"
     assert not runner.is_below(price) and runner.is_below(row(0.5)) and not runner.is_below(row(1.0))
+
+
+def test_a_row_with_other_keys_is_refused():
+    with pytest.raises(ValueError, match=r"benchmarks\.x gave a row with \['ratio'\]; expected name, ratio, ratio_lo"):
+        runner.run({"x": lambda quick: [{"ratio": 1}]}, True)
+
+
+def test_every_benchmark_of_the_table_offers_measure():
+    root = Path(runner.__file__).parent
+    for name in runner.MODULES:
+        if (root / f"{name}.py").exists():
+            assert "def measure(quick: bool = False) -> list[dict]:" in (root / f"{name}.py").read_text(), name
 
 
 def test_the_light_ones_run_on_tiny_sizes():
@@ -88,6 +101,21 @@ def test_memory_is_flat_if_it_grows_by_what_must_be_known_of_each_image_only(mon
     assert flat["images"] == [6144, 24576, 98304] and flat["allowed_per_image"] == 512
 
 
+def test_memory_allows_far_less_than_the_logits_of_an_image():
+    logits = 4 * memory.EVALUATED_CLASSES * memory.EVALUATED_SEEDS * len(memory.EVALUATED_READOUTS)
+    assert memory.PIECES["evaluate"][2] < logits / 40
+    assert max(allowed for _, _, allowed in memory.PIECES.values()) == memory.OF_MAKING == 512
+
+
+def test_memory_counts_what_is_held_and_not_the_holes_that_the_allocator_leaves(monkeypatch):
+    given = []
+    answer = type("Done", (), {"stdout": "1\n"})()
+    monkeypatch.setattr(memory.subprocess, "run", lambda *_, **more: given.append(more["env"]) or answer)
+    memory.measured("bootstrap")
+    assert [each["MALLOC_MMAP_THRESHOLD_"] for each in given] == ["131072"] * 3
+    assert given[0]["PATH"] == os.environ["PATH"]
+
+
 def test_one_piece_is_measured_again_and_the_others_stay(tmp_path):
     out = tmp_path / "memory.json"
     first = [memory.row(name, [1, 4, 16], [5, 5, 5]) for name in ("probe", "evaluate")]
@@ -115,6 +143,34 @@ def test_extraction_is_measured_on_a_gpu_where_there_is_one(monkeypatch):
         assert extraction.measure(True) == [row(1.0)] and given[-1].device == device
 
 
+def test_extraction_leaves_the_threads_as_they_were_and_records_its_own(monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(extraction, "measurements", lambda given, say: {"threads": torch.get_num_threads()})
+    given = type("Given", (), {"threads": before + 1})
+    found = extraction.run(given, print)
+    assert found["threads"] == found["machine"]["threads"] == before + 1 and torch.get_num_threads() == before
+
+
+def test_the_published_search_runs_in_full_float32(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(identification, "published_search", lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    found = type("Found", (), {"detection": type("Detection", (), {"layer": 1, "threshold": 2.0})})
+    identification.published(torch.nn.Linear(2, 2), torch.zeros(3, 2), found)
+    assert seen == [False] and torch.backends.cudnn.allow_tf32
+
+
+def test_what_is_saved_names_the_machine(tmp_path):
+    machine.save(None, {"x": 1})
+    machine.save(tmp_path / "deep" / "x.json", {"x": 1})
+    found = json.loads((tmp_path / "deep" / "x.json").read_text())
+    assert found["x"] == 1 and found["machine"]["versions"]["torch"]
+
+
+def test_the_peak_of_a_piece_is_measured():
+    assert 0 <= memory.peak_of("neighbours", 400) < 1 << 30
+
+
 def test_a_pipeline_grows_by_copies_of_its_entries(tmp_path):
     params = tmp_path / "params.yaml"
     params.write_text("datasets:\n  a: {role: id} # kept\n  b: {role: ood}\nruns:\n  r: {backbone: x}\n")
@@ -123,3 +179,9 @@ def test_a_pipeline_grows_by_copies_of_its_entries(tmp_path):
         "datasets:\n  a: {role: id} # kept\n  b: {role: ood}\n  more_0:\n    role: ood\n  more_1:\n    role: ood\n"
         "runs:\n  r: {backbone: x}\n  more_0:\n    backbone: x\n"
     )
+
+
+def test_a_stand_in_is_a_file_or_a_folder_by_its_name(tmp_path):
+    for name in ("a.json", "b.zarr", "c"):
+        pipeline.place(tmp_path / name)
+    assert (tmp_path / "a.json").is_file() and (tmp_path / "b.zarr/content").is_file() and (tmp_path / "c").is_dir()

@@ -1,5 +1,6 @@
 """Final files are whole or not there."""
 
+import errno
 import os
 
 import numpy as np
@@ -10,7 +11,6 @@ from regvit.files import write_atomic, write_bytes, write_json, write_table, wri
 
 
 def test_what_is_written_is_what_is_read(tmp_path):
-    write_text(tmp_path / "new/folder/x", "made if missing")
     write_bytes(tmp_path / "a", b"\x00\r\n")
     write_text(tmp_path / "b", "é\n")
     write_json(tmp_path / "c.json", {"a": [1, None]})
@@ -19,7 +19,7 @@ def test_what_is_written_is_what_is_read(tmp_path):
     assert (tmp_path / "b").read_bytes() == b"\xc3\xa9\n"
     assert (tmp_path / "c.json").read_bytes() == b'{\n "a": [\n  1,\n  null\n ]\n}\n'
     assert (tmp_path / "d.csv").read_bytes() == b'x,y\n1,"a,b"\n\xc3\xa9,\n'
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c.json", "d.csv", "new"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c.json", "d.csv"]
 
 
 def test_an_error_in_the_middle_leaves_what_was_there_and_nothing_beside_it(tmp_path):
@@ -86,6 +86,12 @@ def test_a_block_that_writes_nothing_is_an_error_and_leaves_what_was_there(tmp_p
     with pytest.raises(FileNotFoundError), write_atomic(tmp_path / "a"):
         pass
     assert (tmp_path / "a").read_text() == "old"
+
+
+def test_a_folder_that_does_not_exist_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        write_text(tmp_path / "none/a", "x")
+    assert caught.value.errno == errno.ENOENT
 
 
 def test_of_two_that_write_the_same_file_at_once_the_first_fails_and_the_file_is_whole(tmp_path):

@@ -4,7 +4,6 @@ import ast
 import re
 import sys
 import tomllib
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -42,25 +41,15 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-packages_distributions = cache(metadata.packages_distributions)
-
-
-@cache
-def modules(file: Path) -> set[str]:
-    """Names of the modules that a file imports."""
-    names = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            names.add(node.module)
-    return names
-
-
 def imported(*folders: str) -> set[str]:
     """Distributions of the modules that are imported below these folders."""
-    homes = packages_distributions()
-    names = {name for folder in folders for file in (ROOT / folder).rglob("*.py") for name in modules(file)}
+    homes, names = metadata.packages_distributions(), set()
+    for path in (file for folder in folders for file in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names.add(node.module)
     tops = {name.partition(".")[0] for name in names} - OURS - set(sys.stdlib_module_names)
     special = {"google": "protobuf", "ruamel": "ruamel-yaml"}  # namespaces that several share
     found = {special.get(top) or canonical(homes.get(top, [top])[0]) for top in tops}

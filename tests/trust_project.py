@@ -14,7 +14,6 @@ import os
 import re
 import resource
 import runpy
-import shutil
 import signal
 import subprocess
 import sys
@@ -118,86 +117,6 @@ class Stages:
         ended = self.run(folder, stage, *names, **more)
         assert ended.status == 0, f"{stage} {' '.join(names)} ended with {ended.status}:\n{ended.text}"
         return ended
-
-
-@dataclass(frozen=True)
-class Case:
-    """A copy of a project as it was before a stage, which is disturbed there.
-
-    Attributes:
-        start: every file that the stages before it left, with its bytes.
-        outputs: those that it leaves undisturbed.
-        ended: how it ended undisturbed.
-    """
-
-    stages: Stages
-    folder: Path
-    stage: tuple[str, ...]
-    start: dict[str, bytes]
-    outputs: dict[str, bytes]
-    ended: Ended
-
-    def run(self, **disturbance: object) -> Ended:
-        return self.stages.run(self.folder, *self.stage, **disturbance)
-
-    def is_done(self) -> bool:
-        """Whether the stage has left what it leaves undisturbed, and nothing else."""
-        return results(self.folder) == self.start | self.outputs
-
-    def must_be_whole(self) -> None:
-        """Nothing is half-written, but what is still in a hidden folder or said to be partial, and curves, which grow while
-        a probe trains and which DVC takes away before it trains again."""
-        for name, content in results(self.folder).items():
-            hidden = any(part.startswith(".") or part.endswith(".partial") for part in name.split("/"))
-            if not hidden and "/probe/curves/" not in name:
-                assert content == (self.start | self.outputs).get(name), f"{name} is half-written"
-
-    def must_end_in_the_same_bytes(self) -> Ended:
-        ended = self.stages.finish(self.folder, *self.stage)
-        assert self.is_done()
-        return ended
-
-    def forget(self) -> None:
-        """Deletes what the stage made, as DVC does before it runs one, and its work."""
-        for name in results(self.folder).keys() - self.start.keys():
-            (self.folder / name).unlink()
-        shutil.rmtree(self.folder / "work", ignore_errors=True)
-        _remove_empty_folders(self.folder)
-
-
-@dataclass(frozen=True)
-class Undisturbed:
-    """A project whose stages ran one after another, undisturbed: of each, in that order, what it left and how it ended."""
-
-    stages: Stages
-    folder: Path
-    made: dict[tuple[str, ...], tuple[dict[str, bytes], Ended]]
-
-    @classmethod
-    def of(cls, stages: Stages, folder: Path, order: tuple[tuple[str, ...], ...]) -> "Undisturbed":
-        made, before = {}, results(make_project(folder))
-        for stage in order:
-            ended = stages.finish(folder, *stage)
-            after = results(folder)
-            made[stage] = ({name: after[name] for name in after if before.get(name) != after[name]}, ended)
-            before = after
-        return cls(stages, folder, made)
-
-    def before(self, stage: tuple[str, ...], folder: Path) -> Case:
-        """A copy of the project, in `folder`, as it was before a stage."""
-        shutil.copytree(self.folder, folder, ignore=shutil.ignore_patterns("work"))
-        order = list(self.made)
-        for later in order[order.index(stage) :]:
-            for name in self.made[later][0]:
-                (folder / name).unlink()
-        _remove_empty_folders(folder)
-        return Case(self.stages, folder, stage, results(folder), *self.made[stage])
-
-
-def _remove_empty_folders(folder: Path) -> None:
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
 
 
 def make_project(folder: Path) -> Path:

@@ -10,7 +10,7 @@ import typer
 from regvit.cli.backbone import open_backbone
 from regvit.cli.errors import WrongInput
 from regvit.cli.neurons_file import read_neurons
-from regvit.cli.options import BACKBONES, Architecture, BackboneArgument, NumRegisters
+from regvit.cli.options import BACKBONES, Architecture, BackboneArgument, NumRegisters, finite
 
 EXAMPLES = f"""{BACKBONES}
 \b
@@ -33,6 +33,7 @@ def export(
     num_registers: NumRegisters = 1,
     statistic: Annotated[str, typer.Option(help="per_neuron, per_neuron_patches or reference.")] = "per_neuron",
     patches: Annotated[str, typer.Option(help="zero, mean, only_outliers or same.")] = "zero",
+    scale: Annotated[float, typer.Option(callback=finite, help="Factor on a register's value.")] = 1.0,
     pt2: Annotated[bool, typer.Option("--pt2", help="Write model.pt2, for torch.export.load.")] = False,
     onnx: Annotated[bool, typer.Option("--onnx", help="Write model.onnx; needs the package onnx.")] = False,
     img_size: Annotated[
@@ -53,8 +54,8 @@ def export(
     _, selected = read_neurons(neurons, opened)
     if not selected:
         raise WrongInput(f"{neurons} names no register neurons: the search found no outliers to move")
-    options = {"statistic": statistic, "patches": patches, "pt2": pt2, "onnx": onnx}
-    written = write_export(opened, selected, out, num_registers, **options)
+    options = {"statistic": statistic, "patches": patches, "scale": scale}
+    written = write_export(opened, selected, out, num_registers, **options, pt2=pt2, onnx=onnx)
     for name, difference in written.differences.items():
         print(f"{name:<6} differs from the hooked model by {difference:.1e} of an output's largest value at most")
     if onnx and "onnx" not in written.differences:

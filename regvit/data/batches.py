@@ -47,13 +47,16 @@ class Batches:
 def load_batches(
     dataset: Dataset, transform: Transform, batch_size: int, workers: int = 0
 ) -> Iterator[UInt8[Tensor, "b 3 s s"]]:
-    """Decode a data set in row order; the last batch may be smaller.
+    """Decode a data set in row order.
 
     Args:
+        batch_size: images a batch; the last may be smaller.
         workers: decoding threads (Pillow frees the interpreter while it decodes and resizes); 0 decodes in the caller.
             They never change a value or the order, and run at most two batches ahead.
     Raises:
-        UnreadableImage, ChangedImage: an image cannot be decoded, or is not the file of the manifest.
+        ValueError: batch_size below 1 or workers below 0.
+        UnreadableImage: an image cannot be decoded.
+        ChangedImage: an image file is not the one of the manifest, where that has its SHA-256.
     """
     if batch_size < 1 or workers < 0:
         raise ValueError(f"batch_size {batch_size} must be at least 1 and workers {workers} at least 0")

@@ -141,7 +141,11 @@ class DatasetBuilder:
         return limit_splits(rows, self.entry.images, self.seed)
 
     def refuse_classes(self) -> None:
-        """For sets whose masks number their classes: a ValueError where classes were chosen."""
+        """For sets whose masks number their classes.
+
+        Raises:
+            ValueError: classes were chosen.
+        """
         if self._choice is not None:
             raise ValueError("`classes` cannot be chosen of a data set with masks, whose pixels number its classes; "
                              "leave `classes` out")  # fmt: skip

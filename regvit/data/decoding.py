@@ -95,7 +95,11 @@ def check_file(path: Path | str) -> None:
 
 
 def open_image(file: Path | str | BinaryIO) -> Image.Image:
-    """Pillow's `Image.open` for files of strangers: by the decoders of FORMATS alone, whatever the file's name."""
+    """Pillow's `Image.open` for files of strangers: by the decoders of FORMATS alone, whatever the file's name.
+
+    Raises:
+        UnidentifiedImageError: none of them knows the file.
+    """
     return Image.open(file, formats=_formats())
 
 
@@ -120,7 +124,11 @@ def usual_suffix(content: bytes) -> str:
 
 @contextmanager
 def opened(path: Path | str) -> Iterator[Image.Image]:
-    """The image of a file, its pixels not decoded yet; UnreadableImage also where a fault shows only within the block."""
+    """The image of a file, its pixels not decoded yet.
+
+    Raises:
+        UnreadableImage: the file is missing or broken; also where that shows only within the block.
+    """
     try:
         check_file(path)
         with open_image(path) as image:
@@ -132,7 +140,11 @@ def opened(path: Path | str) -> Iterator[Image.Image]:
 
 
 def original_size(path: Path | str) -> tuple[int, int]:
-    """Width and height of an image, upright as EXIF says, from its header alone. Raises as `opened`."""
+    """Width and height of an image, upright as EXIF says, from its header alone.
+
+    Raises:
+        UnreadableImage: the file is missing or has no header that is known.
+    """
     with opened(path) as image:
         return image.size[::-1] if image.getexif().get(ORIENTATION, 1) >= 5 else image.size
 

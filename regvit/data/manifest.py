@@ -69,7 +69,11 @@ class Dataset:
         return len(self.rows)
 
     def subset(self, split: str) -> Dataset:
-        """The same data set with the rows of one split only, in manifest order; the digest stays. Raises as `split_rows`."""
+        """The same data set with the rows of one split only, in manifest order; the digest stays.
+
+        Raises:
+            ValueError: `split` is not one of "train", "val", "test".
+        """
         return dataclasses.replace(self, rows=self.rows.select(self.split_rows(split)))
 
     def split_rows(self, split: str) -> np.ndarray:
@@ -89,7 +93,11 @@ class Dataset:
         return np.array([index[name] for name in column.categories], dtype=np.int64)[column.codes]
 
     def image_path(self, i: int) -> Path:
-        """Where image `i` of the rows lies."""
+        """Where image `i` of the rows lies.
+
+        Raises:
+            IndexError: `i` is out of range.
+        """
         if not 0 <= i < len(self.rows):
             raise IndexError(f"image {i} is out of range (0 to {len(self.rows) - 1}) in data set {self.name!r}")
         return self.root / self.rows[i].path
@@ -112,6 +120,7 @@ def write_dataset(
     _check(rows, tuple(classes), f"the rows given for data set {name!r}")
     columns = [column for column in COLUMNS if column not in LATER or any(rows.column(column))]
     description = {"name": name, "root": Path(root).as_posix(), "classes": list(classes), "about": about}
+    folder.mkdir(parents=True, exist_ok=True)
     with write_atomic(folder / "manifest.csv") as beside:
         rows.table().to_csv(beside, columns=columns, index=False, lineterminator="\n", chunksize=PART)
     write_text(folder / "dataset.json", json.dumps(description, indent=2, ensure_ascii=False) + "\n")

@@ -62,7 +62,12 @@ class PackageUnavailable(DownloadFailed):
 
 
 def fetch_pinned(name: str, cache_dir: Path | str, progress: Callable[[str], None] | None = None) -> Path:
-    """The verified wheel of one of `PACKAGES`; ValueError for others, else as `fetch_package`."""
+    """The verified wheel of one of `PACKAGES`.
+
+    Raises:
+        ValueError: the package is not among `PACKAGES`.
+        PackageUnavailable: as `fetch_package`.
+    """
     name = name.replace("_", "-").lower()
     if name not in PACKAGES:
         near = get_close_matches(name, PACKAGES, n=1, cutoff=0)

@@ -93,12 +93,20 @@ class Rows(Sequence[Row]):
         return self._table if self._places is None else self._table.iloc[self._places].reset_index(drop=True)
 
     def select(self, which: Sequence[int] | np.ndarray) -> Rows:
-        """Some of the rows by their numbers, in the order given; IndexError where one is out of range."""
+        """Some of the rows by their numbers, in the order given.
+
+        Raises:
+            IndexError: a number is out of range.
+        """
         places = np.arange(len(self)) if self._places is None else self._places
         return Rows(self._table, places[np.asarray(which, dtype=np.intp)])
 
     def column(self, name: str) -> ExtensionArray:
-        """The texts of one column; `label` and `split` are a pandas Categorical."""
+        """The texts of one column; `label` and `split` are a pandas Categorical.
+
+        Raises:
+            KeyError: there is no such column.
+        """
         column = self._columns[name]
         return column if self._places is None else column.take(self._places)
 

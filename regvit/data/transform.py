@@ -106,12 +106,23 @@ class Transform:
             raise ValueError(f"transform {dict(values)} does not fit; its keys are {keys}") from error
 
     def __call__(self, image: Image.Image | Path | str) -> Float[Tensor, "3 s s"]:
-        """One image, of Pillow's or the path of a file, as a backbone's input. Raises as `load`."""
+        """One image as a backbone's input: a PIL image, or the path of a file.
+
+        Raises:
+            UnreadableImage: as `load`.
+        """
         image = to_rgb(image) if isinstance(image, Image.Image) else read_rgb(image)
         return self.normalise(torch.from_numpy(self._cropped(image))[None])[0]
 
     def load(self, path: Path | str, sha256: str = "") -> UInt8[Tensor, "3 s s"]:
-        """Decode, resize and crop one image. Arguments and errors as of `read_rgb`."""
+        """Decode, resize and crop one image.
+
+        Args:
+            sha256: of the file (hex), as in the manifest; "" checks nothing.
+        Raises:
+            UnreadableImage: the file is missing, broken, or of a kind that has no RGB meaning.
+            ChangedImage: its bytes are others than those of `sha256`.
+        """
         return torch.from_numpy(self.pixels(path, sha256))
 
     def pixels(self, path: Path | str, sha256: str = "") -> UInt8[np.ndarray, "3 s s"]:

@@ -28,6 +28,7 @@ def image_means(values: Float[np.ndarray, "b p"], chosen: Bool[np.ndarray, "b p"
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
     """A CSV of numbers with six digits, empty where there is no value; its folder is made if missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, table.to_csv(index=False, float_format=f"%.{DIGITS}g"))
 
 

@@ -34,6 +34,7 @@ def architecture(name: str) -> Architecture:
         known = {}
     if name not in known:
         known[name] = asdict(_ask(name))
+        KEPT.parent.mkdir(exist_ok=True)
         write_json(KEPT, known)
     return Architecture(**known[name])
 

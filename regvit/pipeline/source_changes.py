@@ -97,4 +97,5 @@ def _kept(path: Path) -> dict:
 
 
 def _keep(path: Path, known: dict) -> None:
+    path.parent.mkdir(exist_ok=True)
     write_json(path, known)

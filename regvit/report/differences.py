@@ -37,6 +37,7 @@ def difference_rows(study: Study) -> pd.DataFrame:
 def write_compared(path: Path | str, table: pd.DataFrame) -> None:
     """One of the two tables of `compare` as a CSV file; what is of predictions is of the stage `evaluate`."""
     table = table.assign(stage=table["stage"].fillna("evaluate"))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_text(path, table.to_csv(index=False, float_format=f"%.{DIGITS}g"))
 
 

@@ -19,6 +19,7 @@ BY_LAYER = ("entropy", "on_outliers", "on_registers", "morans_i", "object_auroc"
 def write_plots(results: Results) -> None:
     """metrics/plots/<name>.csv; a table of what was not measured has no rows."""
     folder = results.study.folder / "plots"
+    folder.mkdir(parents=True, exist_ok=True)
     for name, parts in plot_tables(results).items():
         table = pd.concat([part.reindex(columns=COLUMNS) for part in parts] or [pd.DataFrame(columns=COLUMNS)])
         write_text(folder / f"{name}.csv", table.dropna(subset="y").to_csv(index=False, float_format="%.6g"))

@@ -93,6 +93,7 @@ def draw_boxes(
             x0, y0, x1, y1 = (round(float(value) * scale) for value in box)
             edges = (left + x0, top + y0, left + max(x0, x1 - 1), top + max(y0, y1 - 1))
             pen.rectangle(edges, outline=colour, width=2)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with write_atomic(path) as beside:
         sheet.save(beside, optimize=True)
 

@@ -61,6 +61,7 @@ def figures_table(figures: Iterable[Figure], run: str, dataset: str) -> pd.DataF
 
 def write_figures(path: Path | str, *tables: pd.DataFrame) -> None:
     """Tables of `figures_table`, one below the other, as a CSV file; its folder is made if missing."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     joined = pd.concat(tables) if tables else figures_table((), "", "")
     write_text(path, joined.to_csv(index=False, float_format=f"%.{DIGITS}g"))
 

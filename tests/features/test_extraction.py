@@ -22,7 +22,7 @@ from extracting import (
 )
 from PIL import Image
 
-from regvit.data.decoding import ChangedImage
+from regvit.data.decoding import ChangedImage, UnreadableImage
 from regvit.data.manifest import read_dataset, write_dataset
 from regvit.data.transform import Transform
 from regvit.features import extraction
@@ -55,6 +55,16 @@ def test_row_i_holds_the_features_of_the_image_in_row_i_of_the_manifest(tmp_path
         np.testing.assert_allclose(store.read("patch_mean")[row], tokens[3:].mean(0), atol=2e-3)
     rows = store.read("cls")
     assert np.abs(rows[:, None] - rows[None]).max(2)[~np.eye(11, dtype=bool)].min() > 0.02  # no two rows are alike
+
+
+def test_a_model_without_cls_has_no_cls_array_and_its_register_is_no_patch(tmp_path, dataset):
+    backbone = backbone_of("test_vit2")
+    store = run(tmp_path, backbone, dataset)
+    assert store.arrays == {"patch_mean": (64,), "registers": (1, 64)}
+    tokens = tokens_of(backbone, 3)[0].numpy()  # register, then 4 patches
+    assert len(tokens) == 5
+    np.testing.assert_allclose(store.read("registers")[3, 0], tokens[0], atol=2e-3)
+    np.testing.assert_allclose(store.read("patch_mean")[3], tokens[1:].mean(0), atol=2e-3)
 
 
 def test_patches_are_stored_row_by_row_where_they_are_asked_for_also_of_larger_images(tmp_path, dataset):
@@ -131,7 +141,8 @@ def test_batch_size_changes_no_feature_by_more_than_rounding(tmp_path, dataset, 
         np.testing.assert_allclose(other.read(name), plain.read(name), rtol=2**-10, atol=1e-5)
 
 
-@pytest.mark.parametrize(("after", "units", "workers"), [(2, 0, 0), (6, 1, 2), (10, 2, 2)])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("after", "units"), [(2, 0), (6, 1), (10, 2)])
 def test_an_interrupted_extraction_goes_on_and_ends_in_the_same_bytes(
     tmp_path, dataset, capsys, monkeypatch, after, units, workers
 ):
@@ -161,13 +172,33 @@ def test_an_interrupted_extraction_goes_on_and_ends_in_the_same_bytes(
     assert tree(resumed.path) == tree(undisturbed.path) and not partial.exists()
 
 
-def test_batches_of_another_size_or_kind_of_gpu_are_not_mixed_with_what_there_is(
-    tmp_path, dataset, monkeypatch, capsys
+def test_what_an_engine_left_is_gone_on_with_here(tmp_path, dataset):
+    undisturbed = run(tmp_path / "undisturbed", backbone_of(), dataset)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, backbone_of(), dataset, engine=Interrupting(2))
+    (tmp_path / "noise.zarr.partial/done/0").unlink()  # as if units had been finished in another order
+    assert tree(run(tmp_path, backbone_of(), dataset).path) == tree(undisturbed.path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda m: m.setattr("regvit.models.tokens.__file__", __file__), "code_sha256"),
+        (lambda m: m.setattr(extraction, "version", lambda name: "0.0"), "numpy, pillow, timm, torch"),
+        (lambda m: None, "batch_size"),
+    ],
+)
+def test_other_code_libraries_or_batches_are_not_mixed_with_what_there_is(
+    tmp_path, dataset, monkeypatch, capsys, change, said
 ):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, backbone_of(), dataset, engine=Interrupting(2))
-    run(tmp_path, backbone_of(), dataset, batch_size=3, label="extract")
-    assert "started anew, as the unfinished store differs: batch_size\n" in capsys.readouterr().err
+    change(monkeypatch)
+    run(tmp_path, backbone_of(), dataset, batch_size=3 if said == "batch_size" else 4, label="extract")
+    assert f"started anew, as the unfinished store differs: {said}\n" in capsys.readouterr().err
+
+
+def test_the_kind_of_gpu_must_agree_too(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
     key = extraction._resume_key(torch.device("cuda"), 64, None)
     assert (key["device"], key["gpu"], key["batch_size"]) == ("cuda", "some GPU", 64)
@@ -275,6 +306,13 @@ def test_a_picture_that_changed_since_the_manifest_was_made_stops_by_name_and_re
     assert not (tmp_path / "noise.zarr").exists()
     changed.write_bytes(before)
     assert tree(run(tmp_path, backbone_of(), here).path) == tree(whole.path)
+
+
+def test_an_unreadable_image_stops_with_its_path(tmp_path, dataset):
+    rows = (*dataset.rows[:9], dataclasses.replace(dataset.rows[9], path="images/gone.png"), *dataset.rows[10:])
+    with pytest.raises(UnreadableImage, match=r"images/gone.png"):
+        run(tmp_path, backbone_of(), dataclasses.replace(dataset, rows=rows))
+    run(tmp_path, backbone_of(), dataset)  # the lock is free
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,14 @@ import itertools
 import json
 import os
 import pickle
+import random
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -153,6 +158,53 @@ def test_a_finished_store_leaves_nothing_else_and_names_no_place_or_time(tmp_pat
 # Interruptions
 
 
+def recorded(folder):
+    return len(list((folder / "made.partial/done").glob("*")))
+
+
+def kill_writers(folder):
+    """Starts writers of 150 units and kills each at a random moment, fourteen times; then lets one come to its end.
+
+    Every other one is given time to finish a unit first, so that there is work done also where disks are slow.
+
+    Runs in a process of its own that never calls zarr itself, so that it can fork and pay for imports once.
+    """
+    moments = random.Random(0)
+    for kill in range(15):
+        writer = os.fork()
+        if writer == 0:
+            with writer_of(folder, 600, 4) as store:
+                (folder / "at work").touch()
+                fill(store)
+                store.finish()
+            os._exit(0)
+        while kill < 14 and not (folder / "at work").exists():
+            time.sleep(0.001)
+        if kill < 14:
+            before = recorded(folder)
+            while kill % 2 and recorded(folder) == before:
+                time.sleep(0.001)
+            time.sleep(moments.uniform(0, 0.01))
+            os.kill(writer, signal.SIGKILL)
+            (folder / "at work").unlink()
+        _, status = os.waitpid(writer, 0)
+        assert status == (signal.SIGKILL if kill < 14 else 0), f"writer {kill} ended with status {status}"
+        print(recorded(folder), end=" ")
+
+
+def test_a_store_killed_at_random_moments_ends_in_the_same_bytes(tmp_path):
+    undisturbed = make(tmp_path / "undisturbed", 600, 4)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # the helpers of the tests
+    done = subprocess.run(
+        [sys.executable, __file__, tmp_path], check=True, capture_output=True, text=True, env=environment
+    )
+    units_done = [int(count) for count in done.stdout.split()[:-1]]
+    assert len(units_done) == 14 and units_done == sorted(units_done)  # what is recorded is never lost
+    assert units_done[7] > 0 and units_done[-1] < 150  # half of them at least were killed with work done, all with more
+    assert tree(tmp_path / "made.zarr") == tree(undisturbed)
+    assert not (tmp_path / "made.partial").exists()
+
+
 @pytest.mark.parametrize("after", range(9))
 def test_a_kill_after_any_chunk_loses_only_the_unit_it_was_in(tmp_path, after, monkeypatch):
     """The process stops dead after a given number of chunk writes; nothing is cleaned up."""
@@ -222,7 +274,9 @@ def test_a_store_that_lost_a_part_is_never_completed_without_it(tmp_path, lost):
         ({"arrays": {"cls": ArraySpec((8,))}}, "far, registers, arrays"),
         ({"arrays": ARRAYS | {"cls": ArraySpec((9,))}}, "cls"),
         ({"arrays": ARRAYS | {"cls": ArraySpec((8,), "float32")}}, "cls"),
+        ({"attributes": MADE_BY | {"backbone": "other"}}, "backbone"),
         ({"attributes": MADE_BY | {"transform": {"size": 64, "crop_pct": 1.0}}}, "size"),
+        ({"attributes": MADE_BY | {"neurons_sha256": "cd"}}, "neurons_sha256"),
         ({"resume_key": {"torch": "2.7"}}, "torch"),
     ],
 )
@@ -283,11 +337,17 @@ def test_a_value_that_float16_cannot_hold_is_refused_with_its_array_and_row(tmp_
         assert not list((tmp_path / "made.partial/store").rglob("c.1.*"))  # no array of the unit was written
 
 
+def test_the_largest_float16_is_stored(tmp_path):
+    write_store(tmp_path / "made.zarr", {"cls": np.array([[65504.0, -65519.0]])}, {})  # 65519 rounds down to 65504
+    assert FeatureStore.open(tmp_path / "made.zarr").read("cls").tolist() == [[65504.0, -65504.0]]
+
+
 def test_arrays_of_the_wrong_name_shape_or_kind_are_refused(tmp_path):
-    said = r"unit 0 has the arrays \['cls'\], expected \['cls', 'far', 'registers'\]"
     with writer_of(tmp_path) as writer:
         unit = features(10, 0, 4)
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(
+            ValueError, match=r"unit 0 has the arrays \['cls'\], expected \['cls', 'far', 'registers'\]"
+        ):
             writer.write(0, {"cls": unit["cls"]})
         with pytest.raises(ValueError, match=r"rows 8 to 10, array 'cls' has shape \(4, 8\), expected \(2, 8\)"):
             writer.write(2, unit)
@@ -396,14 +456,6 @@ def test_an_unfinished_store_does_not_open_wherever_it_lies(tmp_path):
         FeatureStore.open(tmp_path / "made.zarr")
 
 
-def test_a_store_of_another_manifest_is_refused_and_float16_holds_its_largest_value(tmp_path):
-    final = tmp_path / "made.zarr"
-    write_store(final, {"cls": np.array([[65504.0, -65519.0]])}, {"manifest_sha256": "m1"})  # the last rounds down
-    assert FeatureStore.open(final, "m1").read("cls").tolist() == [[65504.0, -65504.0]]
-    with pytest.raises(InvalidStore, match=r"from a manifest with SHA-256 m1, and the data set at hand has m2"):
-        FeatureStore.open(final, "m2")
-
-
 def test_zeroed_bytes_inside_a_chunk_and_rows_of_nan_are_noticed_when_read(tmp_path):
     final = make(tmp_path)
     chunk = final / "cls/c.1.0"
@@ -418,6 +470,13 @@ def test_zeroed_bytes_inside_a_chunk_and_rows_of_nan_are_noticed_when_read(tmp_p
         with pytest.raises(InvalidStore, match=r"array 'registers': row 5 is NaN, as if never written; extract again"):
             store.read_rows("registers", start, stop)
     assert store.read_rows("registers", 6, 10).shape == (4, 2, 8)
+
+
+def test_a_store_of_another_manifest_is_refused(tmp_path):
+    final = make(tmp_path, manifest_sha256="m1")
+    FeatureStore.open(final, "m1")
+    with pytest.raises(InvalidStore, match=r"from a manifest with SHA-256 m1, and the data set at hand has m2"):
+        FeatureStore.open(final, "m2")
 
 
 def test_a_fingerprint_is_that_of_json_in_any_order():
@@ -458,3 +517,7 @@ def test_a_worker_that_does_not_see_the_folder_or_sees_one_begun_anew_writes_not
         with pytest.raises(OutOfReach, match=r"was begun anew with other settings; process .* gives up its unit"):
             old.write(0, features(10, 0, 4))
         assert not list((tmp_path / "made.partial/store").rglob("c.*"))
+
+
+if __name__ == "__main__":
+    kill_writers(Path(sys.argv[1]))

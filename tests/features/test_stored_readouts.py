@@ -2,17 +2,26 @@
 
 import numpy as np
 import pytest
-from stored_example import NAMES, stored
 
 from regvit.features import stored_readouts as module
 from regvit.features.readouts import InMemory, readout
 from regvit.features.store import FeatureStore, InvalidStore
+from regvit.features.store_writer import write_store
 from regvit.features.stored_readouts import StoredReadout, blocks, stored_readouts
+
+NAMES = ("cls", "reg_mean", "patch_mean", "cls_reg", "cls_patch", "cls_reg_max", "cls_reg_1", "cls_reg_learned",
+         "cls_reg_attn", "cls_noise")  # fmt: skip
 
 
 @pytest.fixture
 def store(tmp_path):
-    return stored(tmp_path)
+    """100 rows in units of 16, the class in every array."""
+    rng = np.random.default_rng(0)
+    centre = np.repeat(np.eye(2, 6), 50, axis=0)  # sorted by class, as folders are
+    arrays = {"cls": centre + 0.8 * rng.normal(size=(100, 6)), "patch_mean": rng.normal(size=(100, 6)),
+              "registers": centre[:, None] + rng.normal(size=(100, 3, 6))}  # fmt: skip
+    write_store(tmp_path / "x.zarr", arrays, {"run": "r"}, 16)
+    return FeatureStore.open(tmp_path / "x.zarr")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -77,3 +86,11 @@ def test_the_identity_changes_with_rows_name_and_content(store):
     chunk = store.path / "cls" / "c.0.0"
     chunk.write_bytes(chunk.read_bytes()[:-4] + b"else")
     assert identity("cls", np.arange(9)) != own
+
+
+def test_no_more_than_two_units_of_an_array_are_held_in_a_pass(store):
+    some = stored_readouts(store, ["cls"], np.arange(100))["cls"]
+    for part in blocks(100, 8):
+        some[part]
+    held = some._reader._last["cls"][1].nbytes + some._reader._unit["cls"][1].nbytes
+    assert held <= 2 * 16 * 6 * 2

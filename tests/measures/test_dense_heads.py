@@ -45,15 +45,20 @@ def test_rows_of_a_split_come_in_order_whatever_units_they_lie_in(tmp_path):
     assert len(tokens) == 4 and tokens.side == 2
 
 
-def test_a_store_without_patches_or_of_no_square_and_a_split_without_images_are_refused(tmp_path):
-    write_store(tmp_path / "other.zarr", {"cls": np.zeros((2, 3))}, {})
-    with pytest.raises(KeyError, match="holds cls and no patches"):
-        PatchTokens(FeatureStore.open(tmp_path / "other.zarr"), [0])
-    store = patch_store(tmp_path, np.zeros((4, 6, 2)))
+def test_the_number_of_patches_must_be_a_square(tmp_path):
     with pytest.raises(ValueError, match=r"has 6 patches an image, expected a square"):
-        PatchTokens(store, [0])
+        PatchTokens(patch_store(tmp_path, np.zeros((4, 6, 2))), [0])
+
+
+def test_a_store_without_patches_is_refused_by_what_it_holds(tmp_path):
+    write_store(tmp_path / "made.zarr", {"cls": np.zeros((2, 3))}, {})
+    with pytest.raises(KeyError, match="holds cls and no patches"):
+        PatchTokens(FeatureStore.open(tmp_path / "made.zarr"), [0])
+
+
+def test_a_split_without_images_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no rows of"):
-        PatchTokens(store, [])
+        PatchTokens(patch_store(tmp_path, numbered(4)), [])
 
 
 def test_statistics_are_those_of_all_patches_of_the_rows(tmp_path):
@@ -75,12 +80,9 @@ def take(tokens, count, size, seed=0):
 
 
 def test_every_target_stands_beside_its_own_tokens(tmp_path):
-    store = patch_store(tmp_path, numbered(11))
-    for batch in take(PatchTokens(store, range(1, 10)), 12, 4):
+    for batch in take(PatchTokens(patch_store(tmp_path, numbered(11)), range(1, 10)), 12, 4):
         assert batch.patches[:, 0, 0].tolist() == batch.targets
         assert len(batch.targets) == 4
-    few = take(PatchTokens(store, [1, 4]), 3, 16)
-    assert [sorted(batch.targets) for batch in few] == [[1, 4]] * 3
 
 
 def test_a_set_that_fits_is_read_once_and_every_image_is_drawn(tmp_path, monkeypatch):
@@ -100,6 +102,11 @@ def test_a_larger_set_is_gone_through_in_groups_of_units_and_every_image_comes_o
     assert len({row // 4 for row in drawn[0] + drawn[1]}) == 2  # two units are held
     assert drawn != [batch.targets for batch in take(tokens, 4, 4, seed=1)]
     assert drawn == [batch.targets for batch in take(tokens, 4, 4)]
+
+
+def test_fewer_images_than_a_batch_make_smaller_batches(tmp_path):
+    tokens = PatchTokens(patch_store(tmp_path, numbered(5)), [1, 4])
+    assert [sorted(batch.targets) for batch in take(tokens, 3, 16)] == [[1, 4]] * 3
 
 
 # Layers
@@ -138,8 +145,10 @@ def test_heads_trained_side_by_side_are_those_trained_alone():
 
 
 def test_a_step_is_adamw_with_the_scheduled_rate():
-    x = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
-    plain = Statistics(torch.zeros(5), torch.ones(5))
+    x, plain = (
+        torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0)),
+        Statistics(torch.zeros(5), torch.ones(5)),
+    )
     heads = DenseHeads(plain, 2, DenseTraining([0.1], [0.2], 4, 1))
     reference = torch.nn.Linear(5, 2)
     reference.weight.data, reference.bias.data = heads.weights[0].data.T.clone(), heads.biases[0].data.clone()

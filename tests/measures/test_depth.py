@@ -100,6 +100,12 @@ def test_the_loss_is_scale_invariant_with_gradient_matching_over_known_pixels(on
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+def test_a_factor_on_all_depths_costs_little_once_the_variance_counts():
+    truth = torch.rand(2, 16, 16) * 4 + 1
+    doubled, noisy = 2 * truth[:, None], truth[:, None] * torch.exp(0.7 * torch.randn(2, 1, 16, 16))
+    assert losses(doubled, truth) < 0.3 < losses(noisy, truth)
+
+
 def test_errors_are_those_worked_by_hand():
     found = errors(np.array([1.0, 2.0, 4.0]), np.array([1.0, 4.0, 2.0]))
     ln2 = math.log(2)

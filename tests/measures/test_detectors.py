@@ -15,6 +15,8 @@ from sklearn.neighbors import NearestNeighbors
 from regvit.measures import detectors
 from regvit.measures.detectors import (
     DETECTORS,
+    FEATURES_ONLY,
+    FITTED_DETECTORS,
     LOGIT_DETECTORS,
     Detectors,
     Scatter,
@@ -33,9 +35,6 @@ logits = st.lists(st.lists(st.floats(-30, 30), min_size=3, max_size=3), min_size
 class Classifier:
     weight: np.ndarray
     bias: np.ndarray
-
-
-PLAIN = Classifier(np.eye(2), np.zeros(2))
 
 
 def made(n=200, d=24, c=4, rank=None, offset=1.0, seed=0):
@@ -122,6 +121,20 @@ def test_scores_do_not_depend_on_the_size_of_the_blocks(name, monkeypatch):
     assert scores_of(name, *case) == pytest.approx(whole, rel=1e-9)
 
 
+@pytest.mark.parametrize("name", [name for name in DETECTORS if name != "relative_mahalanobis"])  # see the next one
+def test_far_away_is_more_anomalous_than_the_training_images(name):
+    train, labels, _, _ = made(n=300, d=16)
+    centres = np.stack([train[labels == label].mean(0) for label in range(4)])
+    probe = Classifier(centres - centres.mean(0), np.zeros(4, dtype=np.float32))
+    probe.bias = -(probe.weight @ centres.mean(0))
+    direction = np.linalg.svd(probe.weight)[2][-1]  # no logit changes along it
+    direction = direction if direction.sum() > 0 else -direction
+    far = np.repeat((centres.mean(0) + 40 * direction)[None], 5, axis=0).astype(np.float32)
+    score = fit(name, train, labels, probe)
+    own, strange = (score(x, x @ probe.weight.T + probe.bias) for x in (train, far))
+    assert strange.min() > np.median(own)
+
+
 def test_the_relative_distance_counts_only_what_the_classes_do_not_share():
     rng = np.random.default_rng(0)
     labels = np.arange(20_000) % 2
@@ -143,6 +156,27 @@ def test_scores_are_one_finite_float64_an_image(name):
         assert scores.shape == (len(features),) and scores.dtype == np.float64 and np.isfinite(scores).all()
 
 
+@pytest.mark.parametrize("name", DETECTORS)
+def test_equal_images_tie(name):
+    train, labels, probe, test = made()
+    scores = scores_of(name, train, labels, probe, np.concatenate([test[:1]] * 3))
+    assert scores == pytest.approx(np.repeat(scores[0], 3), rel=1e-9)  # products of matrices round by the row's place
+
+
+@pytest.mark.parametrize("name", FEATURES_ONLY)
+def test_what_looks_at_features_only_is_the_same_for_every_probe(name):
+    train, labels, probe, test = made()
+    other = Classifier(-2 * probe.weight, probe.bias + 1)
+    assert np.array_equal(scores_of(name, train, labels, probe, test), scores_of(name, train, labels, other, test))
+
+
+@pytest.mark.parametrize("name", [name for name in DETECTORS if name not in FEATURES_ONLY])
+def test_what_looks_at_logits_is_another_for_another_probe(name):
+    train, labels, probe, test = made()
+    other = Classifier(probe.weight * 2, probe.bias)
+    assert not np.allclose(scores_of(name, train, labels, probe, test), scores_of(name, train, labels, other, test))
+
+
 # --- on logits
 
 
@@ -159,6 +193,12 @@ def test_confident_images_stay_apart_where_one_minus_p_would_round_to_zero():
     assert 1 - 1 / (1 + np.exp(-50.0)) == 0  # the plain formula
     expected = [float(Fraction(exp(-margin)) / (1 + Fraction(exp(-margin)))) for margin in (50, 60)]
     assert msp(z) == pytest.approx(expected, rel=1e-12)
+
+
+def test_msp_ignores_a_shift_and_energy_follows_it():
+    z = np.array([[1.0, 2.0, 3.0]])
+    assert msp(z + 100) == pytest.approx(msp(z))
+    assert energy(z + 100) == pytest.approx(energy(z) - 100)
 
 
 def test_one_class_is_refused_by_msp_only():
@@ -196,6 +236,21 @@ def test_the_distance_to_a_neighbour_is_worked_by_hand():
     assert found == pytest.approx([np.sqrt(2), 1.0])  # the tenth of the first is `up`; zeros are 1 from all directions
 
 
+def test_mahalanobis_distance_is_worked_by_hand():
+    rng = np.random.default_rng(0)
+    train = rng.normal(size=(200_000, 2)) * [1.0, 3.0] + [[10.0, 0.0]]
+    train[::2] -= [20.0, 0.0]
+    score = fit("mahalanobis", train, np.arange(200_000) % 2, PLAIN)
+    found = score(np.array([[10.0, 6.0], [-12.0, 0.0], [0.0, 0.0]]), np.zeros((3, 2)))
+    assert found == pytest.approx([4.0, 4.0, 100.0], rel=0.02)
+
+
+def test_more_channels_than_images_are_shrunk_and_many_images_are_not():
+    few, many = (made(n=n, d=60, seed=2)[:2] for n in (40, 40_000))
+    assert 0.1 < Scatter.fit(*few).shrinkage < 1 and Scatter.fit(*many).shrinkage < 0.01
+    assert Scatter.fit(*few).within().whitening.shape == (60, 60)
+
+
 @pytest.mark.parametrize("shape", ["many images", "more channels than images"])
 def test_shrinkage_is_scikit_learns_or_the_one_that_is_asked_for(shape):
     train, labels, probe, test = made(**SHAPES[shape])
@@ -207,6 +262,13 @@ def test_shrinkage_is_scikit_learns_or_the_one_that_is_asked_for(shape):
     assert plain.covariance == pytest.approx(empirical_covariance(train - means[labels], assume_centered=True))
     score = fit("mahalanobis", train, labels, probe, Detectors(("mahalanobis",), shrinkage=0))
     assert score(test, np.zeros((50, 4))) == pytest.approx(plain.within().distances(test))
+
+
+def test_within_and_between_the_classes_add_up_to_the_covariance_of_all_images():
+    train, labels, _, _ = made(n=20_000, d=6)
+    whole = Scatter.fit(train, labels).whole()
+    whitened = (train - whole.means) @ whole.whitening
+    assert np.cov(whitened.T) == pytest.approx(np.eye(6), abs=0.02)  # shrunk a little
 
 
 def test_directions_without_variance_are_left_out_where_nothing_is_shrunk():
@@ -223,9 +285,20 @@ def test_classes_without_training_images_have_no_mean():
     )
 
 
-def test_the_principal_space_has_the_papers_dimension_and_its_share_of_a_lower_rank():
-    expected = {(2048, 2048): 1000, (768, 768): 512, (384, 384): 192, (768, 622): 415, (384, 30): 15, (3, 2): 1}
-    assert {key: principal_channels(*key) for key in expected} == expected
+@pytest.mark.parametrize(
+    ("d", "rank", "expected"),
+    [
+        (2048, 2048, 1000),
+        (1500, 1500, 512),
+        (768, 768, 512),
+        (384, 384, 192),
+        (768, 622, 415),
+        (384, 30, 15),
+        (3, 2, 1),
+    ],
+)
+def test_the_principal_space_has_the_papers_dimension_and_its_share_of_a_lower_rank(d, rank, expected):
+    assert principal_channels(d, rank) == expected
 
 
 def test_training_images_keep_a_residual_where_there_are_fewer_than_channels():
@@ -263,6 +336,8 @@ def test_reacts_percentile_of_very_many_activations_is_that_of_some_of_the_image
 
 # --- refused
 
+PLAIN = Classifier(np.eye(2), np.zeros(2))
+
 
 def test_one_class_is_refused_where_it_would_give_every_image_zero():
     train, _, probe, test = made()
@@ -288,8 +363,9 @@ def test_vim_refuses_features_of_rank_one_and_a_probe_whose_logits_are_below_zer
         fit("vim", np.random.default_rng(0).normal(size=(20, 2)), np.arange(20) % 2, negative)
 
 
-def test_features_labels_and_probe_must_fit():
-    name, (train, labels, probe, test) = "react", made()
+@pytest.mark.parametrize("name", FITTED_DETECTORS)
+def test_features_labels_and_probe_must_fit(name):
+    train, labels, probe, test = made()
     broken = train.copy()
     broken[3, 2] = np.nan
     with pytest.raises(ValueError, match="1 of 200 images have infinite or NaN features; extract them again"):

@@ -8,6 +8,7 @@ from regvit.measures import gallery
 from regvit.measures.feature_colours import fit_palette
 from regvit.measures.gallery import (
     Maps,
+    attention_colours,
     draw_attention,
     draw_maps,
     norm_colours,
@@ -47,6 +48,12 @@ def test_under_each_map_stands_its_scale_and_the_attention_on_outliers(tmp_path,
     assert np.allclose(figures[0].axes[2].images[0].get_array()[0, 0], CYAN)
     assert [axes.images[0].get_clim()[1] for axes in figures[0].axes[3:]] == [0.4, 0.5]  # each to its own maximum
     assert "cyan: outliers, norm over 20" in figures[0].texts[0].get_text().replace("\n", " ")
+
+
+def test_attention_has_a_scale_an_image():
+    drawn = attention_colours(np.array([[[0.1, 0.2]], [[0.2, 0.4]], [[0.0, 0.0]]]), np.array([0.2, 0.4, 0.0]))
+    assert np.array_equal(drawn[0], drawn[1])
+    assert np.allclose(drawn[2], matplotlib.colormaps["viridis"](0.0)[:3])
 
 
 def test_models_share_one_scale_on_which_outliers_do_not_count():

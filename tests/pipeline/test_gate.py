@@ -1,13 +1,13 @@
 """The gate fails on a regression, passes noise, and says so in a table that a person reads in a minute."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from repository import begin, commit, run
 
 from regvit.pipeline.gate import Change, Rule, changes_of, judge, markdown, read_rules
 
@@ -85,8 +85,10 @@ def repository(tmp_path_factory) -> Path:
     (folder / "dvc.yaml").write_text("metrics: [metrics/run.json]\nparams: [params.yaml]\n")
     (folder / "guard.yaml").write_text("- {metric: top1, better: higher, tolerance: 0.05}\n")
     write(folder, 0.6, 1000)
-    begin(folder)
-    commit(folder, "base")
+    run(folder, "git", "init", "--quiet", "--initial-branch=main")
+    run(folder, sys.executable, "-m", "dvc", "init", "--quiet")
+    run(folder, "git", "add", "--all")
+    run(folder, "git", "commit", "--quiet", "--message", "base")
     return folder
 
 
@@ -96,8 +98,14 @@ def write(folder: Path, value: float | None, steps: int) -> None:
     (folder / "params.yaml").write_text(f"probe: {{steps: {steps}}}\n")
 
 
+def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
+    names = {f"GIT_{role}_{what}": "t@example.org" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    environment = os.environ | names | {"GIT_CONFIG_GLOBAL": os.devnull}
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+
+
 def gate(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return run(folder, sys.executable, "-m", "regvit.pipeline.gate", *arguments, must_end_well=False)
+    return run(folder, sys.executable, "-m", "regvit.pipeline.gate", *arguments)
 
 
 def test_a_regression_fails_noise_passes_and_no_metric_fails(repository):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from regvit.pipeline import architectures, reproduce
+from regvit.pipeline import architectures, classes
 from regvit.pipeline.params import load_params, read_values
 
 ROOT = Path(__file__).parents[2]
@@ -122,10 +122,10 @@ def downloaded(project, monkeypatch, **classes):
 
 def test_data_sets_are_known_to_be_downloaded_until_their_parameters_change(project, monkeypatch):
     params = downloaded(project, monkeypatch)
-    assert reproduce.downloaded(params) and list(reproduce.unmet_classes(params)) == []
+    assert classes.downloaded(params) and list(classes.unmet_classes(params)) == []
     text = (project / "params.yaml").read_text()
     (project / "params.yaml").write_text(text.replace("{test: 200}", "{test: 100}", 1))
-    assert not reproduce.downloaded(load_params())
+    assert not classes.downloaded(load_params())
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from stored_example import NAMES, stored
 
 from regvit.features.readouts import readout
+from regvit.features.store import FeatureStore
+from regvit.features.store_writer import write_store
 from regvit.features.stored_readouts import stored_readouts
 from regvit.probing import training
 from regvit.probing.checkpoints import Checkpoint
@@ -13,13 +14,21 @@ from regvit.probing.probes import save_probes
 from regvit.probing.splits import Split
 from regvit.probing.training import Settings, train_probes
 
+NAMES = ("cls", "reg_mean", "patch_mean", "cls_reg", "cls_patch", "cls_reg_max", "cls_reg_1", "cls_reg_learned",
+         "cls_reg_attn", "cls_noise")  # fmt: skip
 LABELS, TRAIN = np.repeat([0, 1], 50), np.arange(100) % 4 != 3
 SETTINGS = Settings((0.01, 0.1), 30, 16, seeds=(0, 1))
 
 
 @pytest.fixture
 def store(tmp_path):
-    return stored(tmp_path)
+    """100 rows in units of 16, the class in every array."""
+    rng = np.random.default_rng(0)
+    centre = np.repeat(np.eye(2, 6), 50, axis=0)  # sorted by class, as folders are
+    arrays = {"cls": centre + 0.8 * rng.normal(size=(100, 6)), "patch_mean": rng.normal(size=(100, 6)),
+              "registers": centre[:, None] + rng.normal(size=(100, 3, 6))}  # fmt: skip
+    write_store(tmp_path / "x.zarr", arrays, {"run": "r"}, 16)
+    return FeatureStore.open(tmp_path / "x.zarr")
 
 
 def from_store(store):

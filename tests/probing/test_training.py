@@ -10,7 +10,7 @@ from regvit.probing.checkpoints import CHECKPOINT, Checkpoint
 from regvit.probing.heads import INITIAL, standards_of
 from regvit.probing.probes import save_probes
 from regvit.probing.splits import Split
-from regvit.probing.training import Settings, batch_rows, train_probes
+from regvit.probing.training import DINOV2_RATES, Settings, batch_rows, train_probes
 
 CLASSES = tuple("abcdefg")
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
@@ -97,6 +97,11 @@ def test_the_published_protocol_on_raw_features_is_torchs_plain_sgd(splits):
     np.testing.assert_allclose(found.bias, (bias - bias.mean()).detach().numpy(), rtol=1e-3, atol=1e-5)
 
 
+def test_dinov2s_thirteen_rates_are_those_it_publishes():
+    assert len(DINOV2_RATES) == 13 and min(DINOV2_RATES) == 1e-5 and max(DINOV2_RATES) == 0.1
+    assert [round(rate / 10 ** np.floor(np.log10(rate) + 1e-9)) for rate in DINOV2_RATES] == [1, 2, 5] * 4 + [1]
+
+
 def test_heads_trained_together_are_those_trained_one_by_one(splits):
     settings = Settings((0.003, 0.03), 60, 32, 1e-3, seeds=(3, 8))
     together = train_probes(*splits, CLASSES, settings)
@@ -116,6 +121,12 @@ def test_seeds_are_seeds_also_after_many_epochs(splits):
     weights = [probe.weight for probe in probes]
     assert min(np.abs(weights[0] - other).max() for other in weights[1:]) > 1e-3
     assert probes[0].logits(val.features["cls"]).sum(1) == pytest.approx(np.zeros(150), abs=1e-3)
+
+
+def test_exported_weights_take_raw_features_also_where_the_mean_dwarfs_the_deviation(splits):
+    train, val = [Split({"cls": part.features["cls"] + 1000}, part.labels) for part in splits]
+    (probe,) = train_probes(train, val, CLASSES, Settings(RATES, 100)).probes["cls"]
+    assert (probe.logits(val.features["cls"]).argmax(1) == val.labels).sum() == pytest.approx(probe.val_correct, abs=1)
 
 
 def test_constant_features_give_the_prior_and_no_nan():
@@ -241,7 +252,8 @@ class Interrupted:
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(("step", "held"), [(3, True), (33, False), (60, True)])
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("step", [3, 33, 60])
 def test_training_resumed_after_an_interrupt_gives_the_same_bytes_and_curves(splits, tmp_path, monkeypatch, step, held):
     monkeypatch.setattr(module, "MEMORY_SHARE", 0.5 if held else 0)
     settings, told = Settings(RATES, 60, 32, seeds=(0, 1)), []

@@ -100,14 +100,21 @@ def test_the_number_of_registers_reruns_only_what_test_time_runs_make_and_going_
     assert not ran and made <= restored
 
 
-def test_editing_the_page_computes_nothing_else(pipeline):
-    module = "regvit/report/page.py"
+@pytest.mark.parametrize("module", ["regvit/stats/bootstrap.py", "regvit/report/page.py"])
+def test_editing_figures_or_pages_extracts_nothing(pipeline, module):
     with open(pipeline.folder / module, "a") as file:
         file.write("\nCHANGED = True\n")
     ran, _ = pipeline.repro()
     using = users_of(pipeline, module)
     assert using and not using & {"extract", "extract_dense", "compose", "probe"}
     assert {name.partition("@")[0] for name in ran} == using | {"fingerprint"}
+
+
+def test_the_precision_of_extraction_reruns_what_features_decide_and_no_search(pipeline):
+    pipeline.change("extract", "precision", to="bfloat16")
+    ran, _ = pipeline.repro()
+    assert {"extract@original-plain", "extract_dense@cured-rooms", "probe@cured"} <= ran
+    assert not {name.partition("@")[0] for name in ran} & {"identify", "verify", "compose"}
 
 
 def test_a_data_set_taken_out_is_not_reported_though_its_files_still_lie_there(pipeline):

@@ -16,7 +16,9 @@ STAGES = {name: stage.get("do", stage) for name, stage in STAGES.items()}
 MEASURING = sorted(STAGES.keys() - {"fingerprint"})
 FRAME = {
     "architectures",
+    "source_changes",
     "choose",
+    "classes",
     "command",
     "faults",
     "params",
@@ -24,7 +26,6 @@ FRAME = {
     "reproduce",
     "runtime",
     "schema",
-    "source_changes",
 }
 
 

@@ -54,6 +54,13 @@ def test_the_interval_over_seeds_is_that_of_the_formula():
     assert (found.lo, found.hi) == pytest.approx((max(0, centre - half), centre + half), abs=1e-8)
 
 
+def test_seeds_that_differ_make_the_interval_wider_the_fewer_they_are():
+    rng = np.random.default_rng(0)
+    correct = rng.random((6, 4000)) < np.array([[0.5], [0.6], [0.7], [0.5], [0.6], [0.7]])
+    few, many = (accuracy(correct[:seeds]) for seeds in (3, 6))
+    assert few.hi - few.lo > 2 * (many.hi - many.lo) > 4 * (accuracy(correct[0]).hi - accuracy(correct[0]).lo)
+
+
 def test_top1_takes_the_first_of_equal_logits():
     logits = np.array([[1.0, 1.0, 0.0], [0.0, 2.0, 2.0]])
     assert top1_correct(logits, np.array([0, 2])).tolist() == [True, False]
@@ -109,6 +116,13 @@ def test_p_is_below_five_percent_exactly_where_the_interval_leaves_zero_out(seed
              for _ in range(200)]  # fmt: skip
     assert 20 < sum(each.p < 0.05 for each in found) < 180
     assert all((each.p < 0.05) == (each.lo > 0 or each.hi < 0) for each in found)
+
+
+def test_swapping_the_two_turns_the_sign():
+    rng = np.random.default_rng(0)
+    a, b = rng.random(300) < 0.8, rng.random(300) < 0.7
+    one, other = paired_accuracy_difference(a, b), paired_accuracy_difference(b, a)
+    assert (one.value, one.lo, one.hi, one.p) == pytest.approx((-other.value, -other.hi, -other.lo, other.p))
 
 
 def test_equal_predictions_differ_by_zero_with_an_interval_around_it():

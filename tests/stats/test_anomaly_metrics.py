@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from regvit.stats.anomaly_metrics import (
+    ANOMALY_METRICS,
     Separation,
     aupr_in,
     aupr_out,
@@ -32,7 +33,7 @@ def accepted_share(accepting, other):
 
 
 @given(sides)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_auroc_and_average_precision_equal_those_of_scikit_learn_with_ties(scores):
     anomalous, both = labelled(*scores)
     assert auroc(*scores) == pytest.approx(roc_auc_score(anomalous, both), abs=1e-12)
@@ -41,7 +42,7 @@ def test_auroc_and_average_precision_equal_those_of_scikit_learn_with_ties(score
 
 
 @given(sides)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_both_false_positive_rates_equal_a_search_over_all_thresholds(scores):
     id_scores, anomaly_scores = scores
     assert fpr95(*scores) == accepted_share(id_scores, anomaly_scores)
@@ -59,6 +60,13 @@ def test_the_two_conventions_of_fpr95_differ_as_worked_by_hand():
     anomaly_scores = np.array([5.0, 17.0, 18.0, 18.5, 30.0])  # k = ⌈4.75⌉ = 5: all must be flagged, so from 5 on
     assert fpr95(id_scores, anomaly_scores) == 3 / 5
     assert fpr95_ood_positive(id_scores, anomaly_scores) == 15 / 20
+
+
+def test_constant_scores_tell_nothing():
+    id_scores, anomaly_scores = np.ones(30), np.ones(10)
+    assert auroc(id_scores, anomaly_scores) == 0.5
+    assert fpr95(id_scores, anomaly_scores) == fpr95_ood_positive(id_scores, anomaly_scores) == 1
+    assert (aupr_in(id_scores, anomaly_scores), aupr_out(id_scores, anomaly_scores)) == (0.75, 0.25)
 
 
 @pytest.mark.parametrize("metric", ALL)
@@ -90,6 +98,11 @@ def test_weighed_images_count_as_often_as_they_are_drawn(scores, seed):
         for metric in ALL:
             expected = metric(scores[0][rows[0]], scores[1][rows[1]])
             assert measured[metric.__name__][i] == pytest.approx(expected, abs=1e-12)
+
+
+def test_only_the_metrics_asked_for_are_measured():
+    assert list(ANOMALY_METRICS) == [metric.__name__ for metric in ALL]
+    assert list(Separation(np.zeros(2), np.ones(2)).measure(["fpr95", "auroc"])) == ["fpr95", "auroc"]
 
 
 def test_the_roc_is_thinned_but_keeps_its_ends_and_its_area():

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -239,6 +240,13 @@ def test_a_file_of_a_size_that_no_image_has_is_not_read(tmp_path):
             read(tmp_path / "x.png")
 
 
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    for read in (read_rgb, read_mask, original_size):
+        with pytest.raises(UnreadableImage, match="not a regular file"):
+            read(tmp_path / "x.png")
+
+
 @pytest.mark.parametrize("mode", ["I;16", "RGBA"])
 def test_a_huge_image_of_few_bytes_takes_little_more_memory_than_its_pixels_do(tmp_path, mode):
     """64 megapixels, 256 MB as RGB: six times as much where the whole of it is scaled or laid on white at once."""
@@ -293,6 +301,18 @@ def test_what_may_not_be_read_is_rejected_with_the_reason():
             "x/circle.png": "Too many levels of symbolic links",
             "x/gone.png": "No such file or directory",
         }
+
+
+def test_a_name_that_is_not_utf8_is_rejected_and_listed(tmp_path):
+    (tmp_path / "wild/x").mkdir(parents=True)
+    noise().save(tmp_path / "wild/x/good.png")
+    with open(os.fsencode(tmp_path) + b"/wild/x/caf\xe9.png", "wb") as file:
+        file.write(encoded(noise(), "PNG"))
+    made = made_of(tmp_path / "wild", tmp_path)
+    assert [one.reason for one in made.rejected] == [
+        "its path has a backslash, a control character, or bytes that are not UTF-8; rename it"
+    ]
+    assert "caf" in (tmp_path / "data/wild/rejected.csv").read_text()
 
 
 # No image silently changes its row.
@@ -353,6 +373,22 @@ def test_an_image_that_breaks_after_the_download_stops_the_extraction_and_does_n
     assert list(features_by_image(dataset, tmp_path)) == ["x/0.png", "x/1.png", "x/2.png", "x/3.png"]
 
 
+def test_a_source_that_vanished_after_the_download_is_named(tmp_path):
+    (tmp_path / "good/x").mkdir(parents=True)
+    noise().save(tmp_path / "good/x/1.png")
+    made_of(tmp_path / "good", tmp_path)
+    shutil.rmtree(tmp_path / "good")
+    with pytest.raises(
+        FileNotFoundError, match=r"good, the image folder of data set 'wild', does not exist; put it back"
+    ):
+        read_dataset(tmp_path / "data/wild")
+    with pytest.raises(
+        FileNotFoundError, match=r"good, the folder of source 'folder:.*' does not exist|does not exist; give"
+    ):
+        made_of(tmp_path / "good", tmp_path)
+    assert (tmp_path / "data/wild/manifest.csv").exists()  # the data set that was there is not lost
+
+
 @pytest.mark.parametrize(("policy", "share"), [("fail", 1.0), ("reject", 0.3)])
 def test_too_many_broken_images_stop_it_and_leave_the_data_set_that_was_there(tmp_path, policy, share):
     (tmp_path / "wild/x").mkdir(parents=True)
@@ -365,3 +401,15 @@ def test_too_many_broken_images_stop_it_and_leave_the_data_set_that_was_there(tm
         made_of(tmp_path / "wild", tmp_path, rejects=policy, max_rejects=share)
     assert read_dataset(tmp_path / "data/wild").digest == before
     assert not [path for path in (tmp_path / "data").iterdir() if path.name != "wild"]
+
+
+def test_reading_an_image_that_declares_more_than_it_holds_takes_little_memory(tmp_path):
+    """A BMP whose header says 10,000 × 10,000 px and that ends there: nothing is made of that size but refused."""
+    content = bytearray(encoded(noise(8, 8), "BMP"))
+    content[18:26] = (10_000).to_bytes(4, "little") * 2
+    (tmp_path / "x.bmp").write_bytes(bytes(content))
+    tracemalloc.start()
+    with pytest.raises(UnreadableImage):
+        read_rgb(tmp_path / "x.bmp")
+    assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    tracemalloc.stop()

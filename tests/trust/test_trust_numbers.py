@@ -1,5 +1,6 @@
 """Numbers that are none, and settings that make no sense, stop with what is wrong named, and before long work."""
 
+import json
 import math
 
 import numpy as np
@@ -8,19 +9,24 @@ import timm
 import torch
 from PIL import Image
 
-from regvit.data.manifest import Row, read_dataset, write_dataset
+from regvit.data.manifest import InvalidManifest, Row, read_dataset, write_dataset
 from regvit.data.transform import Transform
 from regvit.features.extraction import Options, fill_store
 from regvit.features.forward import Forward, Readouts
-from regvit.models.backbones import Backbone, save_backbone
+from regvit.features.store_writer import UnstorableFeature, write_store
+from regvit.models.backbones import Backbone, load_backbone, save_backbone
 from regvit.models.checkpoints import WeightsError
 from regvit.models.nan_check import BadFeatures
 from regvit.models.sources import build
+from regvit.probing.probes import save_probes
 from regvit.probing.splits import Split
 from regvit.probing.training import Settings, train_probes
 from regvit.registers.neurons import find_register_neurons
+from regvit.registers.neurons_file import NeuronsFile
 from regvit.registers.outliers import patch_norms, settle_detection
+from regvit.registers.run_files import Variant, describe_run
 from regvit.registers.test_time import add_test_time_registers
+from regvit.stats.accuracy import accuracy
 
 HALF = (0.5, 0.5, 0.5)
 ARGS = {"num_classes": 0, "img_size": 32, "dynamic_img_size": True}
@@ -103,6 +109,16 @@ def test_arithmetic_in_float16_that_overflows_inside_of_the_model_is_caught(tmp_
     run(tmp_path / "again", backbone_of(model), dataset)  # float32 holds it
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 65520.0, -1e30])
+@pytest.mark.parametrize("array", ["cls", "patch_mean"])
+def test_a_store_names_array_and_row_of_what_it_cannot_hold(tmp_path, array, value):
+    values = {"cls": np.zeros((3, 4), np.float32), "patch_mean": np.zeros((3, 4), np.float32)}
+    values[array][2, 1] = value
+    with pytest.raises(UnstorableFeature, match=f"array '{array}', row 2: "):
+        write_store(tmp_path / "x.zarr", values, {})
+    assert not (tmp_path / "x.zarr").exists()
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_probes_refuse_features_that_are_not_numbers_naming_readout_and_split(value, split):
@@ -141,6 +157,13 @@ def test_a_split_without_an_image_is_named(empty):
     data = (none, whole) if empty == "train" else (whole, none)
     with pytest.raises(ValueError, match=f"the {empty} split is empty; give some images"):
         train_probes(*data, ("a", "b"), Settings((0.1,), 5))
+
+
+def test_a_class_that_is_listed_twice_or_has_no_name_is_refused(tmp_path):
+    for classes in (("a", "a"), ("a", "")):
+        with pytest.raises(InvalidManifest, match=r"twice|empty name"):
+            write_dataset(tmp_path / "x", "x", [Row("1", "1.png", "a", "test")], classes, {})
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_search_in_one_image_works_and_one_in_none_is_refused():
@@ -212,3 +235,37 @@ def test_a_layer_out_of_range_is_refused_before_the_images_are_gone_through():
         with pytest.raises(ValueError, match=r"out of range|needs its layer"):
             find_register_neurons(model_of(), batches, **options)
     assert len(seen) <= 4  # `iter` is called once by the check that they can be gone through twice
+
+
+def test_a_run_with_a_number_of_registers_that_makes_no_sense_is_refused():
+    info = {"name": "tiny", "trained_registers": 0, "weights_sha256": "0" * 64, "transform": {}, "mlp_widths": [4, 4]}
+    for registers, count in (("test_time", 0), ("test_time", -2), ("none", 1), ("trained", 4), ("some", 1)):
+        with pytest.raises(ValueError, match="run r: "):
+            describe_run("r", info, Variant(registers, count), NeuronsFile({1: (0,)}))
+
+
+# The same again.
+
+
+def test_the_same_inputs_give_the_same_bytes_twice(tmp_path):
+    rng = np.random.default_rng(0)
+    features = {"cls": rng.normal(size=(40, 8)).astype(np.float32)}
+    labels = np.arange(40) % 2
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        part = Split(features, labels)
+        probes = train_probes(part, part, ("a", "b"), Settings((0.01, 0.1), 50, seeds=(0, 1)))
+        save_probes(tmp_path / name / "probes.safetensors", probes)
+        found = find_register_neurons(
+            model_of(), torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(1)), layer=3
+        )
+        (tmp_path / name / "neurons.json").write_text(found.to_json())
+        estimate = accuracy(probes.probes["cls"][0].logits(features["cls"]).argmax(1) == labels)
+        (tmp_path / name / "metrics.json").write_text(json.dumps(vars(estimate)))
+        save_backbone(tmp_path / name / "b", model_of(), name="b", architecture="test_vit", model_args=ARGS,
+                      transform=Transform(32, HALF, HALF), source="s", licence="l")  # fmt: skip
+        assert load_backbone(tmp_path / name / "b").name == "b"
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())
+    assert len(files) == 5
+    for file in files:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()

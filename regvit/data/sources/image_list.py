@@ -18,11 +18,21 @@ LIST_SUFFIXES = (".csv", ".tsv", ".txt")
 DELIMITERS = ",;\t|"
 BLANKS = " \t\n"  # around a field; others, such as no-break spaces, belong to a name
 COLUMNS = {  # usual names of a column
-    "path": ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "img",
-             "img_path"),
+    "path": (
+        "path",
+        "file",
+        "filename",
+        "file_name",
+        "filepath",
+        "file_path",
+        "image",
+        "image_path",
+        "img",
+        "img_path",
+    ),
     "label": ("label", "labels", "class", "class_name", "category", "target"),
     "split": ("split", "subset", "set", "partition"),
-}  # fmt: skip
+}
 BYTE_ORDER_MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
 

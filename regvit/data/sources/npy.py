@@ -38,12 +38,17 @@ def npy(builder: DatasetBuilder, rest: str) -> None:
                              f"{SEVERITIES}, in as many equal parts; leave `:{severity}` out to take all")  # fmt: skip
         numbers = numbers[(int(severity) - 1) * size : int(severity) * size]
     builder.credit_to("images", file.name, "see its publisher", "see its publisher")
-    rows = [Row(f"{file.stem}_{i:06}", "", str(labels[i]), "") for i in numbers]
-    add_arrays(builder, rows, [images[i] for i in numbers])
+    add_arrays(
+        builder, [Row(f"{file.stem}_{i:06}", "", str(labels[i]), "") for i in numbers], [images[i] for i in numbers]
+    )
 
 
 def add_arrays(builder: DatasetBuilder, rows: Sequence[Row], images: Sequence[np.ndarray]) -> None:
-    """Write images that have no files of their own, uint8 (h, w, 3) each, as PNG."""
+    """Write images that have no files of their own as PNG.
+
+    Args:
+        images: of each row, uint8 (h, w, 3).
+    """
     place = {row.image_id: i for i, row in enumerate(rows)}
     for row in builder.watched(builder.plan(rows)):
         builder.add(row, Image.fromarray(np.ascontiguousarray(images[place[row.image_id]])))

@@ -19,8 +19,15 @@ from PIL import Image
 from regvit.data.decoding import to_rgb
 
 # Unicode's groups less flags, components, and people (the last two vary by skin tone and hair rather than in kind).
-GROUPS = ("Activities", "Animals & Nature", "Food & Drink", "Objects", "Smileys & Emotion", "Symbols",
-          "Travel & Places")  # fmt: skip
+GROUPS = (
+    "Activities",
+    "Animals & Nature",
+    "Food & Drink",
+    "Objects",
+    "Smileys & Emotion",
+    "Symbols",
+    "Travel & Places",
+)
 LINE_LAYERS = ("line", "line-supplement")
 SVG = "http://www.w3.org/2000/svg"
 

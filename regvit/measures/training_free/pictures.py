@@ -84,5 +84,6 @@ def draw_matches(
 
 
 def _save(path: Path, sheet: Image.Image) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with write_atomic(path) as beside:
         sheet.quantize(COLOURS, dither=Image.Dither.NONE).save(beside)
