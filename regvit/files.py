@@ -87,6 +87,13 @@ def write_table(path: Path | str, header: Sequence[str], rows: Iterable[Sequence
         writer.writerows(rows)
 
 
+def write_picture(path: Path | str, figure: object, dpi: int) -> None:
+    """A figure of matplotlib as a PNG, without the version that drew it; its folder is made if missing."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with write_atomic(path) as beside:
+        figure.savefig(beside, dpi=dpi, metadata={"Software": None})
+
+
 def sync(path: Path) -> None:
     """Waits until a file and its name in the folder are on disk."""
     with open(path, "rb") as file:

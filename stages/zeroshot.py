@@ -7,7 +7,6 @@ from regvit.data.manifest import read_dataset
 from regvit.measures.tables import write_results, write_table
 from regvit.measures.zeroshot import (
     TEMPLATES,
-    check_same_tower,
     class_embeddings,
     class_table,
     classify,
@@ -15,9 +14,8 @@ from regvit.measures.zeroshot import (
     hits,
     labelled,
     names_of,
-    open_text_tower,
+    open_towers,
 )
-from regvit.models.backbones import load_backbone, unplanted
 from regvit.pipeline.command import command
 from regvit.pipeline.params import load_params
 from regvit.pipeline.runtime import Runtime
@@ -29,12 +27,9 @@ def main(run_name: str, name: str) -> None:
     params, runtime = load_params(), Runtime.load()
     run_file, backbones = Path(f"features/runs/{run_name}.json"), Path("data/backbones")
     run, device = read_run(run_file), runtime.device
-    clip = open_text_tower(params.zeroshot.text[run["backbone"]]).to(device)
+    text = params.zeroshot.text[run["backbone"]]
+    clip, untreated, cosine = open_towers(text, backbones / run["backbone"], device)
     images = labelled(read_dataset(Path("data") / name))
-    untreated = load_backbone(backbones / run["backbone"])
-    intact = unplanted(backbones / run["backbone"]) if untreated.planted else untreated
-    intact.model.to(device)
-    cosine = check_same_tower(clip, intact)
     names = names_of(images.classes)
     classes = class_embeddings(clip, names, TEMPLATES[params.zeroshot.templates], f"zeroshot {name} prompts")
 

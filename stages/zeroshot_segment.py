@@ -20,8 +20,7 @@ from regvit.measures.training_free.zeroshot_segmentation import (
     segment_classes,
     segment_objects,
 )
-from regvit.measures.zeroshot import TEMPLATES, check_same_tower, class_embeddings, names_of, open_text_tower
-from regvit.models.backbones import load_backbone, unplanted
+from regvit.measures.zeroshot import TEMPLATES, class_embeddings, names_of, open_towers
 from regvit.pipeline.command import command
 from regvit.pipeline.params import load_params
 from regvit.pipeline.runtime import Runtime
@@ -36,11 +35,7 @@ def main(run_name: str, name: str) -> None:
     knobs, device, data = params.zeroshot_segment, runtime.device, Path("data") / name
     run_file, backbones = Path(f"features/runs/{run_name}.json"), Path("data/backbones")
     run = read_run(run_file)
-    clip = open_text_tower(params.zeroshot.text[run["backbone"]]).to(device)
-    untreated = load_backbone(backbones / run["backbone"])
-    intact = unplanted(backbones / run["backbone"]) if untreated.planted else untreated
-    intact.model.to(device)
-    check_same_tower(clip, intact)
+    clip, _, _ = open_towers(params.zeroshot.text[run["backbone"]], backbones / run["backbone"], device)
     images, templates = masked(data), TEMPLATES[params.zeroshot.templates]
     backbone = open_run(run_file, backbones)
     backbone.model.to(device)

@@ -5,8 +5,6 @@ Sets that are fetched are left out, tiny models stand in for the hub's, and size
 
 import io
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +15,10 @@ import torch
 from PIL import Image
 from ruamel.yaml import YAML
 from safetensors.torch import save_file
+from stage_runner import run_stage
 
 from regvit.data.manifest import read_dataset
-from regvit.pipeline import choose, params
+from regvit.pipeline import choose
 from regvit.pipeline.schema import Params
 
 ROOT = Path(__file__).parents[1]
@@ -110,17 +109,6 @@ def chosen(name: str, images: Path) -> Params:
     return Params.model_validate(found)
 
 
-def run(folder: Path, given: Params, stage: str, *names: str) -> None:
-    """As `python stages/<stage>.py <names>` in `folder`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.delenv("DVC_ROOT", raising=False)
-        patch.setenv("REGVIT_DEVICE", "cpu")
-        patch.setattr(params, "load_params", lambda: given)
-        patch.setattr(sys, "argv", [f"{stage}.py", *names])
-        runpy.run_path(str(ROOT / "stages" / f"{stage}.py"), run_name="__main__")
-
-
 @pytest.mark.parametrize("name", ROLES)
 def test_a_choice_runs_from_download_to_report_on_small_copies(name, tmp_path_factory):
     folder, images = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("images")
@@ -134,7 +122,7 @@ def test_a_choice_runs_from_download_to_report_on_small_copies(name, tmp_path_fa
     (folder / "choices/classes/imagenet_v2.csv").write_text("".join(lines[: 1 + len(WNIDS)]))
     given = chosen(name, images)
     for dataset in given.datasets:
-        run(folder, given, "download", dataset)
+        run_stage(folder, given, "download", dataset)
     found = {each: len(read_dataset(folder / "data" / each).subset("test")) for each in given.datasets}
     assert found.pop("imagenet") == 12 and found == ROLES[name]
     classes = {
@@ -144,21 +132,21 @@ def test_a_choice_runs_from_download_to_report_on_small_copies(name, tmp_path_fa
     }
     assert classes == {WNIDS if name != "openood" else ("0", "1", "2")}
     for backbone in given.backbones:
-        run(folder, given, "backbone", backbone)
-        run(folder, given, "identify", backbone)
+        run_stage(folder, given, "backbone", backbone)
+        run_stage(folder, given, "identify", backbone)
     for each in given.runs:
-        run(folder, given, "compose", each)
+        run_stage(folder, given, "compose", each)
         for dataset in given.datasets:
-            run(folder, given, "extract", each, dataset)
+            run_stage(folder, given, "extract", each, dataset)
         for stage in ("probe", "baselines", "evaluate", "verify"):
-            run(folder, given, stage, each)
+            run_stage(folder, given, stage, each)
         for stage in ("extract_dense", "tokens", "token_classes", "attention"):
             for dataset in getattr(given, stage).datasets:
-                run(folder, given, stage, each, dataset)
-    run(folder, given, "compare")
+                run_stage(folder, given, stage, each, dataset)
+    run_stage(folder, given, "compare")
     for each in given.runs:
-        run(folder, given, "summary", each)
-    run(folder, given, "report")
+        run_stage(folder, given, "summary", each)
+    run_stage(folder, given, "report")
     assert {"top1", "ood_top1"} <= json.loads((folder / f"metrics/{each}.json").read_text()).keys()
     differences = pd.read_csv(folder / "metrics/compare/differences.csv")
     if name != "clip":  # trained registers against the same model without

@@ -6,8 +6,6 @@ in for DINOv2.
 
 import csv
 import io
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,14 +15,12 @@ from data.test_nyu import make as make_nyu
 from data.test_pair_sets import make_spair
 from ruamel.yaml import YAML
 from run_example import write_run
+from stage_runner import run_stage
 
 from regvit.data.manifest import read_dataset
 from regvit.data.transform import Transform
 from regvit.models.backbones import create, save_backbone
-from regvit.pipeline import (
-    choose,
-    params,
-)
+from regvit.pipeline import choose
 from regvit.pipeline.schema import Params
 from regvit.registers.run_files import Variant
 from regvit.stats.figures import read_figures
@@ -62,17 +58,6 @@ def chosen(images: Path) -> Params:
     return Params.model_validate(found)
 
 
-def run(folder: Path, given: Params, stage: str, *names: str) -> None:
-    """As `python stages/<stage>.py <names>` in `folder`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.delenv("DVC_ROOT", raising=False)
-        patch.setenv("REGVIT_DEVICE", "cpu")
-        patch.setattr(params, "load_params", lambda: given)
-        patch.setattr(sys, "argv", [f"{stage}.py", *names])
-        runpy.run_path(str(ROOT / "stages" / f"{stage}.py"), run_name="__main__")
-
-
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     """All sets of the choice, downloaded and measured with test-time registers."""
@@ -83,7 +68,7 @@ def work(tmp_path_factory):
     make_spair(images)
     given = chosen(images)
     for name in given.scenes:
-        run(folder, given, "download", name)
+        run_stage(folder, given, "download", name)
     torch.manual_seed(0)
     args = {"num_classes": 0, "img_size": SIZE, "dynamic_img_size": True}
     save_backbone(
@@ -96,7 +81,7 @@ def work(tmp_path_factory):
     for stage in ("extract_dense", "discover", "segment", "depth", "hummingbird", "correspond"):
         for name in getattr(given, stage).datasets:
             if name in given.scenes:
-                run(folder, given, stage, RUN, name)
+                run_stage(folder, given, stage, RUN, name)
     return folder
 
 

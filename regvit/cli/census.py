@@ -39,8 +39,6 @@ def census(
     img_size: ImgSize = None,
     architecture: Architecture = None,
     device: Device = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images a forward pass.")] = 16,
-    workers: Annotated[int, typer.Option(min=0, metavar="N", help="Threads that decode.")] = 2,
 ) -> int:
     """Say of each model whether it has outlier tokens, which neurons make them, and what kind of sink they are.
 
@@ -48,13 +46,10 @@ def census(
     and the share that they explain, attention on the sinks, their values, effective rank, and the largest channel.
     """
     check_out(out)
-    import numpy as np  # why here and not above: see __init__
-
-    from regvit.measures.diagnosis import census_row, diagnose
+    from regvit.measures.diagnosis import census_row, diagnose  # why here and not above: see __init__
     from regvit.registers.neurons import find_register_neurons
 
-    files = image_files(images)
-    files = [files[i] for i in np.random.default_rng(0).permutation(len(files))[:limit]]  # folders may be sorted
+    files = image_files(images, limit)
     left_out = 0
     for name in models:
         opened = (
@@ -63,8 +58,8 @@ def census(
             else open_backbone(name, architecture, img_size, IMG_SIZE)
         )
         opened.model.to(place := named_device(device))
-        pixels, faults = decode(files, opened.transform, workers)
-        batches = DecodedImages(pixels, opened.transform, place, batch_size)
+        pixels, faults = decode(files, opened.transform)
+        batches = DecodedImages(pixels, opened.transform, place)
         diagnosis = diagnose(opened.model, batches, find_register_neurons(opened.model, batches))
         append(out, census_row(name, len(batches), diagnosis))
         print(f"{name}: {diagnosis.verdict()}")

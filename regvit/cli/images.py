@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     from regvit.data.transform import Transform
 
+BATCH = 32  # images a forward pass
+SEED = 0  # of the draw from more images than are wanted
+
 
 @dataclass(frozen=True)
 class DecodedImages:
@@ -27,13 +30,12 @@ class DecodedImages:
     pixels: UInt8[Tensor, "b 3 s s"]
     transform: Transform
     device: torch.device
-    batch_size: int
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def __iter__(self) -> Iterator[Float[Tensor, "b 3 s s"]]:
-        for batch in self.pixels.split(self.batch_size):
+        for batch in self.pixels.split(BATCH):
             yield self.transform.normalise(batch.to(self.device))
 
     def select(self, rows: Sequence[int]) -> DecodedImages:
@@ -41,9 +43,12 @@ class DecodedImages:
         return replace(self, pixels=self.pixels[list(rows)])
 
 
-def image_files(paths: Iterable[Path]) -> list[Path]:
-    """The files, and those in the folders that can be images, each once; what else lies there is counted on stderr."""
-    from regvit.data.decoding import image_suffixes  # why here and not above: see __init__
+def image_files(paths: Iterable[Path], limit: int) -> list[Path]:
+    """The files, and those in the folders that can be images, each once, in random order (folders may be sorted) and at most
+    `limit`; what else lies there is counted on stderr."""
+    import numpy as np  # why here and not above: see __init__
+
+    from regvit.data.decoding import image_suffixes
 
     suffixes = image_suffixes()
     files: dict[Path, None] = {}
@@ -63,10 +68,11 @@ def image_files(paths: Iterable[Path]) -> list[Path]:
         raise WrongInput(
             f"{', '.join(map(str, paths))} holds no file with the suffix of an image format (.png, .jpg, …)"
         )
-    return list(files)
+    found = list(files)
+    return [found[i] for i in np.random.default_rng(SEED).permutation(len(found))[:limit]]
 
 
-def decode(files: Sequence[Path], transform: Transform, workers: int) -> tuple[UInt8[Tensor, "b 3 s s"], int]:
+def decode(files: Sequence[Path], transform: Transform) -> tuple[UInt8[Tensor, "b 3 s s"], int]:
     """The images that can be read, and the number of the others, which are named on stderr with the reason."""
     import torch  # why here and not above: see __init__
     from tqdm.auto import tqdm
@@ -79,7 +85,7 @@ def decode(files: Sequence[Path], transform: Transform, workers: int) -> tuple[U
         except UnreadableImage as error:
             return f"left out: {in_words(error)}"
 
-    with ThreadPoolExecutor(max(workers, 1)) as threads:
+    with ThreadPoolExecutor() as threads:
         loaded = list(tqdm(threads.map(load, files), "reading images", len(files), leave=False))
     faults = [one for one in loaded if isinstance(one, str)]
     print(*faults, sep="\n", end="\n" if faults else "", file=sys.stderr)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from regvit.cli.backbone import named_device, open_backbone
-from regvit.cli.images import DecodedImages, decode, image_files
+from regvit.cli.images import SEED, DecodedImages, decode, image_files
 from regvit.cli.options import BACKBONES, IMG_SIZE, Architecture, BackboneArgument, Device, ImgSize, finite
 from regvit.cli.outputs import check_out, write
 
@@ -32,7 +32,6 @@ def neurons(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="Image files, or folders of them.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where the neurons are saved.")] = Path("neurons.json"),
     limit: Annotated[int, typer.Option(min=1, metavar="N", help="Of more images, N are drawn.")] = 512,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of that draw.")] = 0,
     threshold: Annotated[
         float | None,
         typer.Option(
@@ -56,8 +55,6 @@ def neurons(
     img_size: ImgSize = None,
     architecture: Architecture = None,
     device: Device = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images a forward pass.")] = 32,
-    workers: Annotated[int, typer.Option(min=0, metavar="N", help="Threads that decode.")] = 2,
 ) -> int:
     """Find the register neurons of a backbone on your images.
 
@@ -65,20 +62,17 @@ def neurons(
     neurons silenced, and with their activation moved into one test-time register. A hundred varied images do.
     """
     check_out(out)
-    import numpy as np  # why here and not above: see __init__
+    from regvit.registers.neurons import find_register_neurons  # why here and not above: see __init__
 
-    from regvit.registers.neurons import find_register_neurons
-
-    files = image_files(images)
-    files = [files[i] for i in np.random.default_rng(seed).permutation(len(files))[:limit]]  # folders may be sorted
+    files = image_files(images, limit)
     opened = open_backbone(backbone, architecture, img_size, IMG_SIZE)
     opened.model.to(place := named_device(device))
-    pixels, left_out = decode(files, opened.transform, workers)
-    batches = DecodedImages(pixels, opened.transform, place, batch_size)
+    pixels, left_out = decode(files, opened.transform)
+    batches = DecodedImages(pixels, opened.transform, place)
     options = {"threshold": threshold, "layer": layer, "top_k": top_k, "max_layer": max_layer, "explained": explained}
     found = find_register_neurons(opened.model, batches, **options)
     about = {"backbone": opened.name, "weights_sha256": opened.weights_sha256 or None}
-    write(out, found.to_json(**about, images=len(batches), seed=seed))
+    write(out, found.to_json(**about, images=len(batches), seed=SEED))
     print(*_report(found, len(batches)), sep="\n")
     if found.num_selected:
         print(_cure(opened.model, batches, found))

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure as Picture
 from sklearn.mixture import GaussianMixture
 
 from regvit.features.dense_set import DenseSet, grid_side
-from regvit.files import write_atomic
+from regvit.files import write_picture
 from regvit.measures.tables import image_means, mean_figures
 from regvit.registers.outliers import MIN_RATIO, Detection, otsu
 from regvit.stats.figures import Figure
@@ -219,6 +219,4 @@ def draw_anatomy(path: Path, anatomy: Anatomy, title: str) -> None:
     by_cosine.legend(fontsize=8)
     for axis in (by_layer, by_place, by_cosine):
         axis.title.set_fontsize(9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with write_atomic(path) as beside:
-        picture.savefig(beside, dpi=80, metadata={"Software": None})
+    write_picture(path, picture, 80)

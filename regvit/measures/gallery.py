@@ -17,7 +17,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from regvit.files import write_atomic
+from regvit.files import write_atomic, write_picture
 from regvit.measures.feature_colours import Palette
 
 OUTLIER = "#00c8e0"  # of outlier patches: cyan, which neither `magma` nor `viridis` has
@@ -79,9 +79,7 @@ def draw_maps(path: Path, images: Float[np.ndarray, "b h w 3"], maps: Mapping[st
     figure.text(0.005, 0.005, "\n".join(lines), fontsize=7)
     below = (0.1 + 0.13 * len(lines)) / figure.get_figheight()
     figure.get_layout_engine().set(rect=(0, below, 1, 1 - below))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with write_atomic(path) as beside:
-        figure.savefig(beside, dpi=100, metadata={"Software": None})
+    write_picture(path, figure, 100)
 
 
 def draw_attention(
@@ -105,9 +103,7 @@ def draw_attention(
             axis.set_axis_off()
     for axis, title in zip(axes[0], ["image", *columns], strict=True):
         axis.set_title(title, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with write_atomic(path) as beside:
-        figure.savefig(beside, dpi=80, metadata={"Software": None})
+    write_picture(path, figure, 80)
 
 
 def normal_range(norms: Iterable[Float[np.ndarray, "*p"]], threshold: float) -> tuple[float, float]:

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from regvit.data.batches import Batches
 from regvit.data.hub_errors import why
 from regvit.data.manifest import Dataset, Row
-from regvit.models.backbones import Backbone
+from regvit.models.backbones import Backbone, load_backbone, unplanted
 from regvit.models.nan_check import check_finite
 from regvit.stats.accuracy import accuracy, paired_accuracy_difference, top1_correct
 from regvit.stats.figures import Figure
@@ -178,6 +178,20 @@ def embed_images(
     embedding = projection(model(images))
     check_finite(model, images, {"embedding": embedding}, rows, start)
     return F.normalize(embedding, dim=-1)
+
+
+def open_towers(source: str, folder: Path, device: str) -> tuple[Clip, Backbone, float | None]:
+    """An open_clip model, the backbone of its image tower as it stands on disk, and what `check_same_tower` finds.
+
+    Args:
+        folder: of the backbone; a planted one is compared as it was before planting.
+    Raises:
+        TextTowerError: see `open_text_tower` and `check_same_tower`.
+    """
+    clip, backbone = open_text_tower(source).to(device), load_backbone(folder)
+    intact = unplanted(folder) if backbone.planted else backbone
+    intact.model.to(device)
+    return clip, backbone, check_same_tower(clip, intact)
 
 
 def check_same_tower(clip: Clip, backbone: Backbone) -> float | None:

@@ -66,6 +66,10 @@ class TokenLayout:
             raise ValueError("this model has no CLS token; read its patches or registers instead")
         return x[:, 0]
 
+    def prefix_tokens(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b m d"]:
+        """All tokens before the first patch: class tokens and registers."""
+        return x[:, : self.prefix]
+
     def registers(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b r d"]:
         """All registers: the trained ones, then the test-time ones."""
         return x[:, self.cls : self.prefix]
@@ -81,6 +85,14 @@ class TokenLayout:
     def cls_and_patches(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b m d"]:
         """The class tokens and the patches: no register."""
         return torch.cat([x[:, : self.cls], self.patches(x)], dim=1)
+
+    def with_registers(self, x: Float[Tensor, "b n d"], registers: Float[Tensor, "b r d"]) -> Float[Tensor, "b n d"]:
+        """A sequence with other registers of both kinds."""
+        return torch.cat([x[:, : self.cls], registers, self.patches(x)], dim=1)
+
+    def with_patches(self, x: Float[Tensor, "b n d"], patches: Float[Tensor, "b p d"]) -> Float[Tensor, "b n d"]:
+        """A sequence with other patches."""
+        return torch.cat([self.prefix_tokens(x), patches], dim=1)
 
     def untrained(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b rp d"]:
         """Test-time registers and patches: the tokens among which a register neuron's activation is moved."""

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
-from regvit.files import write_atomic
+from regvit.files import write_picture
 from regvit.measures.feature_colours import fit_palette
 from regvit.measures.gallery import OUTLIER, norm_colours, normal_range, short
 from regvit.models.attention import watch_prefix_attention
@@ -192,9 +192,7 @@ def draw_look(path: Path, look: Look, title: str) -> None:
             axes.set_title(f"{part.name}\n", loc="left", fontsize=14.5, fontweight="bold", color=INK)
             axes.text(0, 1.03, part.caption, transform=axes.transAxes, fontsize=11, color=PALE)
             _show(axes, look, part.panel)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with write_atomic(path) as beside:
-        figure.savefig(beside, dpi=DPI, metadata={"Software": None})
+    write_picture(path, figure, DPI)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure as Picture
 from torch import Tensor, nn
 
-from regvit.files import write_atomic
+from regvit.files import write_picture
 from regvit.registers.outliers import detect, patch_norms
 
 IMAGES = 128  # of the val split, at most
@@ -47,5 +47,4 @@ def draw_training(path: Path, title: str, curve: Sequence[tuple], norms: Sequenc
     right.set(xlabel="block", ylabel="largest norm / median", yscale="log")
     if norms:
         right.legend(fontsize=7)
-    with write_atomic(path) as beside:
-        picture.savefig(beside, dpi=80, metadata={"Software": None})
+    write_picture(path, picture, 80)

@@ -1,8 +1,6 @@
 """`extract_dense`, what is measured on it, and `verify`, on a tiny model and drawn squares whose boxes, masks and depth are known."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from run_example import write_run
+from stage_runner import run_stage
 
 from regvit.data.batches import Batches
 from regvit.data.correspondences import Pair, write_pairs
@@ -19,7 +18,7 @@ from regvit.data.manifest import Row, read_dataset, write_dataset
 from regvit.data.transform import Transform
 from regvit.features.dense_set import DenseSet
 from regvit.models.backbones import create, load_backbone, save_backbone
-from regvit.pipeline import params, schema
+from regvit.pipeline import schema
 from regvit.registers.outliers import patch_norms
 from regvit.registers.run_files import Variant
 from regvit.stats.figures import read_figures
@@ -67,14 +66,7 @@ MEASURED = (
 
 
 def run(stage, folder, *names):
-    """As `python stages/<stage>.py <names>` in `folder`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.delenv("DVC_ROOT", raising=False)
-        patch.setenv("REGVIT_DEVICE", "cpu")
-        patch.setattr(params, "load_params", lambda: PARAMS)
-        patch.setattr(sys, "argv", [f"{stage}.py", *names])
-        runpy.run_path(str(ROOT / "stages" / f"{stage}.py"), run_name="__main__")
+    run_stage(folder, PARAMS, stage, *names)
 
 
 def draw(folder, name, known=True):

@@ -50,19 +50,19 @@ class _Averaged(CureMixin):
     holds = ("views", "view_shift", "view_layout")
 
     def forward_features(self, x: Float[Tensor, "b 3 h w"], *args: object, **kwargs: object) -> Float[Tensor, "b n d"]:
-        patch, prefix = patch_size(self), self.view_layout.prefix
+        patch, layout = patch_size(self), self.view_layout
         rows, columns = x.shape[-2] // patch, x.shape[-1] // patch
         largest = math.ceil(self.view_shift * min(rows, columns) - 1e-9)
         total = seen = first = 0
         for view in (*self.views, View(0, 0, False)):  # itself last
             down, right = view.within(largest)
             tokens = super().forward_features(_view(x, down * patch, right * patch, view.flipped), *args, **kwargs)
-            grid = tokens[:, prefix:].float().unflatten(1, (rows, columns))
+            grid = layout.patches(tokens).float().unflatten(1, (rows, columns))
             grid = grid.flip(2) if view.flipped else grid
             shown = torch.ones_like(grid[:1, :, :, :1])
             total = total + _moved_back(grid, down, right)
             seen = seen + _moved_back(shown, down, right)
-            first = first + tokens[:, :prefix].float()
+            first = first + layout.prefix_tokens(tokens).float()
         mean = torch.cat([first / (1 + len(self.views)), (total / seen).flatten(1, 2)], dim=1)
         return mean.to(tokens.dtype)
 

@@ -38,7 +38,7 @@ class _Replace(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         content = self.content.to(x.dtype).expand(x.shape[0], -1, -1)
-        return torch.cat([x[:, : self.layout.cls], content, self.layout.patches(x)], dim=1)
+        return self.layout.with_registers(x, content)
 
 
 @torch.inference_mode()

@@ -37,7 +37,7 @@ class _Masked(CureMixin):
     ) -> Tensor:
         allowed = visible(self.told.patches, self.layout.prefix)
         if self.cls_only:
-            others = torch.arange(x.shape[1], device=x.device)[:, None] > 0  # (n, 1)
+            others = torch.arange(x.shape[1], device=x.device)[:, None] >= self.layout.cls  # (n, 1)
             allowed = allowed | others
         return super().forward(x, *args, attn_mask=both(attn_mask, allowed), **kwargs)
 

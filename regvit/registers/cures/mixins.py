@@ -7,7 +7,6 @@ a child without parameters, whose tensors are buffers outside the state dict: th
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -90,4 +89,4 @@ class PatchEdit(nn.Module):
         self.layout = layout
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        return torch.cat([x[:, : self.layout.prefix], self.patches(self.layout.patches(x))], dim=1)
+        return self.layout.with_patches(x, self.patches(self.layout.patches(x)))

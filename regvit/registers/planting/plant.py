@@ -119,7 +119,7 @@ def plant(model: nn.Module, images: Float[Tensor, "b 3 s s"], batch_size: int = 
         base = within_image_direction(
             layout.patches(survey.hidden),
             _lowest(info, 3 * recipe.fraction),
-            survey.hidden[:, : layout.prefix],
+            layout.prefix_tokens(survey.hidden),
             unseen,
         )
         every = blocks(model)
@@ -174,7 +174,7 @@ def _empty_register_shift(
     layout = TokenLayout.of(model)
 
     def insert(_: int, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b m d"]:
-        return torch.cat([x[:, : layout.prefix], torch.zeros_like(x[:, :1]), layout.patches(x)], dim=1)
+        return torch.cat([layout.prefix_tokens(x), torch.zeros_like(x[:, :1]), layout.patches(x)], dim=1)
 
     fc1 = blocks(model)[layer].mlp.fc1
     with watch_inputs({0: blocks(model)[0]}, insert):

@@ -59,7 +59,7 @@ def write_seeds(
     Raises:
         ValueError: no patch stands out.
     """
-    h, prefix = layout.patches(hidden), hidden[:, : layout.prefix]
+    h, prefix = layout.patches(hidden), layout.prefix_tokens(hidden)
     generator = torch.Generator().manual_seed(seed)
     hot = None
     for i, unit in enumerate(seeds.units):
@@ -146,7 +146,7 @@ def _amplifier_probe(
     hidden: Float[Tensor, "b n d"], hot: Bool[Tensor, "b p"], layout: TokenLayout
 ) -> tuple[Float[Tensor, " d"], float, float]:
     """Linear discriminant of the seeds' patches against all other tokens; and where those and these lie along it."""
-    h, prefix = layout.patches(hidden), hidden[:, : layout.prefix].flatten(0, 1)
+    h, prefix = layout.patches(hidden), layout.prefix_tokens(hidden).flatten(0, 1)
     others = torch.cat([h[~hot], *[prefix] * PREFIX_WEIGHT]).double()
     difference = h[hot].double().mean(0) - others.mean(0)
     probe = F.normalize(torch.linalg.solve(_ridged(torch.cov(others.T)), difference), dim=0).float()
