@@ -36,7 +36,7 @@ from torch import Tensor
 
 from benchmarks.machine import describe
 from regvit.features.dense_set import DenseSet
-from regvit.measures.discovery import K_PATCHES, kept_features, lost, similarity
+from regvit.measures.dense.discovery import K_PATCHES, kept_features, lost, similarity
 from regvit.models.token_features import KINDS, Feature
 
 

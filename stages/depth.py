@@ -6,8 +6,8 @@ import numpy as np
 
 from regvit.data.dense_labels import read_depth
 from regvit.features.dense_set import DenseSet
-from regvit.measures.dense_heads import DenseTraining, PatchTokens
-from regvit.measures.depth import DepthBins, figures, image_columns, measure, train
+from regvit.measures.dense.dense_heads import DenseTraining, PatchTokens
+from regvit.measures.dense.depth import DepthBins, figures, image_columns, measure, train
 from regvit.measures.tables import write_results
 from regvit.pipeline.command import command
 from regvit.pipeline.params import load_params

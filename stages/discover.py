@@ -8,7 +8,7 @@ from pathlib import Path
 
 from regvit.data.decoding import read_rgb
 from regvit.features.dense_set import DenseSet
-from regvit.measures.discovery import (
+from regvit.measures.dense.discovery import (
     Setting,
     discover,
     feature_table,

@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 from regvit.data.sources import make_dataset
+from regvit.pipeline.checks.source_changes import remember_folder
 from regvit.pipeline.command import command
 from regvit.pipeline.params import load_params, source_of
-from regvit.pipeline.source_changes import remember_folder
 
 
 def main(name: str) -> None:

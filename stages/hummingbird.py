@@ -8,8 +8,15 @@ import numpy as np
 from regvit.data.decoding import read_rgb
 from regvit.data.dense_labels import zero_is_ignored
 from regvit.features.dense_set import DenseSet
-from regvit.measures.dense_heads import PatchTokens
-from regvit.measures.segmentation import class_table, count, count_figures, image_columns, pixel_table, read_classes
+from regvit.measures.dense.dense_heads import PatchTokens
+from regvit.measures.dense.segmentation import (
+    class_table,
+    count,
+    count_figures,
+    image_columns,
+    pixel_table,
+    read_classes,
+)
 from regvit.measures.tables import write_results, write_table
 from regvit.measures.training_free.hummingbird import InContext, remember
 from regvit.measures.training_free.pictures import draw_masks

@@ -6,8 +6,16 @@ import numpy as np
 
 from regvit.data.dense_labels import zero_is_ignored
 from regvit.features.dense_set import DenseSet
-from regvit.measures.dense_heads import DenseTraining, PatchTokens
-from regvit.measures.segmentation import class_table, count, figures, image_columns, pixel_table, read_classes, train
+from regvit.measures.dense.dense_heads import DenseTraining, PatchTokens
+from regvit.measures.dense.segmentation import (
+    class_table,
+    count,
+    figures,
+    image_columns,
+    pixel_table,
+    read_classes,
+    train,
+)
 from regvit.measures.tables import write_results, write_table
 from regvit.pipeline.command import command
 from regvit.pipeline.params import load_params

@@ -8,7 +8,7 @@ import open_clip
 from regvit.data.batches import Batches
 from regvit.data.decoding import read_rgb
 from regvit.data.dense_labels import zero_is_ignored
-from regvit.measures.segmentation import pixel_table, read_classes
+from regvit.measures.dense.segmentation import pixel_table, read_classes
 from regvit.measures.tables import write_results, write_table
 from regvit.measures.training_free.pictures import draw_masks
 from regvit.measures.training_free.zeroshot_segmentation import (

@@ -13,9 +13,9 @@ Each leaves `figures.csv`, a row a figure, and `images.csv`, a value an image by
 | `tokens` | anatomy, token_probes | outlier_fraction, neighbour_similarity, outlier_on_low_information, position_top1, position_distance and pixels_l2, each `_normal`, `_outlier`, `_difference` |
 | `token_classes` | token_classes | class_top1 of each kind of token; register_cosine |
 | `attention` | attention_quality | on_outliers, on_registers, largest, entropy, morans_i, distance_correlation, object_auroc |
-| `discover` | discovery | corloc (of the chosen setting), corloc_mean (over features), corloc_`<feature>`, corloc_published, corloc_dino_seg |
-| `segment` | segmentation, dense_heads | miou, miou_by_image, pixel_accuracy, pixel_accuracy_at_outliers |
-| `depth` | depth, dense_heads | rmse, abs_rel, delta1, …, rmse_at_outliers |
+| `discover` | dense/discovery | corloc (of the chosen setting), corloc_mean (over features), corloc_`<feature>`, corloc_published, corloc_dino_seg |
+| `segment` | dense/segmentation, dense/dense_heads | miou, miou_by_image, pixel_accuracy, pixel_accuracy_at_outliers |
+| `depth` | dense/depth, dense/dense_heads | rmse, abs_rel, delta1, …, rmse_at_outliers |
 | `hummingbird` | training_free/hummingbird | miou, miou_by_image, pixel_accuracy, pixel_accuracy_at_outliers |
 | `correspond` | training_free/correspondence | pck, pck_at_outliers, pck_by_pair |
 | `retrieve` | training_free/retrieval | map_`<readout>`, recall`<k>`_`<readout>` |

@@ -16,9 +16,9 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 
 from regvit.files import write_text
+from regvit.pipeline.checks.references import broken_sources
 from regvit.pipeline.command import show_anything
 from regvit.pipeline.params import ParamsError, faults_of, read_values
-from regvit.pipeline.references import broken_sources
 from regvit.pipeline.schema import Params
 
 CHOICES = Path("choices")

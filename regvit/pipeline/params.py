@@ -12,11 +12,11 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from regvit.pipeline.checks.faults import nearest, sentences
+from regvit.pipeline.checks.references import broken_layers, broken_references, broken_sources
+from regvit.pipeline.checks.source_changes import changed_sources
 from regvit.pipeline.command import show_anything
-from regvit.pipeline.faults import nearest, sentences
-from regvit.pipeline.references import broken_layers, broken_references, broken_sources
 from regvit.pipeline.schema import Block, Images, Params
-from regvit.pipeline.source_changes import changed_sources
 
 
 class ParamsError(ValueError):

@@ -13,10 +13,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from regvit.pipeline.classes import downloaded, unmet_classes
+from regvit.pipeline.checks.classes import downloaded, unmet_classes
+from regvit.pipeline.checks.source_changes import changed_sources
 from regvit.pipeline.command import show_anything
 from regvit.pipeline.params import ParamsError, check_params
-from regvit.pipeline.source_changes import changed_sources
 
 
 def main(*arguments: str) -> int:

@@ -23,7 +23,7 @@ import torch
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
 
-from regvit.pipeline.faults import sentences
+from regvit.pipeline.checks.faults import sentences
 
 
 def _is_there(name: str) -> str:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from regvit.features.store import FeatureStore
 from regvit.features.store_writer import write_store
-from regvit.measures import dense_heads
-from regvit.measures.dense_heads import (
+from regvit.measures.dense import dense_heads
+from regvit.measures.dense.dense_heads import (
     DenseHeads,
     DenseTraining,
     PatchTokens,

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from dense_example import patch_store
 
-from regvit.measures.dense_heads import DenseTraining, LinearLayer, PatchTokens
-from regvit.measures.depth import (
+from regvit.measures.dense.dense_heads import DenseTraining, LinearLayer, PatchTokens
+from regvit.measures.dense.depth import (
     DepthBins,
     DepthModel,
     errors,

@@ -5,7 +5,7 @@ from dense_example import dense_set
 from scipy.ndimage import gaussian_filter
 
 from regvit.data.manifest import Row
-from regvit.measures.discovery import (
+from regvit.measures.dense.discovery import (
     Discovered,
     Setting,
     attention_boxes,

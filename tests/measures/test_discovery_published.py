@@ -10,7 +10,7 @@ import torch
 from dense_example import dense_set
 from scipy.ndimage import gaussian_filter
 
-from regvit.measures.discovery import lost, similarity
+from regvit.measures.dense.discovery import lost, similarity
 from regvit.models.backbones import create
 from regvit.models.token_features import KINDS, last_layers, patch_features
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from dense_example import patch_store
 
-from regvit.measures.dense_heads import PatchTokens
-from regvit.measures.segmentation import count
+from regvit.measures.dense.dense_heads import PatchTokens
+from regvit.measures.dense.segmentation import count
 from regvit.measures.training_free.hummingbird import InContext, Memory, patch_pixels, rarest, remember
 from regvit.stats.miou import accuracy
 

@@ -13,7 +13,7 @@ from test_discovery_published import GRID, shapes, structured
 from benchmarks.discovery import published_lost
 from regvit.data.manifest import Row, read_dataset
 from regvit.data.transform import Transform
-from regvit.measures.discovery import lost
+from regvit.measures.dense.discovery import lost
 from regvit.measures.training_free.published_discovery import Published, boxes_of, dino_seg, discover_published, padded
 from regvit.measures.training_free.token_cut import Cuts, cut, cut_hits, token_cut
 from regvit.models.backbones import Backbone, create

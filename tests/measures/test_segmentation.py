@@ -10,9 +10,9 @@ from PIL import Image
 from sklearn.metrics import jaccard_score
 
 from regvit.data.decoding import UnreadableImage
-from regvit.measures import segmentation
-from regvit.measures.dense_heads import Batch, DenseHeads, DenseTraining, LinearLayer, PatchTokens, Statistics
-from regvit.measures.segmentation import (
+from regvit.measures.dense import segmentation
+from regvit.measures.dense.dense_heads import Batch, DenseHeads, DenseTraining, LinearLayer, PatchTokens, Statistics
+from regvit.measures.dense.segmentation import (
     Segmenter,
     class_table,
     count,

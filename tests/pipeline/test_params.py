@@ -13,8 +13,9 @@ from ruamel.yaml import YAML
 from ruamel.yaml.cyaml import CParser
 
 from regvit.models import img_focus
-from regvit.pipeline import architectures, schema
-from regvit.pipeline.architectures import Architecture, architecture
+from regvit.pipeline import schema
+from regvit.pipeline.checks import architectures
+from regvit.pipeline.checks.architectures import Architecture, architecture
 from regvit.pipeline.params import ParamsError, check_params, entry_of, faults_of, load_params, read_values, source_of
 from regvit.registers.test_time import MAX_REGISTERS
 

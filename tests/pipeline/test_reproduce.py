@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from regvit.pipeline import architectures, classes
+from regvit.pipeline.checks import architectures, classes
 from regvit.pipeline.params import load_params, read_values
 
 ROOT = Path(__file__).parents[2]

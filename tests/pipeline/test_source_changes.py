@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from regvit.models.checkpoint_files import checkpoint_files, files_sha256
-from regvit.pipeline import source_changes as module
-from regvit.pipeline.source_changes import changed_sources, remember_folder
+from regvit.pipeline.checks import source_changes as module
+from regvit.pipeline.checks.source_changes import changed_sources, remember_folder
 
 
 @pytest.fixture

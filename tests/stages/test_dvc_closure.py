@@ -15,14 +15,9 @@ STAGES = YAML(typ="safe", pure=True).load(ROOT / "dvc.yaml")["stages"]
 STAGES = {name: stage.get("do", stage) for name, stage in STAGES.items()}
 MEASURING = sorted(STAGES.keys() - {"fingerprint"})
 FRAME = {
-    "architectures",
-    "source_changes",
     "choose",
-    "classes",
     "command",
-    "faults",
     "params",
-    "references",
     "reproduce",
     "runtime",
     "schema",
@@ -33,8 +28,8 @@ FRAME = {
 def graph() -> grimp.ImportGraph:
     """Which module of the library imports which; without those that look at params.yaml and decide no result."""
     modules = grimp.build_graph("regvit", exclude_type_checking_imports=True)
-    for name in ("architectures", "source_changes", "references"):
-        modules.remove_module(f"regvit.pipeline.{name}")
+    for name in {"regvit.pipeline.checks"} | modules.find_descendants("regvit.pipeline.checks"):
+        modules.remove_module(name)
     return modules
 
 

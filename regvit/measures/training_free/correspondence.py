@@ -28,7 +28,7 @@ from jaxtyping import Bool, Float, Int
 from regvit.data.correspondences import Pair
 from regvit.data.decoding import original_size
 from regvit.features.dense_set import DenseSet
-from regvit.measures.segmentation import place_columns, place_figures
+from regvit.measures.dense.segmentation import place_columns, place_figures
 from regvit.stats.bootstrap import mean_over_images
 from regvit.stats.figures import Figure
 from regvit.stats.miou import PatchCounts

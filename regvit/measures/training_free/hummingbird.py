@@ -30,7 +30,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from regvit.data.dense_labels import IGNORE
-from regvit.measures.dense_heads import PatchTokens, on_grid, pixels_of_patches
+from regvit.measures.dense.dense_heads import PatchTokens, on_grid, pixels_of_patches
 from regvit.probing.neighbours import nearest
 
 

@@ -6,7 +6,7 @@ units; DINO-seg looks at one head, and takes the background where its mask is on
 with boxes count. So CorLoc can be held against LOST's tables, and against Darcet's with the feature and bias told there.
 
 Deviation: registers are not counted as patches. Ours, which squashes images, sweeps settings and orders ties:
-`regvit.measures.discovery`.
+`regvit.measures.dense.discovery`.
 
 Sources: Siméoni et al. 2021, arXiv:2109.14279; Caron et al. 2021, arXiv:2104.14294; Wang et al. 2022, arXiv:2202.11539, and
 their code. Shape letters: p patch, d channel, h head.
@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from regvit.data.decoding import read_rgb
 from regvit.data.manifest import Dataset
-from regvit.measures.discovery import K_PATCHES, MASS, boxes_around, lost
+from regvit.measures.dense.discovery import K_PATCHES, MASS, boxes_around, lost
 from regvit.measures.training_free.token_cut import TAU, token_cut
 from regvit.models.attention import watch_prefix_attention
 from regvit.models.backbones import Backbone

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from regvit.data.decoding import original_size
 from regvit.features.dense_set import DenseSet
-from regvit.measures.discovery import Found, boxes_around, choose, component_of
+from regvit.measures.dense.discovery import Found, boxes_around, choose, component_of
 from regvit.stats.boxes import HIT, best_iou, true_boxes
 
 TAU, EPSILON = 0.2, 1e-5

@@ -33,8 +33,8 @@ from torch import Tensor, nn
 
 from regvit.data.dense_labels import IGNORE
 from regvit.data.manifest import Dataset, read_dataset
-from regvit.measures.dense_heads import on_grid
-from regvit.measures.segmentation import count_maps, place_columns
+from regvit.measures.dense.dense_heads import on_grid
+from regvit.measures.dense.segmentation import count_maps, place_columns
 from regvit.measures.training_free.clip_patches import attributions, patch_embeddings
 from regvit.stats.bootstrap import mean_over_images
 from regvit.stats.figures import Figure

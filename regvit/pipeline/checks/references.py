@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from regvit.pipeline.architectures import architecture
-from regvit.pipeline.faults import nearest
+from regvit.pipeline.checks.architectures import architecture
+from regvit.pipeline.checks.faults import nearest
 from regvit.pipeline.schema import PACKAGES, Backbone, Params
 from regvit.registers.cures.options import misplaced, parse_cure
 

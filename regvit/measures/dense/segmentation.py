@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from regvit.data.dense_labels import IGNORE, read_mask
-from regvit.measures.dense_heads import (
+from regvit.measures.dense.dense_heads import (
     Batch,
     DenseHeads,
     DenseTraining,

@@ -10,7 +10,7 @@ The loss is theirs, of g = log(depth + η) − log(truth + η) over the pixels w
 
 the scale-invariant loss of Eigen et al. (2014) as AdaBins writes it, and MegaDepth's gradient matching. DINOv2 drops
 the variance for the first 100 steps; so does this for the first `WARM_UP` of them.
-Deviations: those of `regvit.measures.dense_heads`; patch tokens alone, without CLS beside them; while training, ground truth is
+Deviations: those of `regvit.measures.dense.dense_heads`; patch tokens alone, without CLS beside them; while training, ground truth is
 compared at `COMPARED` places a patch and axis (the nearest pixels) instead of at every pixel. `upsample` is 4 there; 1 is
 sixteen times cheaper.
 
@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from regvit.measures.dense_heads import (
+from regvit.measures.dense.dense_heads import (
     WARM_UP,
     Batch,
     DenseHeads,
