@@ -1,7 +1,7 @@
-import pytest
 import torch
 from torch import nn
 
+from regvit.measures import forward_cost
 from regvit.measures.forward_cost import peak_bytes, relative_cost
 
 
@@ -28,9 +28,25 @@ def test_the_peak_is_that_of_tensors_that_live_together():
         assert peak_bytes(Steps(5), x) == 4 * x.nbytes  # and the input of a step, and the last one's `second`
 
 
-def test_a_model_that_does_five_times_the_work_takes_about_five_times_as_long():
-    cost = relative_cost(Steps(50), Steps(10), torch.randn(8, 3, 256, 256), pairs=9)
-    assert cost.time.lo <= cost.time.value <= cost.time.hi
-    assert 3 < cost.time.value < 8
-    assert cost.memory == pytest.approx(1)
-    assert cost.time.n == 9
+class Clocked(nn.Module):
+    """A model whose forward takes so many seconds of a clock that stands still otherwise; it notes when it ran."""
+
+    def __init__(self, name, seconds, clock):
+        super().__init__()
+        self.name, self.seconds, self.clock = name, seconds, clock
+
+    def forward_features(self, x):
+        self.clock["now"] += next(self.seconds)
+        self.clock["ran"] += self.name
+        return x * 2
+
+
+def test_time_is_the_median_ratio_of_forwards_in_turns_after_one_that_is_not_counted(monkeypatch):
+    clock = {"now": 0.0, "ran": ""}
+    monkeypatch.setattr(forward_cost.time, "process_time", lambda: clock["now"])
+    treated = Clocked("t", iter([900.0, 10.0, 10.0, 15.0, 10.0, 80.0, 10.0]), clock)  # the first is slow, as everywhere
+    plain = Clocked("p", iter([1.0] + [2.0] * 6), clock)
+    cost = relative_cost(treated, plain, torch.randn(1, 3, 8, 8), pairs=5)
+    assert (cost.time.value, cost.time.lo, cost.time.hi, cost.time.n) == (5.0, 5.0, 40.0, 5)
+    assert clock["ran"][:12] == 3 * "tppt"  # which one goes first changes
+    assert cost.memory == 1.0
