@@ -12,6 +12,7 @@ from regvit.models.attention import prefix_attention, watch_attention
 from regvit.models.hooks import watch_outputs
 from regvit.registers.cures.average_views import View, _moved_back, _view
 from regvit.registers.cures.cure import add_cure
+from regvit.registers.cures.given import Given
 from regvit.registers.cures.interpolate import interpolated
 from regvit.registers.cures.interpolate_lof import largest, local_outlier_factor
 from regvit.registers.cures.mask_attention import both, visible
@@ -88,6 +89,23 @@ def test_no_attention_falls_on_outliers_after_the_detection_block(planted, queri
     rest = prefix_attention(model, x)[layer + 1, :, :, 0, :1] + kept.sum(-1, keepdim=True)
     assert torch.allclose(masked[layer + 1], kept / rest, atol=1e-6)
     assert not torch.allclose(unaware, features(model, x), atol=1e-3)
+
+
+def test_of_a_model_with_two_class_tokens_the_queries_of_both_are_masked_and_no_other():
+    model = make("deit_tiny_distilled_patch16_224", img_size=64, depth=3)
+    x = images(model)
+    norms = torch.from_numpy(patch_norms(model, [x], [0])[0])
+    threshold = float(norms.median())
+    seen = {}
+    with (
+        add_cure(model, "mask_attention", Given(Detection(0, threshold, 1.0)), queries="cls"),
+        watch_attention(model, [1, 2], lambda layer, rows: seen.update({layer: rows[:]})),
+    ):
+        features(model, x)
+    at = (norms > threshold)[:, None, None].expand(-1, 3, 2, -1)
+    for rows in seen.values():
+        assert (rows[:, :, :2, 2:][at] == 0).all()
+        assert (rows[:, :, 2:] > 0).all()
 
 
 def test_masks_are_joined_and_never_hide_every_key():
