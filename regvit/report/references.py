@@ -1,8 +1,9 @@
 """Which run each run is held against.
 
 A run with a cure has as reference the first run that is the same but for the cure. One that does something else to its
-backbone's tokens (registers, or a control's neurons) has the first run of the same backbone that does nothing; a run on a backbone that was planted or trained here, and does nothing to it, the first such
-run of the same backbone as it came. Others have none, unless one is chosen.
+backbone's tokens (registers, or a control's neurons) has the first run of the same backbone that does nothing. A run on a
+backbone that was planted or trained here, and does nothing to it, has the first such run of the same backbone as it came.
+Others have none, unless one is chosen.
 """
 
 from __future__ import annotations
