@@ -4,11 +4,14 @@ float32          the model's own type, products at full precision
 float32_medium   faster products of float32 matrices, error about 1e-4
 bfloat16         autocast: products in bfloat16, residual stream in float32
 float16          autocast: products in float16, which overflow beyond 65,504
+
+A processor without instructions for half types emulates them, several times slower than float32: it is said once.
 """
 
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,6 +19,7 @@ import torch
 
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 PRECISIONS = ("float32", "float32_medium", *AUTOCAST)
+NO_HALF = ("DEFAULT", "AVX2")  # the instructions that torch found, where no half types are among them
 ONE_AT_A_TIME = threading.RLock()  # what torch is told of float32 products holds for all threads of the process
 
 
@@ -40,6 +44,12 @@ def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
     """
     check_precision(precision)
     medium = precision == "float32_medium"
+    if precision in AUTOCAST and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in NO_HALF:
+        warnings.warn(
+            f"this processor ({torch.backends.cpu.get_cpu_capability()}) has no instructions for {precision}: it is "
+            "emulated, and float32 is several times faster",
+            stacklevel=3,
+        )
     with ONE_AT_A_TIME:
         before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
         try:

@@ -12,7 +12,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from regvit.data.batches import Batches, sample
 from regvit.data.manifest import Dataset
 from regvit.data.transform import Transform
 from regvit.files import locked, write_atomic
+from regvit.models.arithmetic import arithmetic
 from regvit.training.augmentation import TrainingBatches
 from regvit.training.classifier import ReadoutClassifier
 from regvit.training.norms_by_step import IMAGES, norm_rows
@@ -137,7 +137,7 @@ class _State:
         total = torch.zeros((), device=self.computing.device)
         at_once = self.computing.batch_size
         for pixels, truth in zip(images.split(at_once), labels.split(at_once), strict=True):
-            with self._precision():
+            with self._arithmetic():
                 logits = self.classifier(self.transform.normalise(pixels.to(self.computing.device)))
             loss = F.cross_entropy(
                 logits.float(), truth.to(logits.device), reduction="sum", label_smoothing=self.recipe.label_smoothing
@@ -158,7 +158,7 @@ class _State:
         """Adds a point to the curve, and keeps the weights where it is the best so far."""
         right, first = 0, 0
         for images in self._images(self.val):
-            with self._precision():
+            with self._arithmetic():
                 guess = self.classifier(images).argmax(1).cpu()
             right += int((guess == self.truth[first : first + len(guess)]).sum())
             first += len(guess)
@@ -208,10 +208,8 @@ class _State:
         where = self.computing
         return iter(Batches(dataset, self.transform, where.batch_size, where.workers, where.device, label=None))
 
-    def _precision(self):
-        if self.recipe.precision == "float32":
-            return nullcontext()
-        return torch.autocast(torch.device(self.computing.device).type, torch.bfloat16)
+    def _arithmetic(self):
+        return arithmetic(self.recipe.precision, torch.device(self.computing.device))
 
     def _key(self, model: nn.Module, dataset: Dataset) -> str:
         """SHA-256 of all that decides the training, the code of this room included."""

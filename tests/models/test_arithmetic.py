@@ -53,3 +53,16 @@ def test_a_name_that_stands_for_nothing_is_refused():
         check_precision("half")
     with pytest.raises(ValueError, match="precision is 'half'"), arithmetic("half", CPU):
         pass
+
+
+@pytest.mark.parametrize(
+    ("instructions", "precision", "slow"),
+    [("AVX2", "bfloat16", True), ("AVX2", "float32", False), ("AVX512", "bfloat16", False)],
+)
+def test_emulated_half_types_are_named(monkeypatch, recwarn, instructions, precision, slow):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+    with arithmetic(precision, CPU):
+        pass
+    assert [
+        str(one.message).startswith("this processor (AVX2) has no instructions for bfloat16") for one in recwarn
+    ] == [True] * slow
