@@ -59,9 +59,9 @@ def test_an_error_that_we_raise_gives_our_line_and_one_of_a_library_keeps_its_tr
     ("stage", "names", "said"),
     [
         ("compose", ["orignal"], "compose: runs of params.yaml has no 'orignal': did you mean 'original'?"),
-        ("download", ["notto"], "download: there is no data set 'notto' in params.yaml: did you mean 'noto'?"),
+        ("download", ["openmojy"], "download: there is no data set 'openmojy' in params.yaml: did you mean 'openmoji'?"),
         ("compose", ["original"], "compose: data/backbones/focus_planted/backbone.json is missing; a backbone is a folder made by"),
-        ("extract", ["curd", "noto"], "extract: features/runs/curd.json does not exist; run the compose stage of this run"),
+        ("extract", ["curd", "openmoji"], "extract: features/runs/curd.json does not exist; run the compose stage of this run"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else None,
 )  # fmt: skip

