@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from data.test_dense_sets import make_ade, make_coco, make_devkit
-from data.test_nyu import make as make_nyu
+from data.test_nyu import make_nyu
 from data.test_pair_sets import make_spair
 from ruamel.yaml import YAML
 from run_example import write_run

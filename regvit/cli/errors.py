@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import functools
 import sys
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 import typer
 
-LIBRARY = Path(__file__).resolve().parents[1]
+from regvit.pipeline.command import is_for_the_user
 
 
 class WrongInput(ValueError):
@@ -28,23 +26,14 @@ def one_message(command: Callable[..., int | None]) -> Callable[..., None]:
             print("\ninterrupted", file=sys.stderr)
             code = 130
         except Exception as error:
-            if isinstance(error, BrokenPipeError | typer.Exit) or not is_about_the_input(error):
+            of_the_disk = isinstance(error, OSError) and not isinstance(error, BrokenPipeError)
+            if not of_the_disk and not is_for_the_user(error):
                 raise
             print(f"regvit {command.__name__}: {in_words(error)}", file=sys.stderr)
             code = 2
         raise typer.Exit(code)
 
     return run
-
-
-def is_about_the_input(error: Exception) -> bool:
-    """Whether an error was meant for whoever gave the command: a file that cannot be opened, or what a `raise` of our
-    own says. The same kind of error out of another library, or out of a call of ours, is a bug and keeps its traceback."""
-    if isinstance(error, OSError):
-        return True
-    at = traceback.extract_tb(error.__traceback__)[-1]
-    ours = LIBRARY in Path(at.filename).resolve().parents
-    return ours and (at.line or "").startswith("raise ") and isinstance(error, ValueError | RuntimeError)
 
 
 def in_words(error: Exception) -> str:

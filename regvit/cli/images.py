@@ -48,19 +48,19 @@ def image_files(paths: Iterable[Path], limit: int) -> list[Path]:
     `limit`; what else lies there is counted on stderr."""
     import numpy as np  # why here and not above: see __init__
 
-    from regvit.data.decoding import image_suffixes
+    from regvit.data.sources.folder import survey
 
-    suffixes = image_suffixes()
     files: dict[Path, None] = {}
     others: Counter[str] = Counter()
     for path in paths:
-        if not path.is_dir() and not path.is_file():
+        if path.is_dir():
+            below = survey(path)
+            files |= dict.fromkeys(path / name for name in below.images)
+            others += below.others
+        elif path.is_file():
+            files[path] = None
+        else:
             raise WrongInput(f"{path} is neither a file nor a folder; give images, or folders of them")
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file == path or (file.is_file() and file.suffix.lower() in suffixes and not file.name.startswith(".")):
-                files[file] = None
-            elif not file.is_dir():
-                others[file.suffix or "without a suffix"] += 1
     if others:
         kinds = ", ".join(f"{suffix} {count}" for suffix, count in others.most_common())
         print(f"left out: {others.total()} files are no images by their name ({kinds})", file=sys.stderr)

@@ -20,9 +20,8 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from regvit.data.class_choice import ClassChoice
 from regvit.data.decoding import UnreadableImage, decode_rgb, read_file, usual_suffix
-from regvit.data.entry import Entry, check_role
+from regvit.data.entry import ClassChoice, Entry, check_role
 from regvit.data.manifest import Row, escapes
 from regvit.data.packages import PACKAGES, fetch_pinned
 from regvit.data.prefetch import in_order
@@ -152,13 +151,14 @@ class DatasetBuilder:
 
     # What it leaves.
 
-    def credit(self, part: str, *packages: str) -> None:
-        """Name the packages that `part` of the data set ("images", "labels", …) was taken from."""
-        for name in packages:
-            package = PACKAGES[name]
-            self.credit_to(part, f"{name} {package.version}", package.licence, package.attribution)
+    def credit(self, part: str, package: str) -> None:
+        """Name the package that `part` of the data set ("images", "labels", …) was taken from."""
+        about = PACKAGES[package]
+        self.credit_to(part, f"{package} {about.version}", about.licence, about.attribution)
 
-    def credit_to(self, part: str, source: str, licence: str, attribution: str) -> None:
+    def credit_to(
+        self, part: str, source: str, licence: str = "see its publisher", attribution: str = "see its publisher"
+    ) -> None:
         entry = {"source": source, "licence": licence, "attribution": attribution}
         self.about.setdefault(part, []).append(entry)
 

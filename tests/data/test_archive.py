@@ -109,12 +109,15 @@ def test_files_of_an_archive_cannot_be_run_or_changed_by_others(tmp_path):
 
 
 @pytest.mark.parametrize("pack", [tar_of, zip_of])
-def test_an_archive_that_grows_beyond_bounds_is_refused_before_it_fills_the_disk(tmp_path, pack):
+def test_an_archive_that_grows_beyond_bounds_is_refused_before_it_fills_the_disk(tmp_path, pack, monkeypatch):
+    monkeypatch.setattr(archives, "GROWTH", 1)
+    monkeypatch.setattr(archives, "FLOOR", 2_500_000)
     (tmp_path / "a.bin").write_bytes(pack({f"{i}.png": bytes(1 << 20) for i in range(4)}))
     with pytest.raises(UnsafeArchive, match="unpacks to more than 2500000 bytes"):
-        unpack(tmp_path / "a.bin", tmp_path / "out", growth=1, floor=2_500_000)
+        unpack(tmp_path / "a.bin", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    unpack(tmp_path / "a.bin", tmp_path / "out", growth=1, floor=5_000_000)
+    monkeypatch.setattr(archives, "FLOOR", 5_000_000)
+    unpack(tmp_path / "a.bin", tmp_path / "out")
 
 
 def test_a_name_that_occurs_twice_is_refused(tmp_path):

@@ -1,17 +1,12 @@
 """The published sets in small, in the layout and formats that their archives unpack to."""
 
 import json
-from functools import partial
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from regvit.data.dataset_builder import DatasetBuilder
 from regvit.data.dense_labels import read_mask, zero_is_ignored
-from regvit.data.manifest import read_dataset, write_dataset
-from regvit.data.sources import SOURCES
-from regvit.data.sources import published_sets as dense_sets
 from regvit.data.sources.published_sets import VOC_CLASSES, ade_classes, voc_boxes
 
 OBJECT = """<object><name>{name}</name><pose>Left</pose><truncated>{truncated}</truncated><difficult>{difficult}</difficult>
@@ -45,15 +40,6 @@ def annotation(path, *objects):
     path.write_text(f"<annotation><filename>x.jpg</filename>{''.join(texts)}</annotation>")
 
 
-def made(tmp_path, build, rest):
-    """The data set that a builder leaves, read back from its folder."""
-    folder = tmp_path / "data" / "made"
-    with DatasetBuilder("made", folder, tmp_path / "p", tmp_path / "d", 0, quiet=True) as builder:
-        build(builder, str(rest))
-    write_dataset(folder, "made", builder.rows.rows(), builder.classes, builder.about, builder.root)
-    return read_dataset(folder), builder
-
-
 def make_devkit(folder):
     """A VOCdevkit with VOC2007 and VOC2012 of twenty images each."""
     names = [f"{i:06}" for i in range(1, 21)]
@@ -83,8 +69,8 @@ def devkit(tmp_path):
 
 
 @pytest.mark.parametrize("year", ["07", "12"])
-def test_voc_detection_has_the_boxes_of_all_objects_also_difficult_and_truncated_ones(tmp_path, devkit, year):
-    dataset, _ = made(tmp_path, partial(dense_sets.voc_detection, year=f"20{year}"), devkit)
+def test_voc_detection_has_the_boxes_of_all_objects_also_difficult_and_truncated_ones(make, devkit, year):
+    dataset = make(f"voc{year}:{devkit}").dataset
     assert len(dataset) == 20 and dataset.root == devkit / f"VOC20{year}"
     row = dataset.rows[0]
     assert (row.image_id, row.path, row.label) == ("000001", "JPEGImages/000001.jpg", "")
@@ -93,31 +79,30 @@ def test_voc_detection_has_the_boxes_of_all_objects_also_difficult_and_truncated
     assert len(dataset.subset("val")) == 2 and len(dataset.subset("test")) == 18 and len(row.sha256) == 64
 
 
-def test_the_devkit_its_parent_and_the_year_itself_are_all_found(tmp_path, devkit):
-    roots = {made(tmp_path / str(i), partial(dense_sets.voc_detection, year="2007"), rest)[0].root
-             for i, rest in enumerate([devkit, devkit.parent, devkit / "VOC2007"])}  # fmt: skip
+def test_the_devkit_its_parent_and_the_year_itself_are_all_found(make, devkit):
+    roots = {make(f"voc07:{given}").dataset.root for given in (devkit, devkit.parent, devkit / "VOC2007")}
     assert roots == {devkit / "VOC2007"}
 
 
-def test_voc_segmentation_keeps_palette_masks_and_void(tmp_path, devkit):
-    dataset, _ = made(tmp_path, dense_sets.voc_segmentation, devkit)
+def test_voc_segmentation_keeps_palette_masks_and_void(make, devkit, tmp_path):
+    dataset = make(f"voc_segmentation:{devkit}").dataset
     assert dataset.classes == VOC_CLASSES and len(VOC_CLASSES) == 20
     assert [len(dataset.subset(split)) for split in ("train", "val", "test")] == [9, 1, 4]
     row = dataset.rows[0]
     assert row.mask == "SegmentationClass/000001.png" and json.loads(row.boxes)[1] == [4, 5, 10, 12]
     values = read_mask(dataset.root / row.mask)
     assert set(np.unique(values)) == {0, 20, 255} and dataset.classes[20 - 1] == "tvmonitor"
-    assert not zero_is_ignored(tmp_path / "data/made")
+    assert not zero_is_ignored(tmp_path / "data/mine")
 
 
-def test_masks_that_do_not_fit_are_rejected_with_the_reason(tmp_path, devkit):
+def test_masks_that_do_not_fit_are_rejected_with_the_reason(make, devkit):
     root = devkit / "VOC2012/SegmentationClass"
     mask(root / "000001.png", np.zeros((30, 39)))
     mask(root / "000002.png", np.full((30, 40), 21))
     (root / "000003.png").unlink()
-    dataset, builder = made(tmp_path, dense_sets.voc_segmentation, devkit)
-    assert len(dataset) == 11
-    reasons = {one.image_id: one.reason for one in builder.rejected}
+    made = make(f"voc_segmentation:{devkit}", max_rejects=0.5)
+    assert len(made.dataset) == 11
+    reasons = {one.image_id: one.reason for one in made.rejected}
     assert reasons["000001"] == "its mask 000001.png has 39 x 30 pixels, the image 40 x 30"
     assert reasons["000002"] == "its mask 000002.png holds 21, beyond 20 classes; 255 is void"
     assert "SegmentationClass/000003.png cannot be read as an image" in reasons["000003"]
@@ -142,13 +127,8 @@ def make_coco(folder):
     return root
 
 
-@pytest.fixture
-def coco(tmp_path):
-    return make_coco(tmp_path)
-
-
-def test_coco20k_follows_the_list_and_leaves_crowds_out(tmp_path, coco):
-    dataset, _ = made(tmp_path, dense_sets.coco20k, coco)
+def test_coco20k_follows_the_list_and_leaves_crowds_out(make, tmp_path):
+    dataset = make(f"coco20k:{make_coco(tmp_path)}").dataset
     assert [row.path for row in dataset.rows[:1]] == ["images/train2014/COCO_train2014_000000000019.jpg"]
     assert dataset.rows[-1].path == "images/val2014/COCO_val2014_000000000020.jpg" and len(dataset) == 20
     # [1.4, 2.6, 11.4, 7.6] rounded; the crowd is left out, and what has no width after rounding.
@@ -156,19 +136,19 @@ def test_coco20k_follows_the_list_and_leaves_crowds_out(tmp_path, coco):
     assert [len(dataset.subset(split)) for split in ("val", "test")] == [2, 18]
 
 
-def test_coco_says_what_is_missing(tmp_path, coco):
-    with open(coco / "coco_20k_filenames.txt", "a") as file:
-        file.write("COCO_train2014_000000000077.jpg\n")
-    with pytest.raises(
-        ValueError, match=r"1 of 21 images .* are not in the annotations of COCO 2014 \(the first is 77"
-    ):
-        made(tmp_path, dense_sets.coco20k, coco)
-    listing(coco / "coco_20k_filenames.txt", ["cat.png"])
+def test_coco_says_what_is_missing(make, tmp_path):
+    coco = make_coco(tmp_path)
+    names = coco / "coco_20k_filenames.txt"
+    listing(names, [*names.read_text().splitlines(), "COCO_train2014_000000000077.jpg"])
+    said = r"1 of 21 images .* are not in the annotations of COCO 2014 \(the first is 77"
+    with pytest.raises(ValueError, match=said):
+        make(f"coco20k:{coco}")
+    listing(names, ["cat.png"])
     with pytest.raises(ValueError, match=r"'cat.png' in coco_20k_filenames.txt is no image of COCO"):
-        made(tmp_path / "2", dense_sets.coco20k, coco)
-    (coco / "coco_20k_filenames.txt").unlink()
+        make(f"coco20k:{coco}")
+    names.unlink()
     with pytest.raises(FileNotFoundError, match=r"coco_20k_filenames.txt is missing"):
-        made(tmp_path / "3", dense_sets.coco20k, coco)
+        make(f"coco20k:{coco}")
 
 
 def make_ade(folder):
@@ -183,28 +163,20 @@ def make_ade(folder):
     return root
 
 
-@pytest.fixture
-def ade(tmp_path):
-    return make_ade(tmp_path)
-
-
-def test_ade20k_has_150_classes_and_ignores_zero(tmp_path, ade):
-    dataset, _ = made(tmp_path, dense_sets.ade20k, ade)
+def test_ade20k_has_150_classes_and_ignores_zero(make, tmp_path):
+    dataset = make(f"ade20k:{make_ade(tmp_path)}").dataset
     assert len(dataset.classes) == 150 and dataset.classes[149] == "thing 150, item 150"
     assert [len(dataset.subset(split)) for split in ("train", "val", "test")] == [9, 1, 3]
-    row = dataset.subset("test").rows[0]
-    assert (row.path, row.mask) == (
-        "images/validation/ADE_val_00000001.jpg",
-        "annotations/validation/ADE_val_00000001.png",
-    )
+    row, name = dataset.subset("test").rows[0], "validation/ADE_val_00000001"
+    assert (row.path, row.mask) == (f"images/{name}.jpg", f"annotations/{name}.png")
     assert set(np.unique(read_mask(dataset.root / row.mask))) == {0, 150}
-    assert zero_is_ignored(tmp_path / "data/made")
+    assert zero_is_ignored(tmp_path / "data/mine")
 
 
-def test_a_table_of_other_classes_is_refused(ade):
-    listing(ade / "objectInfo150.txt", ["Idx\tRatio\tTrain\tVal\tName", "1\t0.1\t1\t1\twall"])
+def test_a_table_of_other_classes_is_refused(tmp_path):
+    listing(tmp_path / "objectInfo150.txt", ["Idx\tRatio\tTrain\tVal\tName", "1\t0.1\t1\t1\twall"])
     with pytest.raises(ValueError, match="has 1 rows; expected a header and the classes 1 to 150"):
-        ade_classes(ade / "objectInfo150.txt")
+        ade_classes(tmp_path / "objectInfo150.txt")
 
 
 def test_fractions_of_pixels_in_voc_are_rounded_and_what_is_no_annotation_is_refused(tmp_path):
@@ -216,13 +188,10 @@ def test_fractions_of_pixels_in_voc_are_rounded_and_what_is_no_annotation_is_ref
             voc_boxes(tmp_path / "a.xml")
 
 
-BUILDERS = {name: SOURCES[name][0] for name in ("voc07", "voc12", "voc_segmentation", "coco20k", "ade20k")}
-
-
-@pytest.mark.parametrize("build", BUILDERS)
-def test_a_folder_that_is_not_there_is_named(tmp_path, build):
+@pytest.mark.parametrize("source", ["voc07", "voc12", "voc_segmentation", "coco20k", "ade20k"])
+def test_a_folder_that_is_not_there_is_named(make, tmp_path, source):
     with pytest.raises(FileNotFoundError, match=r"nowhere' is no folder; write the source as"):
-        made(tmp_path, BUILDERS[build], tmp_path / "nowhere")
-    if build.startswith("voc"):
+        make(f"{source}:{tmp_path}/nowhere")
+    if source.startswith("voc"):
         with pytest.raises(FileNotFoundError, match=r"holds no VOC20.. with JPEGImages and ImageSets"):
-            made(tmp_path / "x", BUILDERS[build], tmp_path)
+            make(f"{source}:{tmp_path}")

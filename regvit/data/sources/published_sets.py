@@ -43,7 +43,7 @@ def voc_detection(builder: DatasetBuilder, rest: str, year: str) -> None:
     root = _voc_root(rest, year)
     splits = _held_out(_lines(root / "ImageSets/Main/trainval.txt"), builder.seed)
     _credit_voc(builder, year)
-    _take(builder, root, [
+    read_images(builder, root, [
         Row(name, f"JPEGImages/{name}.jpg", "", split, _boxes(voc_boxes(root / f"Annotations/{name}.xml")))
         for name, split in splits.items()
     ])  # fmt: skip
@@ -60,7 +60,7 @@ def voc_segmentation(builder: DatasetBuilder, rest: str) -> None:
         rows.append(Row(name, f"JPEGImages/{name}.jpg", "", split, boxes, f"SegmentationClass/{name}.png"))
     builder.classes = VOC_CLASSES
     _credit_voc(builder, "2012")
-    _take(builder, root, rows)
+    read_images(builder, root, rows)
 
 
 def coco20k(builder: DatasetBuilder, rest: str) -> None:
@@ -84,7 +84,7 @@ def coco20k(builder: DatasetBuilder, rest: str) -> None:
     splits = _held_out(paths, builder.seed)
     builder.credit_to("images", "COCO 2014, cocodataset.org", "Flickr terms of use", "Lin et al. 2014, arXiv:1405.0312")
     builder.credit_to("boxes", "COCO 2014, cocodataset.org", "CC-BY-4.0", "Lin et al. 2014, arXiv:1405.0312")
-    _take(builder, root, [Row(name, path, "", splits[name], boxes) for name, (path, boxes) in paths.items()])
+    read_images(builder, root, [Row(name, path, "", splits[name], boxes) for name, (path, boxes) in paths.items()])
 
 
 def ade20k(builder: DatasetBuilder, rest: str) -> None:
@@ -98,14 +98,14 @@ def ade20k(builder: DatasetBuilder, rest: str) -> None:
         "images", "ADE20K, MIT Scene Parsing Benchmark", "for research and education only", "Zhou et al. 2017, CVPR"
     )
     builder.credit_to("masks", "ADE20K, MIT Scene Parsing Benchmark", "BSD-3-Clause", "Zhou et al. 2017, CVPR")
-    _take(builder, root, [
+    read_images(builder, root, [
         Row(name, f"images/{part}/{name}.jpg", "", splits[name], mask=f"annotations/{part}/{name}.png")
         for part in names
         for name in names[part]
     ])  # fmt: skip
 
 
-def _take(builder: DatasetBuilder, root: Path, rows: list[Row]) -> None:
+def read_images(builder: DatasetBuilder, root: Path, rows: list[Row]) -> None:
     """Keep every image that can be decoded, and whose mask fits it; the others are rejected."""
     builder.refuse_classes()
 

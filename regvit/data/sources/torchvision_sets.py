@@ -67,7 +67,7 @@ def torchvision_set(builder: DatasetBuilder, rest: str) -> None:
         splits = dict.fromkeys(SETS[name] if split == "all" else [split], "")
     else:
         splits = wanted_splits(f"torchvision:{name}", tuple(SETS[name]), builder.entry.role)
-    builder.credit_to("images", f"torchvision.datasets.{name}", "see its publisher", "see its publisher")
+    builder.credit_to("images", f"torchvision.datasets.{name}")
     opened = [(source, target, _opened(name, root, SETS[name][source])) for source, target in splits.items()]
     if name in ("CIFAR10", "CIFAR100", "SVHN"):
         return _packed(builder, opened)

@@ -80,7 +80,7 @@ def broken_layers(params: Params) -> Iterator[str]:
 
 def broken_sources(params: Params) -> Iterator[str]:
     """Sources that there are none of, and folders and files that are not there."""
-    from regvit.data.class_choice import ClassChoice  # here, as these take a second
+    from regvit.data.entry import ClassChoice  # here, as these take a second
     from regvit.data.sources import find_source
 
     for block in ("datasets", "scenes"):
