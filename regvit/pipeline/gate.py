@@ -71,11 +71,11 @@ class Change:
         return f"{self.old:.4g} → {self.new:.4g}: {worse:.4g} worse, more than the {rule.tolerance:g} allowed"
 
 
-def changes_of(found: Mapping[str, Mapping[str, Mapping]]) -> list[Change]:
+def changes_of(metrics_diff: Mapping[str, Mapping[str, Mapping]]) -> list[Change]:
     """Every figure in what `dvc metrics diff --json --all` says."""
     return [
         Change(Path(path).stem, metric, values.get("old"), values.get("new"))
-        for path, metrics in found.items()
+        for path, metrics in metrics_diff.items()
         for metric, values in metrics.items()
     ]
 

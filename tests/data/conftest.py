@@ -13,11 +13,11 @@ from regvit.data.sources import Made, make_dataset
 
 @pytest.fixture
 def make(tmp_path):
-    """Make a data set in tmp_path/data, downloads in tmp_path/downloads."""
+    """Make a data set in tmp_path/data; what is fetched lies in tmp_path/packages and tmp_path/downloads."""
 
     def make(source: str, name: str = "mine", seed: int = 0, **entry) -> Made:
         folder = tmp_path / "data" / name
-        return make_dataset(source, name, folder, tmp_path / "packages", seed, show_progress=False, **entry)
+        return make_dataset(source, name, folder, tmp_path, seed, show_progress=False, **entry)
 
     return make
 

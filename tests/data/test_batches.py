@@ -3,6 +3,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from made_images import MEAN, STD, noise
 from PIL import Image
 
 from regvit.data.batches import Batches, load_batches, sample
@@ -10,12 +11,6 @@ from regvit.data.decoding import UnreadableImage
 from regvit.data.manifest import Row, read_dataset, write_dataset
 from regvit.data.prefetch import in_order
 from regvit.data.transform import Transform
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 @pytest.fixture

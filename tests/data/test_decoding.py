@@ -4,17 +4,12 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from made_images import MEAN, STD, noise
 from PIL import Image
 
 from regvit.data import decoding
 from regvit.data.decoding import ChangedImage, UnreadableImage, read_rgb, to_rgb
 from regvit.data.transform import Transform
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def test_a_file_is_read_once_and_held_to_the_digest_of_the_manifest(tmp_path, monkeypatch):

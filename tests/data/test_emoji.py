@@ -15,7 +15,6 @@ from regvit.data.synthetic.emoji import (
     by_key,
     canonical,
     codepoints,
-    decode_on_white,
     identities,
     is_blank,
     line_art,
@@ -28,14 +27,6 @@ DRAWING = """<svg id="emoji" viewBox="0 0 72 72" xmlns="http://www.w3.org/2000/s
   <g id="line-supplement"><rect x="54" y="0" width="18" height="36"/></g>
 </svg>"""
 BLACK, RED, WHITE = [0, 0, 0], [255, 0, 0], [255, 255, 255]
-
-
-@pytest.mark.parametrize(
-    ("name", "key"),
-    [("00A9-FE0F", "a9"), ("a9", "a9"), ("1F3F3-FE0F-200D-1F308", "1f3f3-200d-1f308"), ("0023-FE0F-20E3", "23-20e3")],
-)
-def test_each_projects_spelling_has_the_same_key(name, key):
-    assert canonical(name) == key
 
 
 @given(st.lists(st.integers(1, 0x10FFFF).filter(lambda point: point != 0xFE0F), min_size=1, max_size=5))
@@ -77,12 +68,6 @@ def test_line_art_keeps_the_line_layers_and_nothing_else():
 def test_a_drawing_without_lines_is_refused():
     with pytest.raises(ValueError, match=r"no line layer among \['color'\]; expected one of line, line-supplement"):
         line_art('<svg xmlns="http://www.w3.org/2000/svg"><g id="color"/></svg>')
-
-
-def test_bitmap_emoji_are_put_on_white_at_their_own_size():
-    png = io.BytesIO()
-    Image.new("RGBA", (5, 3), (9, 9, 9, 0)).save(png, "PNG")
-    assert np.asarray(decode_on_white(png.getvalue())).tolist() == [[WHITE] * 5] * 3
 
 
 def test_one_colour_is_blank_and_two_are_not():

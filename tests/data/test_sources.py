@@ -75,7 +75,7 @@ def make(tmp_path, fake_packages, monkeypatch):
     def make(source: str, name: str | None = None, seed: int = 0, **entry) -> sources.Made:
         name = name or source.split(":")[-1]
         folder = tmp_path / "data" / name
-        return make_dataset(source, name, folder, tmp_path / "packages", seed, show_progress=False, **entry)
+        return make_dataset(source, name, folder, tmp_path, seed, show_progress=False, **entry)
 
     return make
 

@@ -96,19 +96,6 @@ def test_a_model_with_test_time_registers_is_not_saved_as_a_backbone(tmp_path):
         save(tmp_path, model)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_weights_that_are_not_finite_are_refused_naming_the_tensor(value, tmp_path):
-    model = small()
-    save(tmp_path / "good", model)
-    model.blocks[3].mlp.fc1.weight[5, 7] = value
-    with pytest.raises(WeightsError, match=r"blocks\.3\.mlp\.fc1\.weight has 1 of 12288 values NaN or infinite"):
-        save(tmp_path / "bad", model)
-    assert not (tmp_path / "bad").exists()
-    save_file(model.state_dict(), tmp_path / "bad.safetensors")
-    with pytest.raises(WeightsError, match=r"bad\.safetensors: blocks\.3\.mlp\.fc1\.weight has 1"):
-        build(f"file:{tmp_path / 'bad.safetensors'}", "test_vit")
-
-
 def test_changed_weights_are_noticed(tmp_path):
     save(tmp_path, small())
     save_file(small(1).state_dict(), tmp_path / "weights.safetensors")
@@ -178,15 +165,14 @@ def test_an_image_size_that_patches_do_not_fill_is_refused_with_the_nearest_ones
         build("file:weights.safetensors", "test_vit", size)
 
 
-def test_the_transform_is_timms_own_for_the_pretrained_weights(tmp_path):
+def test_size_and_transform_are_timms_own_for_the_pretrained_weights(tmp_path):
     save_file(small().state_dict(), tmp_path / "mine.safetensors")
     built = build(f"file:{tmp_path / 'mine.safetensors'}", "test_vit")
     expected = resolve_data_config({}, model=timm.create_model("test_vit"))
-    assert (3, built.transform.size, built.transform.size) == expected["input_size"]
-    assert built.transform.mean == expected["mean"]
-    assert built.transform.std == expected["std"]
-    assert built.transform.interpolation == expected["interpolation"]
-    assert built.transform.crop_pct == expected["crop_pct"]
+    names = ("mean", "std", "interpolation", "crop_pct")
+    assert [getattr(built.transform, name) for name in names] == [expected[name] for name in names]
+    assert (3, built.transform.size, built.transform.size) == expected["input_size"] == (3, 160, 160)
+    assert built.about["model_args"] == ARGS
 
 
 @pytest.mark.parametrize(("content", "said"), [("{", r"is not JSON \("), ("[]", "holds a list, expected an object")])
@@ -195,13 +181,6 @@ def test_a_description_that_is_no_json_object_is_refused(tmp_path, content, said
     (tmp_path / "backbone.json").write_text(content)
     with pytest.raises(ValueError, match=rf"backbone\.json {said}.*run the backbone stage again"):
         load_backbone(tmp_path)
-
-
-def test_without_an_image_size_the_models_own_is_kept(tmp_path):
-    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / "mine.safetensors")
-    built = build(f"file:{tmp_path / 'mine.safetensors'}", "test_vit")
-    assert built.about["model_args"] == ARGS
-    assert built.transform.size == 160
 
 
 def test_pretrained_weights_are_recorded_with_their_tag_and_licence(monkeypatch):
@@ -214,19 +193,6 @@ def test_pretrained_weights_are_recorded_with_their_tag_and_licence(monkeypatch)
         "architecture": "test_vit.r160_in1k",
         "model_args": {**ARGS, "img_size": 96},
     }
-
-
-def test_a_hub_that_does_not_answer_is_reported_with_the_way_round_it(monkeypatch):
-    real = timm.create_model
-
-    def offline(name, pretrained, **kwargs):
-        if pretrained:
-            raise OSError("no route\nto the hub")
-        return real(name, **kwargs)
-
-    monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(WeightsError, match=r"cannot be had: no route; .* use file:<path>"):
-        build("timm:test_vit")
 
 
 def test_a_resized_backbone_sees_more_patches_and_a_wrong_size_is_refused_with_the_nearest():

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import pickle
 import re
 
 import pytest
@@ -245,9 +244,6 @@ def test_a_file_that_would_execute_code_is_refused_in_plain_words(tmp_path, caps
     with pytest.raises(WeightsError, match=r"\(it needs the code of print\); files that need code") as error:
         read_checkpoint(tmp_path / "evil.pth")
     assert "\x1b" not in str(error.value) and "weights_only" not in str(error.value)
-    (tmp_path / "raw.pth").write_bytes(pickle.dumps(Malicious()))
-    with pytest.raises(WeightsError, match="cannot be read as plain tensors"):
-        read_checkpoint(tmp_path / "raw.pth")
     assert "executed" not in capsys.readouterr().out
 
 

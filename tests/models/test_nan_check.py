@@ -22,34 +22,22 @@ IMAGE = r"image 'id 1' \(images/1\.png\): array "
 LAYER_SAID = "it begins in layer 3"
 
 
-class Look:
-    """Which images of a batch are the bad one: that whose upper left pixel is black."""
-
-    def __init__(self):
-        self.bad = torch.zeros(0, dtype=torch.bool)
-
-    def __call__(self, _, args):
-        self.bad = (args[0][:, :, 0, 0] < -0.99).all(1)
-
-
-class Spoil:
-    """NaN in one channel of all tokens of the bad images."""
-
-    def __init__(self, look):
-        self.look = look
-
-    def __call__(self, _, __, tokens):
-        return tokens.masked_fill(self.look.bad[:, None, None] & (torch.arange(tokens.shape[2]) == 2), torch.nan)
-
-
 @pytest.fixture
 def model():
+    """In LAYER one channel of all tokens is NaN of the bad images, those whose upper left pixel is black."""
     torch.manual_seed(0)
     model = timm.create_model("test_vit", pretrained=False, img_size=SIZE, num_classes=0, dynamic_img_size=True)
     model.eval().requires_grad_(False)
-    look = Look()
+    bad = []
+
+    def look(_, args):
+        bad[:] = [(args[0][:, :, 0, 0] < -0.99).all(1)]
+
+    def spoil(_, __, tokens):
+        return tokens.masked_fill(bad[0][:, None, None] & (torch.arange(tokens.shape[2]) == 2), torch.nan)
+
     model.patch_embed.register_forward_pre_hook(look)
-    model.blocks[LAYER].register_forward_hook(Spoil(look))
+    model.blocks[LAYER].register_forward_hook(spoil)
     return model
 
 
@@ -85,10 +73,8 @@ def images_of(dataset, backbone):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_extraction_stops_wherever_it_is_computed(tmp_path, backbone, dataset, precision):
     cure = {"float32": "check the weights", "bfloat16": "set extract.precision to float32"}[precision]
-    said = (
-        rf"{IMAGE}'cls', row 1: nan is not a finite number; {LAYER_SAID}; take the image out of the data set, or {cure}"
-    )
-    with pytest.raises(BadFeatures, match=said):
+    said = rf"'cls', row 1: nan is not a finite number; {LAYER_SAID}; take the image out of the data set, or {cure}"
+    with pytest.raises(BadFeatures, match=IMAGE + said):
         extract(tmp_path / "x.zarr", backbone, dataset, precision=precision, options=Options(batch_size=2))
     assert not (tmp_path / "x.zarr").exists()
 
@@ -142,11 +128,8 @@ def test_where_it_begins_is_told_of_every_part_of_a_model():
     image = torch.zeros(1, 3, SIZE, SIZE)
     assert where_it_begins(sound(), image) == "no layer gives it when the image goes through the model alone"
     assert where_it_begins(sound(), image * torch.nan) == "the normalised image has it already"
-    for part, said in (
-        ("patch_embed.proj", "the patch embedding"),
-        ("blocks.0.attn.proj", "layer 0"),
-        ("norm", "the last norm"),
-    ):
+    begins = {"patch_embed.proj": "the patch embedding", "blocks.0.attn.proj": "layer 0", "norm": "the last norm"}
+    for part, said in begins.items():
         model = sound()
         model.get_submodule(part).register_forward_hook(lambda _, __, output: output * torch.inf)
         assert where_it_begins(model, image) == f"it begins in {said}"

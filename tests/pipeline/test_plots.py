@@ -1,14 +1,13 @@
 """The charts of DVC's plots: every table is drawn, for one revision and for two, with no network."""
 
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from browser import Browser, find_chromium
+from git_repository import DVC, begin, commit, run
 from ruamel.yaml import YAML
 
 from regvit.pipeline.plots_template import charts
@@ -33,18 +32,6 @@ def declared() -> dict[str, dict]:
     return {path: properties for plot in stages["report"]["plots"] for path, properties in plot.items()}
 
 
-def run(folder: Path, *command: str) -> None:
-    """A command that must end well."""
-    names = {f"GIT_{role}_{what}": "t@example.org" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-    environment = os.environ | names | {"GIT_CONFIG_GLOBAL": os.devnull}
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-
-
-def dvc(folder: Path, *words: str) -> None:
-    run(folder, sys.executable, "-m", "dvc", *words)
-
-
 def write_tables(folder: Path, shift: float) -> None:
     """Three runs in two panels for every table but the last one, which has no rows; some values have no interval."""
     rows = [(run, panel, x, x + shift, x - 1 if run == "b" else None, x + 1 if run == "b" else None)
@@ -62,14 +49,12 @@ def repository(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("repository")
     (folder / "regvit/pipeline").mkdir(parents=True)
     shutil.copy(ROOT / "regvit/pipeline/plots_template.py", folder / "regvit/pipeline")
-    run(folder, "git", "init", "--quiet")
-    dvc(folder, "init", "--quiet")
+    begin(folder)
     shutil.copy(ROOT / ".dvc/config", folder / ".dvc/config")
     run(folder, sys.executable, "regvit/pipeline/plots_template.py")
     write_tables(folder, 0.0)
     YAML(typ="safe", pure=True).dump({"plots": [{path: of} for path, of in declared().items()]}, folder / "dvc.yaml")
-    run(folder, "git", "add", "--all")
-    run(folder, "git", "commit", "--quiet", "--message", "base")
+    commit(folder, "base")
     write_tables(folder, 0.5)
     return folder
 
@@ -104,7 +89,7 @@ def test_templates_hold_no_address_and_every_anchor_that_dvc_fills():
 @pytest.mark.parametrize("revisions", [(), ("HEAD", "workspace")])
 def test_each_is_drawn_and_one_without_rows_is_named(repository, revisions):
     command = ("diff", *revisions) if revisions else ("show",)
-    dvc(repository, "plots", *command, "--out", "page")
+    run(repository, *DVC, "plots", *command, "--out", "page")
     shown = opened(repository / "page/index.html")
     *drawn, empty = [path.replace("/", "_").replace(".", "_") for path in declared()]
     for name in drawn:

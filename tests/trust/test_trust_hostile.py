@@ -190,7 +190,7 @@ def test_a_bare_pickle_under_any_name_of_ours_is_refused(tmp_path, trap):
 def test_an_array_of_objects_is_refused(tmp_path, trap):
     np.save(tmp_path / "a.npy", np.array([trap], dtype=object), allow_pickle=True)
     with (
-        DatasetBuilder("set", tmp_path / "set", tmp_path, tmp_path, 0) as builder,
+        DatasetBuilder("set", tmp_path / "set", tmp_path, 0) as builder,
         pytest.raises(ValueError, match=r"not a plain \.npy"),
     ):
         npy(builder, str(tmp_path / "a.npy"))

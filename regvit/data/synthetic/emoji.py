@@ -16,8 +16,6 @@ from fontTools.pens.svgPathPen import SVGPathPen
 from fontTools.ttLib import TTFont
 from PIL import Image
 
-from regvit.data.decoding import to_rgb
-
 # Unicode's groups less flags, components, and people (the last two vary by skin tone and hair rather than in kind).
 GROUPS = (
     "Activities",
@@ -104,11 +102,6 @@ def render_svg(svg: str, size: int) -> Image.Image:
 def decode_rgba(png: bytes) -> Image.Image:
     """A bitmap emoji with its transparency, at its own size."""
     return Image.open(io.BytesIO(png)).convert("RGBA")
-
-
-def decode_on_white(png: bytes) -> Image.Image:
-    """A bitmap emoji as RGB on white, at its own size."""
-    return to_rgb(Image.open(io.BytesIO(png)))
 
 
 def is_blank(image: Image.Image) -> bool:
