@@ -64,11 +64,9 @@ def test_an_error_of_the_disk_gives_one_line_with_the_file(ended):
 def test_an_error_that_we_raise_gives_our_line_and_a_bug_keeps_its_traceback(ended):
     said = ended(lambda _: write_dataset(".", "a", [], ["x", "x"], {}), "x")
     assert said.startswith("tried: the rows given for data set 'a': class 'x' is named twice")
-    for bug in (
-        lambda _: np.zeros(3).reshape(2),  # a library's own error
-        lambda _: Transform(
-            2, ("red",) * 3, (1.0,) * 3
-        ),  # float("red") in a line of ours, which raises nothing on purpose
+    for bug in (  # of a library, of a call in a line of ours, and of no kind that is meant for anybody
+        lambda _: np.zeros(3).reshape(2),
+        lambda _: Transform(2, ("red",) * 3, (1.0,) * 3),
         lambda _: {}["missing"],
     ):
         with pytest.raises((ValueError, KeyError)):
