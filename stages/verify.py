@@ -7,12 +7,14 @@ from regvit.data.batches import Batches
 from regvit.data.manifest import read_dataset
 from regvit.features.dense_set import drawn_images
 from regvit.measures.cost import cost_figures
+from regvit.measures.diagnosis import diagnose, diagnosis_table, head_table, searched_in
 from regvit.measures.identification import moved_figures, moved_table
 from regvit.measures.tables import write_results, write_table
-from regvit.measures.verification import draw_verification, figures, norm_table, open_models, verify
+from regvit.measures.verification import Models, draw_verification, figures, norm_table, open_models, verify
 from regvit.pipeline.command import command
 from regvit.pipeline.params import load_params
 from regvit.pipeline.runtime import Runtime
+from regvit.registers.neurons import RegisterNeurons
 from regvit.registers.neurons_file import read_neurons
 from regvit.registers.run_files import read_run
 
@@ -26,18 +28,32 @@ def main(name: str) -> None:
     images = read_dataset(Path("data") / params.in_distribution).subset("test")
     images = drawn_images(images, params.verify.images, seed)
     label = f"verify {name}"
-    found = verify(
-        models,
-        Batches(images, models.run.transform, runtime.batch_size, runtime.workers, runtime.device, label),
-    )
+    batches = Batches(images, models.run.transform, runtime.batch_size, runtime.workers, runtime.device, label)
+    found = verify(models, batches)
     run, searched = read_run(run_file), read_neurons(Path(f"features/neurons/{models.run.name}.json").read_text())
     shown = [*figures(found, seed), *moved_figures(run, searched), *cost_figures(models.run, models.untreated)]
     write_table(out / "neurons.csv", moved_table(run, searched))
     write_results(out, name, params.in_distribution, shown, images.rows.column("image_id"), found.images)
     write_table(out / "norms.csv", norm_table(found))
+    diagnose_run(out, name, models, batches, searched_in(searched, found.images["untreated_outlier_fraction"]))
     scenes = read_dataset(Path("data") / params.verify.pictures).subset("test")
     draw_verification(out, name, models, scenes, PICTURES)
     print(f"{name}: " + ", ".join(f"{one.metric} {one.value:.4g}" for one in shown if one.value is not None))
+
+
+def diagnose_run(out: Path, name: str, models: Models, batches: Batches, searched: RegisterNeurons) -> None:
+    """Why there are sinks, in the untreated model and in the run; `diagnosis.csv` and `heads.csv`."""
+    try:
+        seen = {"untreated": diagnose(models.untreated.model, batches, searched)}
+        if models.run is not models.untreated:
+            seen[name] = diagnose(models.run.model, batches, searched, models.untreated.model)
+    except ValueError as error:  # these images show no outlier, or the attention of this model cannot be read
+        print(f"{name}: not diagnosed, as {error}")
+        return
+    table = diagnosis_table(seen)
+    write_table(out / "diagnosis.csv", table)
+    write_table(out / "heads.csv", head_table(seen))
+    print(f"{name}: {table['verdict'].iloc[-1]}")
 
 
 if __name__ == "__main__":

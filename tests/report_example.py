@@ -157,6 +157,10 @@ def _write_verification(study: Study, run: str, rng: np.random.Generator) -> Non
     write_figures(study.path(run, "verify", "", "figures.csv"), figures)
     if values:
         _leave(study.path(run, "verify", "", "images.csv"), _images(values, rng))
+        untreated = {"model": "untreated", "cls_attention": 0.4, "sink_norm": 30.0, "value_ratio": 0.7, "effective_rank": 5.0,
+                     "channel": 7, "channel_ratio": 12.3, "verdict": "registers can help here"}  # fmt: skip
+        own = untreated | {"model": run, "cls_attention": 0.012, "sink_norm": 1.25, "verdict": "the outliers are gone"}
+        _leave(study.path(run, "verify", "", "diagnosis.csv"), pd.DataFrame([untreated, *([own] if treated else [])]))
     models = {"intact": ["intact"], "original": ["intact", "original"]}.get(run, ["intact", "original", run])
     write_strips(study.path(run, "verify", "", "images.jpg").parent, models, rng)
 

@@ -9,16 +9,18 @@ attention of a head, V its values and O = A V its output:
     effective_rank   exp of the entropy of the singular values of O at patches, as shares of their sum: near 1 where every
                      patch gets the same (Roy and Vetterli 2007, EUSIPCO)
 
-and of the residual stream after the detection block, the channels that are largest at sinks (massive activations: Sun et al.
+and of the residual stream after the detection block, `sink_norm`, the median norm at sinks over that at other patches, and
+the channels that are largest at sinks (massive activations: Sun et al.
 2024, arXiv:2402.17762).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -28,9 +30,11 @@ from regvit.models.hooks import blocks, watch_inputs, watch_outputs
 from regvit.models.token_features import project
 from regvit.models.tokens import TokenLayout
 from regvit.registers.neurons import RegisterNeurons
-from regvit.registers.outliers import patch_norms
+from regvit.registers.neurons_file import NeuronsFile
+from regvit.registers.outliers import MIN_RATIO, Detection, patch_norms
 
 IMAGES = 8  # with outliers that are looked at: every attention weight is made, of all tokens
+BY_HEAD = ("cls_share", "patch_share", "value_ratio", "effective_rank")
 CHANNELS = 3  # the largest ones that are named
 NO_OP = 0.5  # a sink whose values are below half of others' hands on next to nothing
 
@@ -49,8 +53,9 @@ class Diagnosis:
     """What is known of a model's sinks.
 
     Args:
-        found: the search for register neurons.
-        norm_ratio: largest over median patch norm, by block.
+        found: the search for register neurons, in the untreated model.
+        norm_ratio: largest over median patch norm, by block, in the untreated model.
+        sink_norm: see the head of the file.
         cls_share, patch_share, value_ratio, effective_rank: by block and head, see the head of the file.
         channels: the largest at sinks after `layer`.
         layer: the detection block; the last but one without outliers.
@@ -58,6 +63,7 @@ class Diagnosis:
 
     found: RegisterNeurons
     norm_ratio: Float[np.ndarray, " l"]
+    sink_norm: float
     cls_share: Float[np.ndarray, "l h"] = field(repr=False)
     patch_share: Float[np.ndarray, "l h"] = field(repr=False)
     value_ratio: Float[np.ndarray, "l h"] = field(repr=False)
@@ -69,6 +75,12 @@ class Diagnosis:
     def fraction(self) -> float:
         """Share of the patches that are outliers."""
         return float(self.found.outlier_fraction.mean()) if len(self.found.outlier_fraction) else 0.0
+
+    @property
+    def cls_attention(self) -> float:
+        """Share of the CLS query's attention on an image's sinks, mean over the later blocks' heads; nan without CLS."""
+        later = self.cls_share[self.layer + 1 :]
+        return float("nan") if np.isnan(later).all() else float(np.nanmean(later))
 
     @property
     def sink_value(self) -> float:
@@ -92,13 +104,24 @@ class Diagnosis:
         seen += f" ({self.norm_ratio[self.layer]:.0f} times the median norm)"
         if not self.found.num_selected:
             return f"{seen}, but no neuron writes a notable share of their excess: test-time registers have nothing to move"
-        later = np.nanmean(self.cls_share[self.layer + 1 :]) if not np.isnan(self.cls_share).all() else float("nan")
-        attention = "" if np.isnan(later) else f"; CLS gives them {later:.0%} of its attention in later blocks"
+        share = self.cls_attention
+        attention = "" if np.isnan(share) else f"; CLS gives them {share:.0%} of its attention in later blocks"
         units = f"{self.found.num_selected} neuron" + ("s" if self.found.num_selected > 1 else "")
         return (
             f"registers can help here: {seen}, {units} write {self.found.explained:.0%} of their excess{attention}, their "
             f"values are {self.sink_value:.2f} of others' ({self.kind.replace('_', '-')} sinks)"
         )
+
+    def verdict_against(self, before: Diagnosis) -> str:
+        """What a treatment made of the untreated model's sinks, in a sentence."""
+        if self.found.detection is None:
+            return self.verdict()
+        left = "are gone" if self.sink_norm < MIN_RATIO else "stay"
+        said = f"the outliers {left}: at their places {self.sink_norm:.1f} times the norm of other patches"
+        said += f" ({before.sink_norm:.1f} before)"
+        if not np.isnan(self.cls_attention):
+            said += f"; CLS gives these {self.cls_attention:.1%} of its attention in later blocks ({before.cls_attention:.1%} before)"
+        return f"{said}, their values are {self.sink_value:.2f} of others' ({before.sink_value:.2f} before)"
 
 
 @torch.inference_mode()
@@ -137,26 +160,27 @@ def diagnose(
     if not looks:
         raise ValueError("none of the images has an outlier, so there is nothing to diagnose; give those of the search")
     stacked = {name: np.nanmean(np.concatenate([look[name] for look in looks]), axis=0) for name in looks[0]}
-    sizes = stacked.pop("channels")
+    sizes, sink_norm = stacked.pop("channels"), float(stacked.pop("sink_norm"))
     order = np.argsort(-sizes, kind="stable")[:CHANNELS]
     median = float(np.median(sizes))
     channels = tuple(Channel(int(i), float(sizes[i]), float(sizes[i]) / median) for i in order)
-    return Diagnosis(found, torch.cat(ratios, dim=1).amax(1).numpy(), **stacked, channels=channels, layer=layer)
+    norm_ratio = torch.cat(ratios, dim=1).amax(1).numpy()
+    return Diagnosis(found, norm_ratio, sink_norm, **stacked, channels=channels, layer=layer)
 
 
 def _look(
     model: nn.Module, images: Float[Tensor, "b 3 h w"], sinks: Bool[Tensor, "b p"], layer: int
 ) -> dict[str, Float[np.ndarray, "b ..."]]:
-    """One forward, every weight in the open: the figures of each image, (b, l, h), and its channels, (b, d)."""
+    """One forward, every weight in the open: the figures of each image, (b, l, h), its channels, (b, d), and the
+    norm of its sinks, (b)."""
     layout, every = TokenLayout.of(model), blocks(model)
     owners = {at: attention_of(block) for at, block in enumerate(every)}
     for at, owner in owners.items():
         if not isinstance(getattr(owner, "attn_drop", None), nn.Module):
             raise ValueError(f"block {at} ({type(every[at]).__name__}) has no attention weights to read")
     values: dict[int, Tensor] = {}
-    parts: dict[str, list[Tensor]] = {
-        name: [] for name in ("cls_share", "patch_share", "value_ratio", "effective_rank")
-    }
+    # By block, so that of several forwards, as a cure may have them, the last one counts.
+    parts: dict[str, dict[int, Tensor]] = {name: {} for name in BY_HEAD}
     found: dict[str, Tensor] = {}
 
     def see_input(at: int, x: Float[Tensor, "b n d"]) -> None:
@@ -178,11 +202,13 @@ def _look(
         share = singular / singular.sum(-1, keepdim=True)
         rank = torch.exp(-(share * share.clamp_min(1e-12).log()).sum(-1))
         for name, figure in zip(parts, (cls, patches, ratio, rank), strict=True):
-            parts[name].append(figure.cpu())
+            parts[name][at] = figure.cpu()
 
     def see_output(_: int, x: Float[Tensor, "b n d"]) -> None:
-        at_sinks = layout.patches(x).float().abs() * sinks[..., None]
-        found["channels"] = at_sinks.amax(1).cpu()
+        x = layout.patches(x).float()
+        found["channels"] = (x.abs() * sinks[..., None]).amax(1).cpu()
+        norms = x.norm(dim=-1)[:, None]  # (b, 1, p)
+        found["sink_norm"] = (_median(norms, sinks) / _median(norms, ~sinks))[:, 0].cpu()
 
     with (
         unfused(model),
@@ -191,7 +217,7 @@ def _look(
         watch_outputs({layer: every[layer]}, see_output),
     ):
         model.forward_features(images)
-    return {name: torch.stack(each, dim=1).numpy() for name, each in parts.items()} | {
+    return {name: torch.stack([each[at] for at in owners], dim=1).numpy() for name, each in parts.items()} | {
         name: value.numpy() for name, value in found.items()
     }
 
@@ -206,7 +232,6 @@ def census_row(model: str, images: int, diagnosis: Diagnosis) -> dict[str, objec
     found, later = diagnosis.found, slice(diagnosis.layer + 1, None)
     has = found.detection is not None
     largest = diagnosis.channels[0]
-    shares = diagnosis.cls_share[later]
     row = {
         "model": model,
         "images": images,
@@ -217,10 +242,37 @@ def census_row(model: str, images: int, diagnosis: Diagnosis) -> dict[str, objec
         "neurons": found.num_selected,
         "explained": round(found.explained, 4) if has else "",
         "kind": diagnosis.kind,
-        "cls_attention": round(float(np.nanmean(shares)), 4) if not np.isnan(shares).all() else "",
+        "cls_attention": "" if np.isnan(diagnosis.cls_attention) else round(diagnosis.cls_attention, 4),
         "value_ratio": round(diagnosis.sink_value, 3),
         "effective_rank": round(float(np.median(diagnosis.effective_rank[later])), 2),
         "channel": largest.index,
         "channel_ratio": round(largest.ratio, 1),
     }
     return row
+
+
+def searched_in(searched: NeuronsFile, outlier_fraction: Float[np.ndarray, " b"]) -> RegisterNeurons:
+    """What the file of a search says, with the shares of outliers that were counted on other images."""
+    detection = searched.detection and Detection(**searched.detection, separation=float("nan"))
+    told = {"explained": searched.explained, "outlier_fraction": outlier_fraction}
+    return RegisterNeurons(detection, (), selected=dict(searched.selected), **told)
+
+
+def diagnosis_table(models: Mapping[str, Diagnosis]) -> pd.DataFrame:
+    """A row a model, the untreated one first, with a verdict; the others' verdicts are held against it."""
+    before = next(iter(models.values()))
+    rows = []
+    for name, each in models.items():
+        row = census_row(name, IMAGES, each) | {"sink_norm": each.sink_norm}
+        rows.append({**row, "verdict": each.verdict() if each is before else each.verdict_against(before)})
+    return pd.DataFrame(rows).drop(columns="images")
+
+
+def head_table(models: Mapping[str, Diagnosis]) -> pd.DataFrame:
+    """A row a model, block and head."""
+    tables = []
+    for name, each in models.items():
+        layers, heads = np.indices(each.cls_share.shape)
+        columns = {figure: getattr(each, figure).ravel() for figure in BY_HEAD}
+        tables.append(pd.DataFrame({"model": name, "layer": layers.ravel(), "head": heads.ravel(), **columns}))
+    return pd.concat(tables, ignore_index=True)

@@ -1,10 +1,11 @@
-"""Models whose test-time registers are baked in: plain modules without hooks, and folders and graphs made of them.
+"""Models whose test-time registers or cure are baked in: plain modules without hooks, and folders and graphs made of them.
 
 `bake` rewrites a model: an output projection that had a hook becomes a `ShiftedLinear`, which moves the activation in
 its own `forward`; what `torch.export` or ONNX sees of it are gathers, maxima and a scatter. `export` writes a folder
 
 - `weights.safetensors`, `backbone.json`: the backbone as `save_backbone` writes it, without registers;
-- `registers.json`: `{format, num_registers, statistic, patches, scale, neurons, inputs, outputs, graphs}`;
+- `registers.json`: `{format, num_registers, statistic, patches, scale, neurons, inputs, outputs, graphs}`, and of a run with a
+  cure `detection` and `cure` as in the run's file (`regvit.registers.run_files`);
 - `model.pt2`, where asked for: a `torch.export` program; `torch.export.load("model.pt2").module()` needs torch alone;
 - `model.onnx`, where asked for: the same for any ONNX runtime.
 
@@ -30,11 +31,13 @@ from torch import Tensor, nn
 from regvit.files import write_atomic, write_json
 from regvit.models.backbones import DESCRIPTION, POSITIONS, WEIGHTS, Backbone, load_backbone, save_backbone
 from regvit.models.tokens import TokenLayout
+from regvit.registers.cures.cure import add_cure
+from regvit.registers.runs import given_to
 from regvit.registers.test_time import add_test_time_registers
 
 REGISTERS, PT2, ONNX, BESIDE = "registers.json", "model.pt2", "model.onnx", "model.onnx.data"
 FILES = (WEIGHTS, DESCRIPTION, POSITIONS, REGISTERS, PT2, ONNX, BESIDE)
-FORMAT = 1
+FORMAT, WITH_CURE = 1, 2  # the second only where there is a cure, which a reader of the first would leave out
 UNFINISHED = {"format": 0}  # what registers.json holds until all else is written
 KEYS = ("format", "num_registers", "statistic", "patches", "scale", "neurons")
 OPSET = 18  # the first that reduces with the axes as an input, and what torch's newer exporter writes
@@ -117,26 +120,60 @@ def export(
         RuntimeError: `onnx` without the package onnx.
         ArithmeticError: what was written differs from the hooked model by more than `TOLERANCE` of an output's largest value.
     """
-    folder = Path(folder)
     neurons = {layer: tuple(units) for layer, units in neurons.items() if tuple(units)}
-    _check(neurons, num_registers, folder)
+    if not neurons:
+        raise ValueError("no register neurons are given, so nothing can be baked in: search on images with outliers")
+    if num_registers < 1:
+        raise ValueError(f"num_registers is {num_registers}; an export needs at least 1")
+    options = {"statistic": "per_neuron", "patches": "zero", "scale": 1.0} | options
+    return _export(backbone, {"num_registers": num_registers, **options, "neurons": neurons}, Path(folder), pt2, onnx)
+
+
+def export_run(
+    backbone: Backbone, run: Mapping, folder: Path | str, *, pt2: bool = False, onnx: bool = False
+) -> Exported:
+    """Writes a run, with its test-time registers and its cure, as `export` does.
+
+    Args:
+        backbone: of the run, as it came.
+        run: its description, from `regvit.registers.run_files.read_run`.
+    Raises:
+        ValueError: the run is of other weights, a control, or does nothing to its backbone; else as `export`.
+        RuntimeError: a graph cannot hold the cure; the message says which.
+    """
+    if run["weights_sha256"] != backbone.weights_sha256:
+        raise ValueError(
+            f"run {run['run']} was composed of weights {run['weights_sha256'][:12]}…, but {backbone.name} has "
+            f"{backbone.weights_sha256[:12]}…; give the backbone {run['backbone']}"
+        )
+    if run.get("control") == "ablated":
+        raise ValueError(f"run {run['run']} silences neurons as a control; a run with cure: ablate can be exported")
+    about = {"num_registers": 0, "statistic": None, "patches": None, "scale": None, "neurons": {}}
+    if run["registers"] == "test_time":
+        about = {key: run[key] for key in about}
+    if "cure" in run:
+        about |= {"detection": run["detection"], "cure": run["cure"]}
+    elif not about["neurons"]:
+        raise ValueError(f"run {run['run']} is its backbone as it came, so there is nothing to bake in")
+    return _export(backbone, about, Path(folder), pt2, onnx)
+
+
+def _export(backbone: Backbone, about: dict, folder: Path, pt2: bool, onnx: bool) -> Exported:
+    _check_folder(folder)
     if onnx:
         _need_onnx()
-    options = {"statistic": "per_neuron", "patches": "zero", "scale": 1.0} | options
-    hooked = copy.deepcopy(backbone.model).cpu().float()
+    about["neurons"] = {str(layer): sorted(units) for layer, units in about["neurons"].items()}
     size = backbone.transform.size
-    handle = add_test_time_registers(hooked, neurons, num_registers, **options)
     images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+    treated = _treated(copy.deepcopy(backbone.model).cpu().float(), about)
+    outputs = TokenOutputs(treated).eval()
     with torch.inference_mode():
-        expected = TokenOutputs(hooked)(images)
-    outputs = TokenOutputs(bake(hooked)).eval()
+        expected = outputs(images)
 
     _write_folder(backbone, folder)
     about = {
-        "format": FORMAT,
-        "num_registers": num_registers,
-        **options,
-        "neurons": {str(layer): list(units) for layer, units in handle.neurons.items()},
+        "format": WITH_CURE if "cure" in about else FORMAT,
+        **about,
         "inputs": ["images"],
         "outputs": list(outputs.names),
         "graphs": [name for name, wanted in ((PT2, pt2), (ONNX, onnx)) if wanted],
@@ -158,8 +195,27 @@ def export(
     return Exported(folder, outputs.names, differences)
 
 
+def _treated(model: nn.Module, about: Mapping) -> nn.Module:
+    """The model with what `registers.json` names: test-time registers, baked in, and a cure.
+
+    Raises:
+        ValueError: the cure changes nothing, as the model has no outliers.
+    """
+    if about["neurons"]:
+        neurons = {int(layer): units for layer, units in about["neurons"].items()}
+        options = {key: about[key] for key in ("statistic", "patches", "scale")}
+        with add_test_time_registers(model, neurons, about["num_registers"], **options):
+            model = bake(model)
+    if "cure" in about:
+        cure = about["cure"]
+        add_cure(model, {"name": cure["name"], **cure["options"]}, given_to(about))
+        if getattr(model, "cure", None) is None:
+            raise ValueError(f"the backbone has no outliers, so cure {cure['name']} has nothing to bake in")
+    return model
+
+
 def load(folder: Path | str) -> Backbone:
-    """Opens what `export` wrote, its test-time registers baked in; or a backbone of the pipeline, without any:
+    """Opens what `export` wrote, its test-time registers and cure baked in; or a backbone of the pipeline, without any:
 
         backbone = regvit.load("data/backbones/focus")
         tokens = backbone.model.forward_features(backbone.transform("photograph.jpg")[None])
@@ -183,13 +239,12 @@ def load(folder: Path | str) -> Backbone:
         raise ValueError(f"{folder} is an export that was broken off, or found to differ; export the model again")
     if missing := [key for key in KEYS if key not in about]:
         raise ValueError(f"{path} lacks {', '.join(missing)}; export the model again")
-    if about["format"] != FORMAT:
-        raise ValueError(f"{path} has format {about['format']}, this version reads {FORMAT}; export the model again")
+    if about["format"] not in (FORMAT, WITH_CURE):
+        raise ValueError(
+            f"{path} has format {about['format']}, this version reads {FORMAT} and {WITH_CURE}; export the model again"
+        )
     backbone = load_backbone(folder)
-    neurons = {int(layer): units for layer, units in about["neurons"].items()}
-    options = {key: about[key] for key in ("statistic", "patches", "scale")}
-    with add_test_time_registers(backbone.model, neurons, about["num_registers"], **options):
-        backbone.model = bake(backbone.model)
+    backbone.model = _treated(backbone.model, about)
     return backbone
 
 
@@ -213,7 +268,7 @@ def write_onnx(outputs: TokenOutputs, images: Float[Tensor, "b 3 h w"], path: Pa
     Args:
         images: an example, of at least two images.
     Raises:
-        RuntimeError: the package onnx is not installed, or the older exporter lacks an operation.
+        RuntimeError: the package onnx is not installed, or the exporter lacks an operation; the message says of which cure.
     """
     _need_onnx()
     names = {"input_names": ["images"], "output_names": list(outputs.names), "opset_version": OPSET}
@@ -221,7 +276,16 @@ def write_onnx(outputs: TokenOutputs, images: Float[Tensor, "b 3 h w"], path: Pa
         warnings.simplefilter("ignore")  # of both exporters, about what they cannot know; `export` compares the outputs
         if importlib.util.find_spec("onnxscript"):
             free = {"dynamic_shapes": (_free_batch(),), "verbose": False}
-            program = torch.onnx.export(outputs, (images,), dynamo=True, **free, **names)
+            try:
+                program = torch.onnx.export(outputs, (images,), dynamo=True, **free, **names)
+            except torch.onnx.errors.OnnxExporterError as error:
+                cure, reason = getattr(outputs.model, "cure", None), error
+                while reason.__cause__ is not None:
+                    reason = reason.__cause__
+                what = f"cure {cure}" if cure else type(outputs.model).__name__
+                raise RuntimeError(
+                    f"an ONNX graph cannot hold {what}: {str(reason).partition('. ')[0]}; leave --onnx out, or take --pt2"
+                ) from error
             weights = sum(value.numel() * value.element_size() for value in outputs.state_dict().values())
             program.save(path, external_data=weights > EMBEDDED)
         else:
@@ -243,11 +307,7 @@ def onnx_outputs(path: Path, images: Float[Tensor, "b 3 h w"]) -> tuple[Tensor, 
     return tuple(torch.from_numpy(value) for value in session.run(None, {"images": images.numpy()}))
 
 
-def _check(neurons: Mapping[int, tuple[int, ...]], num_registers: int, folder: Path) -> None:
-    if not neurons:
-        raise ValueError("no register neurons are given, so nothing can be baked in: search on images with outliers")
-    if num_registers < 1:
-        raise ValueError(f"num_registers is {num_registers}; an export needs at least 1")
+def _check_folder(folder: Path) -> None:
     if folder.exists() and (others := sorted(path.name for path in folder.iterdir() if path.name not in FILES)):
         raise ValueError(f"{folder} holds {others[0]!r}, which is not of an export; give a new or empty folder")
 
@@ -290,6 +350,7 @@ def _difference(
         float((found - wanted[: len(found)]).abs().max() / wanted.abs().max().clamp_min(1.0))
         for outputs in (whole, single)
         for found, wanted in zip(outputs, expected, strict=True)
+        if wanted.numel()  # a model without registers has none to compare
     )
 
 

@@ -30,12 +30,14 @@ class NeuronsFile:
         detection: `{"layer": block, "threshold": norm}` above which patches are outliers; None where there are none.
         candidates: all neurons with scores: the best by attribution, and the most active.
         ranks: `{(layer, neuron): place}` of the best ones, from 1.
+        explained: share of the outliers' excess that the selected ones write.
     """
 
     selected: dict[int, tuple[int, ...]]
     detection: dict | None = None
     candidates: tuple[Neuron, ...] = ()
     ranks: dict[tuple[int, int], int] = field(default_factory=dict)
+    explained: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ def read_neurons(text: str) -> NeuronsFile:
         detection=None if layer is None else {"layer": layer, "threshold": document["threshold"]},
         candidates=tuple(scored.values()),
         ranks={(entry["layer"], entry["neuron"]): place for place, entry in enumerate(best, 1)},
+        explained=document.get("explained", 0.0),
     )
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+import pandas as pd
+
 from regvit.report.catalogue import METRICS, NEITHER, Metric
 from regvit.report.results import Place, Results
-from regvit.report.study import ANOMALIES, MEASUREMENTS, OOD, Value
+from regvit.report.study import ANOMALIES, MEASUREMENTS, OOD, Study, Value
 from regvit.report.tables import NONE, Cell, Table, number, show, show_change
 
 CLASSIFIERS = {"linear": "linear probe", "logistic": "logistic regression", "knn": "kNN"}
@@ -39,6 +41,12 @@ TITLES = {
 COSTS = [Metric(label, NEITHER, 1, digits) for label, digits in (
     ("channels", 0), ("parameters of the head", 0), ("GFLOP an image", 3), ("without registers", 3),
 )]  # fmt: skip
+SINKS = {  # of `verify`'s diagnosis: column, scale, digits
+    "CLS attention, %": ("cls_attention", 100, 1),
+    "norm, times others'": ("sink_norm", 1, 1),
+    "values' norm, times others'": ("value_ratio", 1, 2),
+    "effective rank": ("effective_rank", 1, 1),
+}
 TOP1, AUROC, FPR95 = (METRICS["evaluate"][name] for name in ("top1", "auroc", "fpr95"))
 
 
@@ -220,6 +228,26 @@ def measurement_table(results: Results, stage: str, dataset: str) -> Table:
         rows.append((run, *(show(results.value(run, place), METRICS[stage][place.metric]) for place in places)))
     header = ("run", *(METRICS[stage][place.metric].label for place in places))
     return Table.of(f"{TITLES[stage]}, {dataset}", header, rows)
+
+
+def sinks_table(study: Study, runs: Iterable[str]) -> Table:
+    """Why there are sinks in each run, and a verdict; a run that could not be diagnosed has no row."""
+    rows = []
+    for run in runs:
+        table = study.table(run, "verify", study.in_distribution, "diagnosis")
+        if table.empty:
+            continue
+        own = table.iloc[-1]  # the untreated model stands first
+        figures = [
+            number(scale * own[name], digits) if pd.notna(own[name]) else NONE for name, scale, digits in SINKS.values()
+        ]
+        channel = f"{own['channel']}: {number(own['channel_ratio'], 1)}"
+        rows.append((run, *map(Cell, figures), Cell(channel), own["verdict"]))
+    note = (
+        "At the places of the untreated model's outliers, or of the largest norm of each image where there are none;"
+        " attention, values and rank: heads of the blocks after the detection block. By head: `metrics/runs/<run>/verify/heads.csv`."
+    )
+    return Table.of("Why there are sinks", ("run", *SINKS, "largest channel: times the median", "verdict"), rows, note)
 
 
 def runs_table(results: Results) -> Table:

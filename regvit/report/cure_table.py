@@ -15,6 +15,7 @@ from regvit.measures.evaluation import paired_differences
 from regvit.measures.forward_cost import Cost
 from regvit.probing.predictions import Predictions
 from regvit.report.catalogue import METRICS, Metric
+from regvit.report.comparison import sinks_table
 from regvit.report.differences import COLUMNS, image_differences
 from regvit.report.plots import COLOURS, STYLE
 from regvit.report.results import Place, Results
@@ -98,7 +99,8 @@ def columns_of(results: Results) -> dict[str, list[Place]]:
 
 
 def cure_tables(results: Results, rows: Rows, costs: Mapping[str, Cost]) -> Iterator[Table]:
-    """The tables of a backbone: figures marked against the untreated model, differences to test-time registers, cost."""
+    """The tables of a backbone: figures marked against the untreated model, differences to test-time registers, why there
+    are sinks, cost."""
     against = f"▲ better, ▼ worse than {rows.original}: the 95 % interval of the paired difference leaves out zero."
     for title, places in columns_of(results).items():
         header = ("run", *(_label(place) for place in places))
@@ -108,6 +110,7 @@ def cure_tables(results: Results, rows: Rows, costs: Mapping[str, Cost]) -> Iter
             others = [run for run in rows.runs if run != rows.registers]
             held = [[run, *(_change(results, run, rows.registers, place) for place in places)] for run in others]
             yield Table.of(f"{title}: run minus {rows.registers}, same images", header, held)
+    yield sinks_table(results.study, rows.runs)
     spent = [(run, Cell(f"{costs[run].time.value:.2f}", f"[{costs[run].time.lo:.2f}–{costs[run].time.hi:.2f}]"),
               Cell(f"{costs[run].memory:.2f}")) for run in rows.runs if run in costs]  # fmt: skip
     note = f"A forward relative to {rows.original}, in turns: median time of the pairs, and the most that its tensors hold at once."

@@ -17,7 +17,7 @@ from markupsafe import Markup, escape
 
 from regvit.report.catalogue import METRICS
 from regvit.report.checks import Check, findings, self_checks, summary_line
-from regvit.report.comparison import comparison, measurement_table, runs_table, sets_table
+from regvit.report.comparison import comparison, measurement_table, runs_table, sets_table, sinks_table
 from regvit.report.pictures import Drawn, comparisons, photo_bytes, picture, tiles
 from regvit.report.plots import (
     plot_distributions,
@@ -192,7 +192,7 @@ def _first_run(results: Results) -> str:
 
 
 def _search_blocks(results: Results) -> Iterator[Block]:
-    """What the search saw in each backbone, and where outliers sit."""
+    """What the search saw in each backbone, where outliers sit, and what kind of sink they are in each run."""
     study = results.study
     if len(study.backbones) > 1:
         every = plot_distributions({backbone: study.search(backbone, "histogram") for backbone in study.backbones})
@@ -215,6 +215,8 @@ def _search_blocks(results: Results) -> Iterator[Block]:
             if (share := _places(results, backbone, dataset)) is not None:
                 plots.append(Plot(plot_places(share), f"Where the outliers of {dataset} sit in the image."))
         yield Block(f"Backbone {backbone}", plots=plots)
+    if sinks := sinks_table(study, study.runs):
+        yield Block(sinks.title, table=sinks)
 
 
 def _places(results: Results, backbone: str, dataset: str) -> pd.Series | None:

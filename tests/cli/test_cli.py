@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from run_example import write_run
 from white_patches import LAYER, UNIT, picture, plant_one
 
 import regvit.cli.options
@@ -25,6 +26,7 @@ from regvit.cli import main
 from regvit.data.transform import Transform
 from regvit.models.backbones import create, load_backbone, save_backbone
 from regvit.registers.export import load
+from regvit.registers.run_files import Variant
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 ARGS = {"img_size": 64, "patch_size": 8, "depth": 6, "embed_dim": 64, "num_heads": 4, "num_classes": 0}
@@ -140,6 +142,23 @@ def test_export_writes_what_load_opens(here, capsys):
     opened = load(here / "cured")
     assert opened.model.num_prefix_tokens == 3
     assert json.loads((here / "cured" / "registers.json").read_text())["neurons"] == {str(LAYER): [UNIT]}
+
+
+def test_export_writes_a_run_with_its_cure(here, capsys):
+    found = json.loads(Path("features/neurons/tiny.json").read_text())
+    detection = {"layer": found["detect_layer"], "threshold": found["threshold"]}
+    selected = {LAYER: (UNIT,)}
+    write_run(
+        here / "masked.json",
+        Path("data/backbones/tiny"),
+        Variant("none", 0, cure="mask_attention"),
+        selected,
+        detection,
+    )
+    assert main(["export", "tiny", "--run", str(here / "masked.json"), "--out", str(here / "out")]) == 0
+    assert capsys.readouterr().out.startswith("module differs from the hooked model by 0.0e+00")
+    opened = load(here / "out").model
+    assert (opened.cure, opened.num_prefix_tokens) == ("mask_attention", 1)
 
 
 WRONG = [  # of `look` an image is given first, if none is
@@ -373,7 +392,11 @@ EXPORT = ["export", "tiny", "--neurons", "n.json", "--out", "x"]
         (["neurons", "tiny", "a.png", "--threshold", "much"], "'--threshold': Input should be a valid number"),
         (["neurons", "tiny", "a.png", "--limit", "0"], "'--limit': Input should be greater than or equal to 1"),
         ([*EXPORT, "--scale", "inf"], "inf is not a finite number"),
-        (["export", "tiny", "--out", "x"], "Missing option '--neurons'."),
+        (
+            ["export", "tiny", "--out", "x"],
+            "give --neurons, a file of register neurons, or --run, a run of the pipeline",
+        ),
+        (["export", "tiny", "--run", "r.json", "--scale", "2", "--out", "x"], "r.json says which registers it has"),
         (["look", "a.png", "--colour"], "No such option: --colour"),
     ],
 )

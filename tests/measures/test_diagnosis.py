@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from regvit.measures.diagnosis import census_row, diagnose
+from regvit.measures.diagnosis import census_row, diagnose, diagnosis_table, head_table
 from regvit.models.attention import prefix_attention
 from regvit.models.hooks import watch_outputs
 from regvit.registers.cures.cure import add_cure
@@ -88,8 +88,33 @@ def test_a_cure_is_diagnosed_at_the_places_of_the_untreated_models_outliers(plan
     assert (masked.cls_share[4:] == 0).all()
     assert before.cls_share[4:].max() > 0.1
     assert np.allclose(masked.cls_share[:4], before.cls_share[:4], atol=1e-6)
-    with add_cure(treated, "prefix_kv", found, images=x):
-        assert diagnose(treated, [x], found, model).effective_rank.shape == before.effective_rank.shape
+    for cure in ("prefix_kv", "average_views"):
+        with add_cure(treated, cure, found, images=x):
+            assert diagnose(treated, [x], found, model).effective_rank.shape == before.effective_rank.shape
+
+
+def test_the_verdict_on_a_cure_is_held_against_the_untreated_model(planted):
+    model, x, found = planted
+    before, treated = diagnose(model, [x], found), copy.deepcopy(model)
+    seen = {"untreated": before}
+    for cure in ("mask_attention", "clip_norm", "ablate"):
+        with add_cure(treated, cure, found):
+            seen[cure] = diagnose(treated, [x], found, model)
+    norms = patch_norms(model, [x], [3])[0]
+    outliers = norms > found.detection.threshold
+    ratios = [np.sort(n[at])[(at.sum() - 1) // 2] / np.sort(n[~at])[((~at).sum() - 1) // 2]
+              for n, at in zip(norms, outliers, strict=True) if at.any()]  # fmt: skip
+    assert before.sink_norm == pytest.approx(np.mean(ratios), rel=1e-4)
+    table = diagnosis_table(seen).set_index("model")
+    assert table["verdict"]["untreated"] == before.verdict()
+    assert table["verdict"]["mask_attention"].startswith(
+        f"the outliers stay: at their places {before.sink_norm:.1f} times the norm of other patches ({before.sink_norm:.1f} before)"
+        f"; CLS gives these 0.0% of its attention in later blocks ({before.cls_attention:.1%} before)"
+    )
+    assert table["verdict"]["ablate"].startswith("the outliers are gone: ")
+    assert 1 < seen["ablate"].sink_norm < 2 < seen["clip_norm"].sink_norm < before.sink_norm
+    heads = head_table(seen).set_index(["model", "layer", "head"])
+    assert heads.loc[("clip_norm", 4, 2), "value_ratio"] == seen["clip_norm"].value_ratio[4, 2]
 
 
 def test_images_without_the_outliers_of_the_search_are_refused(planted):

@@ -15,18 +15,24 @@ from white_patches import LAYER, UNIT, picture, plant_one
 from regvit.data.transform import Transform
 from regvit.models.backbones import load_backbone, resized, save_backbone
 from regvit.models.tokens import TokenLayout
+from regvit.registers.cures.options import CURES
 from regvit.registers.export import (
     TOLERANCE,
     TokenOutputs,
     _difference,
     bake,
     export,
+    export_run,
     load,
     onnx_outputs,
     write_onnx,
     write_pt2,
 )
+from regvit.registers.neurons_file import NeuronsFile
 from regvit.registers.outliers import patch_norms
+from regvit.registers.run_files import Variant, describe_run, read_run
+from regvit.registers.runs import measured_for, open_run, open_uncured
+from regvit.registers.search import SearchOptions
 from regvit.registers.test_time import add_test_time_registers, remove_test_time_registers
 
 ARGS = {"num_classes": 0, "dynamic_img_size": True, "img_size": 64, "depth": 3}
@@ -265,6 +271,79 @@ def test_nothing_to_bake_in_is_refused(folder, tmp_path, neurons, count, message
         export(load_backbone(folder), neurons, tmp_path / "out", count)
 
 
+QUICK = {"average_views": {"views": 2}, "interpolate_lof": {"neighbours": 5}, "remove_direction": {"samples": 300}}
+
+
+def composed(folder, path, cure=None, registers="none", detection=True):
+    """The description of a run of the small backbone, as the compose stage writes it; a few patches are its outliers."""
+    norms = patch_norms(load_backbone(folder).model, [images()], [1])[0]
+    found = {"layer": 1, "threshold": float(np.sort(norms, axis=None)[-4:-2].mean())} if detection else None
+    if cure == "constant_registers":
+        registers = "test_time"
+    variant = Variant(registers, int(registers == "test_time"), cure=cure and {"name": cure, **QUICK.get(cure, {})})
+    info = json.loads((folder / "backbone.json").read_text())
+    run = describe_run("r", info, variant, NeuronsFile({0: (3, 8)} if detection else {}, found))
+    if cure and detection and "images" in CURES[cure].needs:
+        run["cure"]["measured"] = measured_for(run, open_uncured(run, folder.parent), [images()], SearchOptions())
+    path.write_text(json.dumps(run))
+    return read_run(path)
+
+
+@pytest.mark.parametrize("cure", CURES)
+def test_a_run_with_a_cure_is_exported_and_opens_again_to_the_bit(folder, tmp_path, cure):
+    run = composed(folder, tmp_path / "r.json", cure)
+    written = export_run(load_backbone(folder), run, tmp_path / "out")
+    want = TokenOutputs(open_run(tmp_path / "r.json", folder.parent).model)
+    found, plain = TokenOutputs(load(tmp_path / "out").model), TokenOutputs(load_backbone(folder).model)
+    assert written.outputs == want.names
+    with torch.no_grad():
+        for ours, theirs in zip(found(images()), want(images()), strict=True):
+            assert torch.equal(ours, theirs)
+        assert not torch.allclose(found(images())[-1], plain(images())[-1], atol=1e-5)
+
+
+def test_onnx_holds_a_cure_or_says_by_name_that_it_cannot(folder, tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    masked = composed(folder, tmp_path / "r.json", "mask_attention")
+    written = export_run(load_backbone(folder), masked, tmp_path / "out", onnx=True)
+    assert written.differences["onnx"] < 1e-5
+    with torch.no_grad():
+        want = TokenOutputs(open_run(tmp_path / "r.json", folder.parent).model)(images())
+    found = onnx_outputs(tmp_path / "out" / "model.onnx", images())
+    assert torch.allclose(found[-1], want[-1], atol=1e-4)
+    lof = composed(folder, tmp_path / "r.json", "interpolate_lof")
+    with pytest.raises(RuntimeError, match=r"cannot hold cure interpolate_lof: No ONNX function found for .*cdist"):
+        export_run(load_backbone(folder), lof, tmp_path / "out", onnx=True)
+    with pytest.raises(ValueError, match="out is an export that was broken off"):
+        load(tmp_path / "out")
+
+
+def test_a_run_with_registers_alone_is_what_export_writes(folder, tmp_path):
+    export_run(load_backbone(folder), composed(folder, tmp_path / "r.json", registers="test_time"), tmp_path / "run")
+    export(load_backbone(folder), {0: (3, 8)}, tmp_path / "out")
+    for file in ("registers.json", "weights.safetensors"):
+        assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
+
+
+def test_a_run_that_cannot_be_exported_is_said_by_name(folder, tmp_path):
+    backbone, path = load_backbone(folder), tmp_path / "r.json"
+    with pytest.raises(ValueError, match="run r is its backbone as it came, so there is nothing to bake in"):
+        export_run(backbone, composed(folder, path), tmp_path / "out")
+    with pytest.raises(ValueError, match="run r silences neurons as a control; a run with cure: ablate"):
+        export_run(backbone, {**composed(folder, path), "control": "ablated"}, tmp_path / "out")
+    with pytest.raises(
+        ValueError, match=r"run r was composed of weights 000000000000…, but small has .*; give the backbone"
+    ):
+        export_run(backbone, {**composed(folder, path), "weights_sha256": 64 * "0"}, tmp_path / "out")
+    with (
+        pytest.warns(UserWarning, match="no outliers"),
+        pytest.raises(ValueError, match="no outliers, so cure clip_norm has nothing to bake in"),
+    ):
+        export_run(backbone, composed(folder, path, "clip_norm", detection=False), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_export_that_differs_is_not_left_behind(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("regvit.registers.export.TOLERANCE", -1.0)
     with pytest.raises(ArithmeticError, match=r"the module differs from the hooked model by 0.*vit_tiny_patch16_224"):
@@ -280,7 +359,7 @@ def test_a_damaged_description_is_told(folder, tmp_path):
     path = tmp_path / "out" / "registers.json"
     about = json.loads(path.read_text())
     path.write_text(json.dumps({**about, "format": 9}))
-    with pytest.raises(ValueError, match="has format 9, this version reads 1; export the model again"):
+    with pytest.raises(ValueError, match="has format 9, this version reads 1 and 2; export the model again"):
         load(tmp_path / "out")
     path.write_text(json.dumps({"format": 1}))
     with pytest.raises(ValueError, match="lacks num_registers, statistic, patches, scale, neurons; export the model"):

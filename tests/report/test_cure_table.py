@@ -52,14 +52,18 @@ def test_the_tables_have_a_row_a_run_and_a_dash_where_nothing_was_measured(study
     titles = ["Tokens", "Maps", "Readouts"]
     assert [table.title for table in tables] == [
         *(title for each in titles for title in (each, f"{each}: run minus cured, same images")),
+        "Why there are sinks",
         "Cost",
     ]
+    sinks = tables[-2].frame.set_index("run").astype(str)
+    assert sinks.loc["original", "verdict"] == "registers can help here"
+    assert sinks.loc["cured"].tolist() == ["1.2", "1.2", "0.70", "5.0", "7: 12.3", "the outliers are gone"]
     assert list(tables[0].frame["run"]) == rows.runs
     assert list(tables[1].frame["run"]) == ["original", "masked", "mean"]
     assert str(tables[-1].frame.iloc[0]["time"]) == "1.10 [1.00–1.25]"
     assert "cls, ood, top-1, %" in tables[4].frame.columns
     text = as_markdown(tables)
-    assert text.count("### ") == 7
+    assert text.count("### ") == 8
     unmeasured = Results.of(study, all_figures(study).query("run != 'masked' or stage != 'depth'"), None)
     [maps] = [table for table in cure_tables(unmeasured, rows, {}) if table.title == "Maps"]
     assert maps.frame.set_index("run").loc["masked", "depth RMSE at outliers, m"] == "–"

@@ -171,7 +171,8 @@ def test_every_measurement_leaves_its_tables_and_pictures(work):
     }.items():
         found = {path.name for path in (work / "metrics/runs/cured" / stage).iterdir()}
         assert found == names | {"figures.csv", "images.csv"}
-    assert {"norms.csv", "maps.png", "images.jpg"} <= {p.name for p in (work / "metrics/runs/cured/verify").iterdir()}
+    verified = {"norms.csv", "diagnosis.csv", "heads.csv", "maps.png", "images.jpg"}
+    assert verified <= {p.name for p in (work / "metrics/runs/cured/verify").iterdir()}
 
 
 def test_classes_are_read_from_single_tokens(work):
@@ -185,6 +186,13 @@ def test_verify_measures_the_run_itself(work):
     assert "cls_cosine" not in plain.index  # nothing was planted
     assert plain.loc["outlier_fraction", "value"] == plain.loc["untreated_outlier_fraction", "value"]
     assert "cls_attention_on_registers" in cured.index and "cls_attention_on_registers" not in plain.index
+    before, after = (
+        pd.read_csv(work / f"metrics/runs/{name}/verify/diagnosis.csv").set_index("model")
+        for name in ("plain", "cured")
+    )
+    assert list(before.index) == ["untreated"] and list(after.index) == ["untreated", "cured"]
+    assert before.loc["untreated", "verdict"] == after.loc["untreated", "verdict"]
+    assert f"({after.loc['untreated', 'sink_norm']:.1f} before)" in after.loc["cured", "verdict"]
 
 
 def test_the_same_input_gives_the_same_bytes(work):
