@@ -111,6 +111,11 @@ def test_the_verdict_of_the_checks_stands_at_the_top(results, page):
     assert '<p class="fail">1 of 12 self-checks failed.</p>' in text and '<li class="fail">FAIL' in text
 
 
+def test_each_run_has_its_diagnosis_with_a_verdict(page):
+    assert "Why there are sinks" in page
+    assert "registers can help here" in page and "the outliers are gone" in page
+
+
 def test_figures_intervals_and_marks_stand_in_columns_of_their_own(page):
     assert re.search(r'<th scope="col" class="t" colspan=2>cured − original</th>', page)
     assert re.search(r'<td class="v"[^>]*>\+3\.0</td><td class="i">\[[^]]*\] <span class="up">▲</span></td>', page)
