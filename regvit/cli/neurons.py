@@ -11,6 +11,7 @@ from regvit.cli.backbone import named_device, open_backbone
 from regvit.cli.images import SEED, DecodedImages, decode, image_files
 from regvit.cli.options import BACKBONES, IMG_SIZE, Architecture, BackboneArgument, Device, ImgSize, finite
 from regvit.cli.outputs import check_out, write
+from regvit.registers.neurons_file import Overlap, read_neurons, read_table
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,7 +24,8 @@ EXAMPLES = f"""{BACKBONES}
 examples:
   regvit neurons focus_planted photos/ --out neurons.json
   regvit neurons timm:vit_large_patch14_dinov2.lvd142m photos/ more/a.jpg --limit 200 --device cuda
-  regvit neurons timm:vit_base_patch16_clip_224.openai photos/ --threshold 30 --layer -1 --top-k 10   # as published
+  regvit neurons timm:vit_base_patch16_clip_224.openai photos/ --threshold 30 --layer -1 --top-k 10
+  regvit neurons timm:vit_large_patch14_dinov2.lvd142m photos/ --against published.json?top_k=45   # shared, missing, rank
 """
 
 
@@ -52,6 +54,14 @@ def neurons(
     explained: Annotated[
         float, typer.Option(callback=finite, help="Share of the outliers' excess that the neurons are to write.")
     ] = 0.99,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Neurons that the found ones are held against: a file of this command, or a published table; "
+            "'table.json?top_k=50&max_layer=17' takes its best ones.",
+        ),
+    ] = None,
     img_size: ImgSize = None,
     architecture: Architecture = None,
     device: Device = "auto",
@@ -62,6 +72,7 @@ def neurons(
     neurons silenced, and with their activation moved into one test-time register. A hundred varied images do.
     """
     check_out(out)
+    other = against and read_table(f"file:{against.removeprefix('file:')}")  # before the long work
     from regvit.registers.neurons import find_register_neurons  # why here and not above: see __init__
 
     files = image_files(images, limit)
@@ -72,10 +83,14 @@ def neurons(
     options = {"threshold": threshold, "layer": layer, "top_k": top_k, "max_layer": max_layer, "explained": explained}
     found = find_register_neurons(opened.model, batches, **options)
     about = {"backbone": opened.name, "weights_sha256": opened.weights_sha256 or None}
-    write(out, found.to_json(**about, images=len(batches), seed=SEED))
+    text = found.to_json(**about, images=len(batches), seed=SEED)
+    write(out, text)
     print(*_report(found, len(batches)), sep="\n")
     if found.num_selected:
         print(_cure(opened.model, batches, found))
+    if other:
+        searched = read_neurons(text)
+        print(f"{against}: {Overlap.of(other, searched).sentence(searched.ranks)}")
     print(out)
     return 1 if left_out else 0
 

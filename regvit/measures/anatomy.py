@@ -22,11 +22,10 @@ from sklearn.mixture import GaussianMixture
 from regvit.features.dense_set import DenseSet, grid_side
 from regvit.files import write_picture
 from regvit.measures.tables import image_means, mean_figures
-from regvit.registers.outliers import MIN_RATIO, Detection, otsu
+from regvit.registers.outliers import MIN_RATIO, SMALLEST, Detection, otsu
 from regvit.stats.figures import Figure
 
 LOW_INFORMATION = 0.25  # of an image's patches: those that resemble their neighbours most
-SMALLEST = np.finfo(np.float32).tiny  # norms are cut off below it before their logarithm is taken
 
 
 @dataclass(frozen=True)

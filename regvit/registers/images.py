@@ -141,6 +141,10 @@ def _checked(images: Tensor) -> Float[Tensor, "b 3 h w"]:
     """Images that look as a model expects them."""
     if images.ndim != 4:
         raise ValueError(f"images have shape {tuple(images.shape)}; expected (images, channels, height, width)")
+    if images.shape[-1] in (1, 3, 4) and images.shape[1] > 16:
+        raise ValueError(
+            f"images have shape {tuple(images.shape)}, as if their channels came last; give images.permute(0, 3, 1, 2)"
+        )
     if not images.is_floating_point():
         raise ValueError(
             f"images are {images.dtype} and not normalised; give transform.normalise(images) of the backbone's transform, "

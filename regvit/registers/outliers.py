@@ -16,6 +16,7 @@ from regvit.registers.norms import LayerNorms
 
 MAX_FRACTION = 0.10  # more than a tenth of the patches is a population, not outliers
 MIN_RATIO = 2.0  # threshold over the layer's median norm; early layers reach 4 without a second mode, but not by Otsu
+SMALLEST = np.finfo(np.float32).tiny  # norms are cut off below it before their logarithm is taken
 
 
 @dataclass(frozen=True)
@@ -49,32 +50,42 @@ def otsu(values: np.ndarray) -> Split:
         values: one-dimensional, at least two of them.
     Source: Otsu 1979, IEEE Trans. SMC 9(1).
     """
-    return _split(LayerNorms.of(np.asarray(values, dtype=np.float64)))
+    return _splits(LayerNorms.of(np.asarray(values, dtype=np.float64)))[0]
 
 
-def _split(cells: LayerNorms) -> Split:
-    """Otsu's split, where only a boundary between two cells can split them; each stands for its middle."""
+def _splits(cells: LayerNorms) -> list[Split]:
+    """Otsu's split, and after it the other local maxima of the between-class variance, largest first: the splits in which
+    every value is nearer to the mean of its own class.
+
+    Only a boundary between two cells can split them; each cell stands for its middle.
+    """
     n, middles = cells.size, cells.middles
     if n < 2:
         raise ValueError(f"otsu needs at least 2 values, got {n}")
     if len(middles) == 1:
-        return Split(float(cells.highs[0]), 0.0, 0.0)
+        return [Split(float(cells.highs[0]), 0.0, 0.0)]
     below = np.cumsum(cells.counts)[:-1]
     sums = np.cumsum(cells.counts * middles)
     mean_below, mean_above = sums[:-1] / below, (sums[-1] - sums[:-1]) / (n - below)
     between = below * (n - below) * (mean_below - mean_above) ** 2
-    best = int(between.argmax())
+    halfway = (mean_below + mean_above) / 2
+    local = (middles[:-1] < halfway) & (halfway < middles[1:])
+    local[between.argmax()] = True
     variance = np.average((middles - sums[-1] / n) ** 2, weights=cells.counts)
-    separation = float(between[best] / n**2 / variance) if variance > 0 else 0.0
-    return Split(float((cells.highs[best] + cells.lows[best + 1]) / 2), float(1 - below[best] / n), separation)
+    return [
+        Split(
+            threshold=float((cells.highs[at] + cells.lows[at + 1]) / 2),
+            fraction=float(1 - below[at] / n),
+            separation=float(between[at] / n**2 / variance) if variance > 0 else 0.0,
+        )
+        for at in sorted(np.flatnonzero(local), key=lambda at: -between[at])
+    ]
 
 
-def _split_logs(norms: LayerNorms | np.ndarray) -> Split:
-    """Otsu's split of the log norms."""
-    cells = _cells(norms)
-    tiny = np.finfo(np.float32).tiny
-    lows, highs = (np.log(v.clip(min=tiny)).astype(np.float64) for v in (cells.lows, cells.highs))
-    return _split(LayerNorms(lows, highs, cells.counts))
+def _log_splits(cells: LayerNorms) -> list[Split]:
+    """The splits of the log norms."""
+    lows, highs = (np.log(v.clip(min=SMALLEST)).astype(np.float64) for v in (cells.lows, cells.highs))
+    return _splits(LayerNorms(lows, highs, cells.counts))
 
 
 def _cells(norms: LayerNorms | np.ndarray) -> LayerNorms:
@@ -120,19 +131,40 @@ def detect(norms: Sequence[LayerNorms] | Float[np.ndarray, "l b p"]) -> Detectio
 
     Each layer but the last (whose norms grow for all tokens) is split by Otsu on log norms; a split counts if the
     upper class holds at most a tenth of the patches and starts at twice the median or more. The layer that
-    separates best wins.
+    separates best wins. Where none counts, the patches may be of two kinds, see `_outliers`.
 
     Args:
         norms: of all patches, or their cells; of binned norms, a threshold lies between two bins.
     Returns: None where no layer has outliers.
     """
-    best = None
-    for layer, values in enumerate(norms[:-1]):
-        split, median = _split_logs(values), _cells(values).median()
-        apart = split.threshold - np.log(max(median, np.finfo(np.float32).tiny)) >= np.log(MIN_RATIO)
-        if apart and 0 < split.fraction <= MAX_FRACTION and (best is None or split.separation > best.separation):
-            best = Detection(layer, float(np.exp(split.threshold)), split.separation)
-    return best
+    for kinds in (1, 2):
+        found = [
+            Detection(layer, float(np.exp(split.threshold)), split.separation)
+            for layer, values in enumerate(norms[:-1])
+            if (split := _outliers(_cells(values), kinds))
+        ]
+        if found:
+            return max(found, key=lambda detection: detection.separation)
+    return None
+
+
+def _outliers(norms: LayerNorms, kinds: int) -> Split | None:
+    """The split of a layer's log norms that sets outliers apart.
+
+    Args:
+        kinds: of other patches. If 1, it is Otsu's split that may set outliers apart. If 2, they are so many that Otsu's
+            split is the one between them: flat areas, say, fill a part of the images, and norms are half as large there.
+            Then outliers are set apart by another local maximum of the between-class variance, from twice the median of
+            the upper kind on.
+    Returns: None where no split is of outliers.
+    """
+    first, *others = _log_splits(norms)
+    if kinds == 2:
+        upper = np.log(norms.lows.clip(min=SMALLEST)) > first.threshold
+        norms = LayerNorms(norms.lows[upper], norms.highs[upper], norms.counts[upper])
+    splits = [first] if kinds == 1 else others
+    least = np.log(max(norms.median(), SMALLEST) * MIN_RATIO) if splits else np.inf
+    return next((split for split in splits if split.threshold >= least and 0 < split.fraction <= MAX_FRACTION), None)
 
 
 def settle_detection(
@@ -160,7 +192,8 @@ def settle_detection(
     if sigma is not None:
         threshold = _cells(norms[layer]).mean() + sigma * _cells(norms[layer]).std()
     if threshold is None:
-        split = _split_logs(norms[layer])
+        cells = _cells(norms[layer])
+        split = _outliers(cells, 1) or _outliers(cells, 2) or _log_splits(cells)[0]
         return Detection(layer, float(np.exp(split.threshold)), split.separation)
     return Detection(layer, float(threshold), float("nan")) if _cells(norms[layer]).max() > threshold else None
 

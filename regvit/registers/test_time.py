@@ -249,6 +249,11 @@ def _check_options(model: nn.Module, num_registers: int, statistic: str, patches
 
 def _selected(model: nn.Module, neurons: RegisterNeurons | Mapping) -> dict[int, tuple[int, ...]] | None:
     """The neurons, held to the model; None where they are those of a search that found none."""
+    if not isinstance(neurons, RegisterNeurons | Mapping):
+        raise ValueError(
+            f"the neurons are a {type(neurons).__name__}; expected what find_register_neurons returned, json.load(…) of its "
+            "file, or {layer: [neuron, …]}"
+        )
     searched = isinstance(neurons, RegisterNeurons) or "selected" in neurons
     if searched:
         neurons = neurons.selected if isinstance(neurons, RegisterNeurons) else neurons["selected"]

@@ -80,6 +80,20 @@ def test_neurons_finds_the_planted_neuron_and_prints_what_it_does(here, capsys):
     assert lines[5] == str(out)
 
 
+def test_neurons_are_held_against_those_of_another_file(here, capsys):
+    table = here / "published.json"
+    table.write_text(f"[[{LAYER}, {UNIT}, 9.0], [0, 3, 8.0], [1, 5, 7.0]]")
+    command = ["neurons", "tiny", "photos", "--img-size", "64", "--out", str(here / "n.json"), "--against"]
+    assert main([*command, f"{table}?top_k=2"]) == 0
+    said = capsys.readouterr().out.splitlines()[-2]
+    assert said.startswith(
+        f"{table}?top_k=2: 1 of its 2 neurons are among those of the search here: {LAYER}.{UNIT} (rank 1); 1 are not: 0.3 "
+    )
+    assert said.endswith("; 0 of the search are missing")
+    assert main([*command, str(here / "gone.json")]) == 2
+    assert "gone.json, the file of neurons, does not exist" in capsys.readouterr().err
+
+
 def test_neurons_draws_from_many_images_and_leaves_out_what_is_no_image(here, capsys):
     (here / "mixed").mkdir()
     for i in range(6):

@@ -49,6 +49,14 @@ def test_a_list_gives_paths_labels_and_splits_in_its_order_and_what_is_not_there
     assert reasons == {"gone.png": "No such file or directory", "sub": "not a regular file"}
 
 
+def test_a_first_image_that_is_missing_is_rejected_where_the_columns_are_named(make, photos):
+    file = photos("b.png", "c.png") / "l.csv"
+    file.write_text("path,label\ngone.png,x\nb.png,x\nc.png,y\n")
+    made = make(f"folder:{file}", role="ood", max_rejects=0.9)
+    assert [row.path for row in made.dataset.rows] == ["b.png", "c.png"]
+    assert [one.path for one in made.rejected] == ["gone.png"]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -3,6 +3,7 @@ import pytest
 import timm
 import torch
 
+from regvit.registers.norms import LayerNorms
 from regvit.registers.outliers import detect, otsu, patch_norms, settle_detection
 
 
@@ -35,6 +36,25 @@ def test_detection_finds_the_layer_and_a_threshold_between_the_modes():
 
 @pytest.mark.parametrize("norms", [_norms(outlier=1.0), _norms(share=0.2)])
 def test_a_model_without_a_small_second_mode_has_no_outliers(norms):
+    assert detect(norms) is None
+
+
+@pytest.mark.parametrize("flat", [0.1, 0.125, 0.3, 0.5, 0.7, 0.85])
+@pytest.mark.parametrize("below", [0.25, 0.5])
+def test_flat_areas_do_not_hide_outliers(flat, below):
+    """One patch in 200 has 42 median norms; the flat ones make the second mode that Otsu's split finds."""
+    norms = np.random.default_rng(0).lognormal(0.0, 0.15, size=(4, 20, 200))
+    norms[:, :, : int(200 * flat)] *= below
+    assert detect(norms) is None
+    norms[2, :, -1] = 42.0
+    for found in (detect(norms), settle_detection(norms, layer=2), detect([LayerNorms.of(layer) for layer in norms])):
+        assert found.layer == 2
+        assert ((norms[2] > found.threshold).sum(1) == 1).all()
+
+
+def test_the_tail_of_one_population_beside_another_is_no_outlier():
+    norms = np.random.default_rng(0).lognormal(0.0, 0.5, size=(4, 20, 200))  # the largest has 5 median norms
+    norms[:, :, :100] *= 0.05
     assert detect(norms) is None
 
 

@@ -124,6 +124,10 @@ def test_a_loader_that_shuffles_or_augments_is_read_once_and_refused_where_that_
     [
         (torch.zeros(2, 3, 64, 64, dtype=torch.uint8), r"images are torch.uint8 and not normalised; give transform\."),
         (np.zeros((2, 3, 64, 64), np.uint8), "images are torch.uint8 and not normalised"),
+        (
+            torch.zeros(2, 64, 64, 3),
+            r"\(2, 64, 64, 3\), as if their channels came last; give images.permute\(0, 3, 1, 2\)",
+        ),
         (torch.zeros(3, 64, 64), r"images have shape \(3, 64, 64\); expected \(images, channels, height, width\)"),
         ([{"labels": 1}], "a batch has the keys labels; its images are looked for under image, images, pixel_values"),
         ([("a", 1)], "a batch holds a str; expected a tensor"),

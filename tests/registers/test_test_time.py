@@ -345,6 +345,7 @@ def test_models_that_cannot_take_registers_are_refused_by_name_and_left_as_they_
         (({1: [999]}, 1), r"neuron 999 of layer 1 is out of range: its MLP has \d+"),
         ((NEURONS, -1), "num_registers is -1; expected 0 to 64"),
         ((NEURONS, "1"), "num_registers is '1'; expected a whole number, not str"),
+        (([(1, 3)], 1), r"the neurons are a list; expected what find_register_neurons returned, json.load"),
         (({1: 3}, 1), r"the neurons of layer 1 are 3; expected a list, as in \{1: \[3\]\}"),
         (({"blocks.1": [3]}, 1), r"a layer is 'blocks.1'; expected a whole number, as in \{4: \[12, 345\]\}"),
         (({1: [3.5]}, 1), r"a neuron is 3.5; expected a whole number"),

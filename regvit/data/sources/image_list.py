@@ -48,7 +48,7 @@ def read_list(file: Path) -> tuple[Path, list[Row]]:
     """
     records = _records(file, _text(file))
     columns = [_column(name) for name in records[0][1]] if records else []
-    if "path" in columns:
+    if headed := "path" in columns:
         records.pop(0)
         if twice := [name for name in COLUMNS if columns.count(name) > 1]:
             raise ValueError(f"{file} has several columns of {twice[0]}s in its first line; leave one of them")
@@ -60,7 +60,7 @@ def read_list(file: Path) -> tuple[Path, list[Row]]:
     if len({bool(split) for _, _, split in given}) == 2:
         raise ValueError(f"{file} gives a split to some images and not to others; give it to all or to none")
     paths = [_existing(file.parent, path) for path, _, _ in given]
-    if len(paths) > 1 and not os.path.exists(paths[0]) and os.path.exists(paths[1]):
+    if not headed and len(paths) > 1 and not os.path.exists(paths[0]) and os.path.exists(paths[1]):
         raise ValueError(f"{file} begins with {','.join(records[0][1])!r}, which names no image and is no header that is "
                          "understood; call the columns path, label and split")  # fmt: skip
     outside = not all(path.startswith(os.path.abspath(file.parent) + os.sep) for path in paths)
