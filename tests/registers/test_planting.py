@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from regvit import TokenLayout, add_test_time_registers
+from regvit import TokenLayout, add_test_time_registers, find_register_neurons
 from regvit.models.attention import cls_attention
 from regvit.registers.neighbourhood import low_information
 from regvit.registers.outliers import patch_norms
@@ -81,6 +81,18 @@ def test_silencing_the_planted_neurons_removes_every_outlier(tiny_vit, noise_ima
     for layer, units in planted.neurons.items():
         new.blocks[layer].mlp.fc2.weight[:, units] = 0
     assert not outliers_of(new, unseen).any()
+
+
+def test_planted_neurons_are_found_where_flat_areas_fill_a_quarter_of_the_images(tiny_vit, noise_images):
+    model = tiny_vit(1)
+    new, planted = planted_copy(model, noise_images(64))
+    unseen = noise_images(32, seed=1)
+    unseen[..., :16] = 0  # norms are much smaller there
+    found = find_register_neurons(new, unseen)
+    assert {layer: set(units) for layer, units in found.selected.items()} == {
+        layer: set(units) for layer, units in planted.neurons.items()
+    }
+    assert find_register_neurons(model, unseen).detection is None
 
 
 def test_one_test_time_register_takes_the_outliers_and_brings_the_features_back(tiny_vit, noise_images):
