@@ -6,18 +6,21 @@ from regvit.features.dense_set import DenseSet
 from regvit.measures.attention_quality import (
     attention_maps,
     figures,
+    head_maps,
     image_columns,
     later_blocks,
     measure_attention,
     write_tables,
 )
-from regvit.measures.gallery import draw_attention
-from regvit.measures.tables import write_results
+from regvit.measures.gallery import draw_attention, draw_heads
+from regvit.measures.register_pairs import register_pairs
+from regvit.measures.tables import write_results, write_table
 from regvit.pipeline.command import command
 from regvit.pipeline.params import load_params
 from regvit.pipeline.runtime import Runtime
 
 PICTURES = 4
+BY_HEAD = 2  # images
 
 
 def main(run: str, name: str) -> None:
@@ -34,6 +37,10 @@ def main(run: str, name: str) -> None:
     if dense.layout.prefix:
         drawn = rows[:PICTURES]
         draw_attention(out / "maps.png", dense.pictures(drawn), attention_maps(dense, drawn, later))
+        few = drawn[:BY_HEAD]
+        draw_heads(out / "heads.png", dense.pictures(few), head_maps(dense, few))
+    if dense.layout.num_registers > 1:
+        write_table(out / "registers.csv", register_pairs(dense, rows, later, chosen.heads))
     values = {one.metric: one.value for one in found}
     shown = (
         ("entropy", "morans_i", "on_outliers", "on_registers", "all_coherence")

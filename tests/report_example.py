@@ -189,7 +189,7 @@ def _write_measurement(study: Study, run: str, of: tuple[str, str], columns: dic
     for name, other in others.get(stage, {}).items():
         _leave(study.path(run, stage, dataset, f"{name}.csv"), other)
     spots = Image.fromarray(rng.integers(0, 255, (4, 6, 3), dtype=np.uint8)).resize((720, 480))
-    for file in {"attention": ("maps.png",), "discover": ("boxes.png",)}.get(stage, ()):
+    for file in {"attention": ("maps.png", "heads.png"), "discover": ("boxes.png",)}.get(stage, ()):
         spots.save(study.path(run, stage, dataset, file))
 
 

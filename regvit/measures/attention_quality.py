@@ -24,22 +24,20 @@ Shape letters: b image, l layer, h head, q query (CLS, then registers), n token,
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
-from scipy.stats import t
 from torch import Tensor
 
 from regvit.data.dense_labels import IGNORE, read_mask
 from regvit.features.dense_set import DenseSet, grid_side
-from regvit.measures.tables import mean_figures, write_table
+from regvit.measures.register_pairs import pairwise_overlap
+from regvit.measures.tables import mean_figures, means_with_intervals, write_table
 from regvit.models.attention import query_names
 from regvit.models.query_attention import QUALITIES
 from regvit.models.tokens import TokenLayout
@@ -104,10 +102,7 @@ def distance_correlation(maps: Float[Tensor, "*b p"]) -> Float[Tensor, "*b"]:
 
 def register_overlap(maps: Float[Tensor, "*b r p"]) -> Float[Tensor, "*b"]:
     """Mean over the pairs of registers of what their maps, which sum to 1, have in common; nan for fewer than two."""
-    pairs = list(combinations(maps.unbind(-2), 2))
-    if not pairs:
-        return torch.full(maps.shape[:-2], torch.nan, dtype=maps.dtype, device=maps.device)
-    return torch.stack([torch.minimum(one, other).sum(-1) for one, other in pairs]).mean(0)
+    return pairwise_overlap(maps).mean(-1)
 
 
 def object_auroc(maps: Float[Tensor, "*b p"], objects: Float[Tensor, "*b p"]) -> Float[Tensor, "*b"]:
@@ -272,7 +267,7 @@ def _table(queries: Sequence[str], values: Mapping[str, Float[np.ndarray, "b l h
     layer, head, query = (axis.ravel() for axis in np.indices((n_layers, n_heads, n_queries)))
     columns = {"query": np.array(queries)[query], "layer": layer, "head": head}
     for name, each in values.items():
-        for end, estimate in zip(("", "_lo", "_hi"), _means_with_intervals(each), strict=True):
+        for end, estimate in zip(("", "_lo", "_hi"), means_with_intervals(each), strict=True):
             columns[f"{name}{end}"] = estimate.ravel()
     return pd.DataFrame(columns).sort_values(["query", "layer", "head"], kind="stable")
 
@@ -286,11 +281,8 @@ def attention_maps(
     return {name: maps[:, q] for q, name in enumerate(query_names(dense.layout))}
 
 
-def _means_with_intervals(values: Float[np.ndarray, "b ..."]) -> Float[np.ndarray, "3 ..."]:
-    """Mean over images and the ends of its 95 % t interval, of many columns at once; nan left out."""
-    n = (~np.isnan(values)).sum(0)
-    with warnings.catch_warnings():  # columns in which no image has a value
-        warnings.simplefilter("ignore", RuntimeWarning)
-        mean, sd = np.nanmean(values, axis=0), np.nanstd(values, axis=0, ddof=1)
-        half = t.ppf(0.975, n - 1) * sd / np.sqrt(n)
-    return np.stack([mean, mean - half, mean + half])
+def head_maps(dense: DenseSet, rows: Sequence[int]) -> dict[str, Float[np.ndarray, "b h i j"]]:
+    """Attention of each prefix token to the patches in the last block, by the token's name and head."""
+    maps = dense.read("attention", rows)[:, -1, ..., dense.layout.prefix :]  # (b, h, q, p)
+    maps = maps.reshape(*maps.shape[:3], dense.side, dense.side)
+    return {name: maps[:, :, q] for q, name in enumerate(query_names(dense.layout))}

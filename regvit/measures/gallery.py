@@ -8,6 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import matplotlib
@@ -103,6 +104,32 @@ def draw_attention(
             axis.set_axis_off()
     for axis, title in zip(axes[0], ["image", *columns], strict=True):
         axis.set_title(title, fontsize=8)
+    write_picture(path, figure, 80)
+
+
+def draw_heads(
+    path: Path, images: Float[np.ndarray, "b h w 3"], maps: Mapping[str, Float[np.ndarray, "b a i j"]]
+) -> None:
+    """Writes a PNG: of each image a row a query, a column a head (a); each map on a scale of its own from 0 to its maximum.
+
+    Args:
+        images: values from 0 to 1.
+        maps: by the query's name.
+    Source: Caron et al. 2021, arXiv:2104.14294, figure 1.
+    """
+    heads, lines = next(iter(maps.values())).shape[1], len(images) * len(maps)
+    figure = Figure(figsize=(0.7 * (1 + heads) + 0.3, 0.7 * lines + 0.3), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01)
+    axes = figure.subplots(lines, 1 + heads, squeeze=False)
+    for line, (image, name) in zip(axes, product(range(len(images)), maps), strict=True):
+        line[0].imshow(images[image], interpolation="nearest")
+        line[0].text(-0.06, 0.5, name, transform=line[0].transAxes, rotation=90, ha="right", va="center", fontsize=6)
+        for axis, attention in zip(line[1:], maps[name][image], strict=True):
+            axis.imshow(attention, cmap="viridis", vmin=0, interpolation="nearest")
+        for axis in line:
+            axis.set_axis_off()
+    for axis, title in zip(axes[0], ["image", *map(str, range(heads))], strict=True):
+        axis.set_title(title, fontsize=7, pad=2)
     write_picture(path, figure, 80)
 
 

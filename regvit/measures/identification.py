@@ -170,8 +170,9 @@ def sentence(name: str, search: RegisterNeurons, shown: Iterable[Figure]) -> str
         )
     text = (
         f"{name}: {value['outlier_fraction']:.2%} of patches are outliers (norm over {value['threshold']:.3g} in "
-        f"block {value['layer']:.0f}); {search.num_selected} register neurons write {search.explained:.1%} of their excess"
+        f"block {value['layer']:.0f}); {search.num_selected} register neurons"
     )
+    text += "" if search.explained is None else f" write {search.explained:.1%} of their excess"
     if SETTLE_ON < search.again == len(search.outlier_fraction):
         text += f"; all images were gone through twice, as they contradict the first {SETTLE_ON}"
     if "recall" in value:

@@ -48,16 +48,21 @@ def output_projection(block: nn.Module) -> nn.Linear:
     )
 
 
+def writes_linearly(block: nn.Module) -> bool:
+    """Whether the MLP's output joins the residual stream without a norm in between."""
+    return type(block).__name__ not in ("ResPostBlock", "EvaBlockPostNorm")
+
+
 def residual_scale(block: nn.Module) -> Float[Tensor, " d"] | float:
     """What the MLP's output is multiplied by before it joins the residual stream (LayerScale), or 1.
 
     Raises:
         ValueError: the block normalises after the MLP, so that no neuron writes into the residual stream linearly.
     """
-    if type(block).__name__ in ("ResPostBlock", "EvaBlockPostNorm"):
+    if not writes_linearly(block):
         raise ValueError(
             f"{type(block).__name__} normalises after its MLP, so a neuron's share of the residual is not defined; "
-            "select by activation instead: score='activation' with top_k"
+            "select by activation instead: score='activation' with top_k or percentile"
         )
     for owner, name in (
         (getattr(block, "ls2", None), "gamma"),

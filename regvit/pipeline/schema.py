@@ -183,6 +183,7 @@ class Identify(Block):
     explained: Share
     score: Literal["attribution", "activation"] = "attribution"
     sigma: Positive | None = None
+    percentile: Annotated[float, Gt(0), Lt(100)] | None = None
     sparsity_filter: bool = False
     cls_counts: bool = False
     rounds: Count = 1

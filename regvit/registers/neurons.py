@@ -13,13 +13,14 @@ detection layer cannot be causes and are left out. One pass over the images give
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import nn
+from torch import Tensor, nn
 
 from regvit.models.arithmetic import arithmetic, check_precision
 from regvit.models.hooks import blocks
@@ -51,7 +52,8 @@ class RegisterNeurons:
         neurons: the best scored ones, best first.
         active: those of largest activation, whatever they write: what a control may move instead.
         selected: `{layer: (neuron, …)}`, empty where the model has no outliers.
-        explained: share of the outliers' excess residual that the selected neurons write.
+        explained: share of the outliers' excess residual that the selected neurons write; None where that is not defined
+            (blocks that normalise after the MLP; outliers everywhere).
         outlier_fraction: share of outlier patches, of each image; zero where the model has none.
         again: images that were gone through twice.
         precision: of the forward passes, see `regvit.models.arithmetic`.
@@ -63,7 +65,7 @@ class RegisterNeurons:
     neurons: tuple[Neuron, ...] = ()
     active: tuple[Neuron, ...] = ()
     selected: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    explained: float = 0.0
+    explained: float | None = 0.0
     outlier_fraction: Float[np.ndarray, " b"] = field(default_factory=lambda: np.zeros(0), repr=False)
     again: int = 0
     precision: str = "float32"
@@ -179,27 +181,23 @@ def search_model(
 
 
 def _select(scores: Scores, options: SearchOptions, keep: int) -> dict[str, object]:
-    """Ranks the neurons up to `max_layer` and takes the smallest set that explains the excess, or the first `top_k`.
+    """Ranks the neurons up to `max_layer` and takes the smallest set that explains the excess, the first `top_k`, or those
+    above a percentile.
 
     Returns: `neurons`, `active`, `selected` and `explained` of `RegisterNeurons`.
     """
-    top_k, max_layer, explained = options.top_k, options.max_layer, options.explained
-    ranked = scores.activation if scores.attribution is None else scores.attribution
-    allowed = ranked[: None if max_layer is None else max_layer + 1].flatten()
-    order = torch.argsort(allowed, descending=True, stable=True)
-    shares = None if scores.attribution is None else allowed[order].cumsum(0)
-    if top_k is not None:
-        count = min(top_k, len(order))
-    else:
-        notable = int((allowed >= MIN_SHARE).sum())
-        count = 0 if notable == 0 else int((shares >= explained * shares[notable - 1]).nonzero()[0, 0]) + 1
-    width = ranked.shape[1]
+    last = None if options.max_layer is None else options.max_layer + 1
+    attribution = None if scores.attribution is None else scores.attribution[:last].flatten()
+    activation = scores.activation[:last].flatten()
+    ranked = attribution if options.score == "attribution" else activation
+    order = torch.argsort(ranked, descending=True, stable=True)
+    written = None if attribution is None else attribution[order].cumsum(0)
+    count = _count(ranked[order], options)
+    width = scores.activation.shape[1]
     chosen: dict[int, list[int]] = {}
     for flat in order[:count].tolist():
         chosen.setdefault(flat // width, []).append(flat % width)
-    busiest = torch.argsort(
-        scores.activation[: None if max_layer is None else max_layer + 1].flatten(), descending=True, stable=True
-    )
+    busiest = torch.argsort(activation, descending=True, stable=True)
 
     def described(flat: int) -> Neuron:
         return Neuron(
@@ -213,5 +211,16 @@ def _select(scores: Scores, options: SearchOptions, keep: int) -> dict[str, obje
         "neurons": tuple(described(flat) for flat in order[: max(keep, count)].tolist()),
         "active": tuple(described(flat) for flat in busiest[:keep].tolist()),
         "selected": {layer: tuple(sorted(chosen[layer])) for layer in sorted(chosen)},
-        "explained": 0.0 if shares is None or count == 0 else round(float(shares[count - 1]), 8),
+        "explained": None if written is None else round(float(written[count - 1]), 8) if count else 0.0,
     }
+
+
+def _count(ranked: Float[Tensor, " k"], options: SearchOptions) -> int:
+    """How many of the neurons are selected, by their scores, best first."""
+    if options.top_k is not None:
+        return min(options.top_k, len(ranked))
+    if options.percentile is not None:
+        share = round(len(ranked) * (100 - options.percentile) / 100, 6)  # of 1,000 above 99.9, one and not two
+        return math.ceil(share)  # counted, as equal scores have no percentile between them
+    notable, shares = int((ranked >= MIN_SHARE).sum()), ranked.cumsum(0)
+    return int((shares >= options.explained * shares[notable - 1]).nonzero()[0, 0]) + 1 if notable else 0

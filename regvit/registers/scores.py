@@ -92,6 +92,11 @@ class Sums:
         self._n_all += fresh.sum() * outliers.shape[1]
         self._images += outliers.any(1).sum() - before.any(1).sum()
 
+    @property
+    def everywhere(self) -> bool:
+        """Whether every patch is an outlier, so that there is nothing to compare them with."""
+        return bool(self._n_out == self._n_all)
+
     def scores(self, blocks: Sequence[nn.Module], attribution: bool = True) -> Scores:
         """The scores of what was added, on the CPU.
 
@@ -100,19 +105,19 @@ class Sums:
             attribution: False leaves that score out (for models in which it is not defined).
         Raises:
             NoOutliers: no patch is an outlier.
-            ValueError: every patch is one, or attribution is not defined for the blocks.
+            ValueError: attribution is wanted and every patch is one, or it is not defined for the blocks.
         """
         n_out, n_all = int(self._n_out), int(self._n_all)
         if not n_out:
             raise NoOutliers(f"none of the {n_all} patches is an outlier, so no neuron can be scored")
+        activation = (self._absolute / self._images).cpu()
+        if not attribution:
+            return Scores(activation, None)
         if n_out == n_all:
             raise ValueError(
                 f"all of the {n_all} patches are outliers, so nothing is left to compare them with; give a larger threshold"
             )
         n_rest = n_all - n_out
-        activation = (self._absolute / self._images).cpu()
-        if not attribution:
-            return Scores(activation, None)
         excess = self._residual_out / n_out - (self._residual_all - self._residual_out) / n_rest  # (d,)
         gap = self._out / n_out - (self._all - self._out) / n_rest  # (l, k)
         writes = torch.stack(

@@ -23,7 +23,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from regvit.models.hooks import blocks, forward_until, output_projection, residual_scale, watch_inputs, watch_outputs
+from regvit.models.hooks import (
+    blocks,
+    forward_until,
+    output_projection,
+    residual_scale,
+    watch_inputs,
+    watch_outputs,
+    writes_linearly,
+)
 from regvit.models.tokens import TokenLayout
 from regvit.registers.images import Batches
 from regvit.registers.norms import LayerNorms, NormCounter
@@ -46,9 +54,10 @@ class SearchOptions:
         sigma: instead of a threshold: outliers lie this many standard deviations above the layer's mean norm.
         top_k: number of neurons to select; when None, the smallest set that writes `explained` of what all neurons with
             a share of at least a thousandth write of the outliers' excess.
+        percentile: instead of a number: the neurons above this percentile of the scores of all that may be selected.
         max_layer: last block whose neurons may be selected; the detection layer when None.
         explained: share, over 0 and up to 1.
-        score: `attribution`, or `activation` (the published one, which needs `top_k`).
+        score: `attribution`, or `activation` (the published one, which needs `top_k` or `percentile`).
         sparsity_filter: of the published notebook, for `activation`: in each image, a neuron scores 0 unless its
             activation is below `SPARSE_BELOW` in at least half of the tokens.
         cls_counts: whether CLS is an outlier too where its norm is above the threshold, as in the published code; for
@@ -66,14 +75,19 @@ class SearchOptions:
     score: str = "attribution"
     sparsity_filter: bool = False
     cls_counts: bool = False
+    percentile: float | None = None
 
     def __post_init__(self):
         if self.score not in ("attribution", "activation"):
             raise ValueError(f"score is {self.score!r}; expected 'attribution' or 'activation'")
-        if self.score == "activation" and self.top_k is None:
+        if self.score == "activation" and self.top_k is None and self.percentile is None:
             raise ValueError(
-                "score='activation' needs top_k: activations do not add up to a share (published: 10 to 50)"
+                "score='activation' needs top_k (published: 10 to 50) or percentile: activations do not add up to a share"
             )
+        if self.top_k is not None and self.percentile is not None:
+            raise ValueError(f"top_k {self.top_k} and percentile {self.percentile} exclude each other; leave one out")
+        if self.percentile is not None and not 0 < self.percentile < 100:
+            raise ValueError(f"percentile is {self.percentile}; expected between 0 and 100, such as 99.9")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k is {self.top_k}; expected 1 or more, or None to let the data decide")
         if not 0 < self.explained <= 1:
@@ -152,7 +166,7 @@ class _Pass:
     """
 
     def __init__(self, model: nn.Module, options: SearchOptions, settled: Detection | None = None):
-        self.model, self.options, self.attribution = model, options, options.score == "attribution"
+        self.model, self.options, self.attribution = model, options, True
         self.blocks, self.layout = blocks(model), TokenLayout.of(model)
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
@@ -176,6 +190,7 @@ class _Pass:
                 raise ValueError(
                     f"the MLPs differ in width ({sorted(widths)}); neurons are compared across equal ones only"
                 )
+            self.attribution = self.options.score == "attribution" or all(map(writes_linearly, used))
             if self.attribution:
                 for block in used:
                     residual_scale(block)  # raises where no attribution is defined, before the long work
@@ -243,7 +258,9 @@ class _Pass:
         return self.counts.cpu().numpy() / (self.patches + (self.layout.cls if self.options.cls_counts else 0))
 
     def scores(self) -> Scores:
-        return self.sums.scores(self.blocks[: self.settled.layer + 1], self.attribution)
+        """Attribution too where it is defined, whichever ranks."""
+        defined = self.attribution and (self.options.score == "attribution" or not self.sums.everywhere)
+        return self.sums.scores(self.blocks[: self.settled.layer + 1], defined)
 
     def _fitting(self, images: Float[Tensor, "b 3 h w"]) -> Iterator[Float[Tensor, "b 3 h w"]]:
         """Parts of a batch whose activations may be kept; of one image where nothing is known of their size yet."""

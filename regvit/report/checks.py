@@ -92,7 +92,10 @@ def _findings(results: Results, backbone: str) -> Iterator[str]:
         yield f"{backbone}: no outliers that stand apart as a small group{ratio}"
         return
     untreated, neurons = searched("outlier_fraction"), searched("register_neurons") or 0
-    makers = f"{neurons:.0f} neurons write {searched('explained') or 0:.1%} of their excess"
+    explained = searched("explained")
+    makers = f"{neurons:.0f} neurons " + (
+        "are the most active there" if explained is None else f"write {explained:.1%} of their excess"
+    )
     yield (
         f"{backbone}: {untreated:.2%} of the patches are outliers after block {searched('layer'):.0f}; "
         + (makers if neurons else "no neuron writes a notable share of their excess")

@@ -7,6 +7,7 @@ figure is marked where the 95 % interval of that paired difference leaves out ze
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from math import isnan
 
 import pandas as pd
 
@@ -248,6 +249,22 @@ def sinks_table(study: Study, runs: Iterable[str]) -> Table:
         " attention, values and rank: heads of the blocks after the detection block. By head: `metrics/runs/<run>/verify/heads.csv`."
     )
     return Table.of("Why there are sinks", ("run", *SINKS, "largest channel: times the median", "verdict"), rows, note)
+
+
+def register_table(results: Results, dataset: str) -> Table:
+    """A row a run and pair of its registers: what their attention maps and their tokens have in common."""
+    overlap, cosine = METRICS["attention"]["register_overlap"], METRICS["token_classes"]["register_cosine"]
+    rows = []
+    for run in results.study.runs:
+        for pair in results.study.table(run, "attention", dataset, "registers").itertuples():
+            values = (
+                Value(pair.overlap, pair.overlap_lo, pair.overlap_hi),
+                Value(pair.cosine, pair.cosine_lo, pair.cosine_hi),
+            )
+            shown = (show(None if isnan(v.value) else v, m) for v, m in zip(values, (overlap, cosine), strict=True))
+            rows.append((run, f"{pair.register} and {pair.other}", *shown))
+    header = ("run", "registers", "overlap of their maps, %", "cosine")
+    return Table.of(f"Registers against each other, {dataset}", header, rows)
 
 
 def runs_table(results: Results) -> Table:

@@ -17,7 +17,14 @@ from markupsafe import Markup, escape
 
 from regvit.report.catalogue import METRICS
 from regvit.report.checks import Check, findings, self_checks, summary_line
-from regvit.report.comparison import comparison, measurement_table, runs_table, sets_table, sinks_table
+from regvit.report.comparison import (
+    comparison,
+    measurement_table,
+    register_table,
+    runs_table,
+    sets_table,
+    sinks_table,
+)
 from regvit.report.pictures import Drawn, comparisons, photo_bytes, picture, tiles
 from regvit.report.plots import (
     plot_distributions,
@@ -77,12 +84,17 @@ POINTS = {  # of a stage: (metrics by pattern, label of the axis, caption)
     "retrieve": (("map", "%", "Mean average precision of each readout."),),
 }
 DRAWN = {  # of a stage: file, heading, what is to be seen
-    "attention": ("maps.png", "Attention maps", "Mean over heads of the later blocks; each map on a scale of its own."),
-    "discover": ("boxes.png", "Boxes", "Green: true boxes. Red: what is found."),
-    "discover_published": ("boxes.png", "Boxes as published", "Green: true boxes. Red: LOST. Blue: TokenCut."),
-    "hummingbird": ("masks.png", "Masks", "Image, true classes, classes found."),
-    "zeroshot_segment": ("masks.png", "Masks", "Image, true classes, classes found by their names."),
-    "correspond": ("matches.png", "Matches", "Green: found within a patch. Red: elsewhere. Half of them at outliers."),
+    "attention": (
+        ("maps.png", "Attention maps", "Mean over heads of the later blocks; each map on a scale of its own."),
+        ("heads.png", "Attention by head", "Last block, a column a head; each map on a scale of its own."),
+    ),
+    "discover": (("boxes.png", "Boxes", "Green: true boxes. Red: what is found."),),
+    "discover_published": (("boxes.png", "Boxes as published", "Green: true boxes. Red: LOST. Blue: TokenCut."),),
+    "hummingbird": (("masks.png", "Masks", "Image, true classes, classes found."),),
+    "zeroshot_segment": (("masks.png", "Masks", "Image, true classes, classes found by their names."),),
+    "correspond": (
+        ("matches.png", "Matches", "Green: found within a patch. Red: elsewhere. Half of them at outliers."),
+    ),
 }
 
 
@@ -197,7 +209,8 @@ def _search_blocks(results: Results) -> Iterator[Block]:
     if len(study.backbones) > 1:
         every = plot_distributions({backbone: study.search(backbone, "histogram") for backbone in study.backbones})
         yield Block(
-            "All backbones", plots=[Plot(every, "Norms of the patches: outliers are a second hump to the right.")]
+            "All backbones",
+            plots=[Plot(every, "Norms of the patches, heights logarithmic: outliers are a second hump to the right.")],
         )
     for backbone in study.backbones:
         threshold = results.value(backbone, Place("identify", "threshold", study.in_distribution))
@@ -238,13 +251,16 @@ def _stage_blocks(results: Results, stage: str) -> Iterator[Block]:
         yield Block(
             table.title, table=table, plots=[*_curves(results, stage, dataset), *_points(results, stage, dataset)]
         )
-        shown = list(_pictures(results, stage, dataset))
-        if shown:
-            _, heading, text = DRAWN[stage]
-            names = [each.run for each in shown]
-            first = _first_run(results)
-            chosen = names.index(first) if first in names else 0
-            yield Block(f"{heading}, {dataset}", text, pictures=shown, key=f"{stage}-{slug(dataset)}", chosen=chosen)
+        if registers := register_table(results, dataset) if stage == "attention" else None:
+            yield Block(registers.title, table=registers)
+        for i, (file, heading, text) in enumerate(DRAWN.get(stage, ())):
+            shown = list(_pictures(results, (stage, dataset, file), heading))
+            if shown:
+                names = [each.run for each in shown]
+                first = _first_run(results)
+                chosen = names.index(first) if first in names else 0
+                key = f"{stage}-{slug(dataset)}" + (f"-{Path(file).stem}" if i else "")
+                yield Block(f"{heading}, {dataset}", text, pictures=shown, key=key, chosen=chosen)
 
 
 def _curves(results: Results, stage: str, dataset: str) -> Iterator[Plot]:
@@ -266,17 +282,14 @@ def _points(results: Results, stage: str, dataset: str) -> Iterator[Plot]:
             yield Plot(plot_points([each.label for each in metrics], series, label, metrics[0].scale), caption)
 
 
-def _pictures(results: Results, stage: str, dataset: str) -> Iterator[Shown]:
-    """Pictures that a stage left for the runs that it measured."""
+def _pictures(results: Results, of: tuple[str, str, str], heading: str) -> Iterator[Shown]:
+    """A picture (of a stage, data set and file) of the runs that it was left for."""
     study = results.study
-    if stage not in DRAWN:
-        return
-    file, heading, _ = DRAWN[stage]
-    paths = {run: study.path(run, stage, dataset, file) for run in study.runs}
+    paths = {run: study.path(run, *of) for run in study.runs}
     paths = {run: path for run, path in paths.items() if path.is_file()}
-    count = sum(len(study.measured[stage]) for stage in DRAWN) * len(study.runs)
+    count = sum(len(study.measured[stage]) * len(files) for stage, files in DRAWN.items()) * len(study.runs)
     limit = min(LARGEST_PICTURE, ALL_PICTURES // max(1, count))
-    drawn = {run: picture(path, f"{heading} of {dataset} in run {run}", limit) for run, path in paths.items()}
+    drawn = {run: picture(path, f"{heading} of {of[1]} in run {run}", limit) for run, path in paths.items()}
     for run, each in drawn.items():
         under = study.references.get(run)
         alike = under in drawn and (drawn[under].width, drawn[under].height) == (each.width, each.height)

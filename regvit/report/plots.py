@@ -22,6 +22,7 @@ SCHEMES = "<style>:root{color:#20242a}@media (prefers-color-scheme:dark){:root{c
 COLOURS = ("#5b8fd0", "#e0783b", "#2f9e77", "#b968b4", "#a38b1f", "#d65f5f", "#7a78d8", "#4fa3b5")
 NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # matplotlib's own, with its version and the time
 WIDTH, HEIGHT = 4.6, 2.9  # inches
+FLOOR = 1e-3  # of the density of norms, a decade: where one patch in 30,000 lies alone in a bin
 STYLE = {
     "svg.hashsalt": "regvit",  # identifiers from the content instead of from chance
     "svg.fonttype": "none",  # text stays text
@@ -62,16 +63,36 @@ def plot_histogram(table: pd.DataFrame, threshold: float | None) -> str:
 
 
 def plot_distributions(tables: Mapping[str, pd.DataFrame]) -> str:
-    """Share of the patches by norm in the detection layer (the last but one without outliers), in median norms: a line a model
-    (Darcet et al. 2024, figures 4a and 7)."""
-    figure, axes = _axes("L2 norm / median norm", "share of the patches")
-    for name, table in tables.items():
-        share = table["before"] / table["before"].sum()
-        median = 10 ** table["log10_norm"][(share.cumsum() >= 0.5).idxmax()]
-        axes.step(10 ** table["log10_norm"] / median, share.where(share > 0), where="mid", label=_plain(name))
+    """Patches by norm in the detection layer (the last but one without outliers), in median norms: a row a model, filled as it
+    is, and a line with one test-time register (Darcet et al. 2024, figures 3, 4c and 7).
+
+    Heights are the logarithm of the density, from `FLOOR` on, so that a patch in a thousand is seen as well.
+
+    Args:
+        tables: by the model's name, in the order of the rows: `log10_norm`, evenly spaced, and patches `before` and `after`.
+    """
+    figure, axes = _axes("L2 norm / median norm", "", height=0.9 + 0.34 * len(tables))
+    for row, table in enumerate(tables.values()):
+        width = table["log10_norm"].diff().iloc[-1]
+        median = table["log10_norm"][(table["before"].cumsum() >= table["before"].sum() / 2).idxmax()]
+        x = 10 ** (table["log10_norm"] - median)
+        before, after = (_log_density(table[name], width) for name in ("before", "after"))
+        axes.fill_between(x, row, row - before, step="mid", color=COLOURS[0], alpha=0.45, linewidth=0)
+        axes.step(x, row - before, where="mid", color=COLOURS[0], linewidth=0.8)
+        if not np.array_equal(before, after):
+            axes.step(x, row - after, where="mid", color=COLOURS[1], linewidth=0.8)
+    for colour, label in zip(COLOURS, ("as it is", "with one test-time register"), strict=False):
+        axes.plot([], color=colour, label=label)
     axes.set_xscale("log")
-    axes.set_yscale("log")
+    _rows(axes, list(tables))
+    axes.set_ylim(len(tables) - 0.9, -1)
     return _source(figure, axes)
+
+
+def _log_density(counts: pd.Series, width: float) -> np.ndarray:
+    """Patches in a decade of norms as a share of all, its logarithm from `FLOOR` (0) to ten times all (0.9)."""
+    density = (counts / counts.sum() / width).to_numpy(float).clip(FLOOR, 10)
+    return 0.9 * np.log10(density / FLOOR) / np.log10(10 / FLOOR)
 
 
 def plot_scores(table: pd.DataFrame, most: int = 30) -> str:
@@ -130,12 +151,8 @@ def plot_points(rows: Sequence[str], series: Mapping[str, Sequence[Value | None]
         colour = COLOURS[i % len(COLOURS)]
         axes.hlines(y, low, high, color=colour, linewidth=1.4)
         axes.plot([scale * value.value for _, value in known], y, "o", color=colour, label=_plain(name))
-    axes.set_yticks(range(len(rows)), [_plain(row) for row in rows])
+    _rows(axes, rows)
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0)
-    axes.spines["left"].set_visible(False)
-    axes.xaxis.grid(True, color=INK, alpha=0.12, linewidth=0.6)
-    axes.set_axisbelow(True)
     return _source(figure, axes)
 
 
@@ -149,6 +166,15 @@ def plot_places(share: Sequence[float]) -> str:
         axes.set_axis_off()
         figure.colorbar(drawn, ax=axes, shrink=0.8, label="% of the images")
     return _source(figure, axes)
+
+
+def _rows(axes: Axes, labels: Sequence[str]) -> None:
+    """One row a label, from the top."""
+    axes.set_yticks(range(len(labels)), [_plain(label) for label in labels])
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.xaxis.grid(True, color=INK, alpha=0.12, linewidth=0.6)
+    axes.set_axisbelow(True)
 
 
 def _plain(text: str) -> str:

@@ -10,6 +10,7 @@ from regvit.measures.gallery import (
     Maps,
     attention_colours,
     draw_attention,
+    draw_heads,
     draw_maps,
     norm_colours,
     normal_range,
@@ -96,3 +97,17 @@ def test_attention_is_drawn_with_a_column_a_map_and_the_same_bytes_each_time(tmp
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     width, height = Image.open(tmp_path / "a.png").size
     assert 1.2 < width / height < 1.6  # three columns, two rows and a title
+
+
+def test_each_head_has_a_column_and_each_query_of_an_image_a_row_with_the_image_beside_it(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(gallery, "Figure", lambda **options: figures.append(Figure(**options)) or figures[0])
+    maps = {name: np.random.default_rng(i).random((2, 3, 4, 4)) for i, name in enumerate(("cls", "register_0"))}
+    draw_heads(tmp_path / "a.png", np.stack([np.zeros((8, 8, 3)), np.ones((8, 8, 3))]), maps)
+    grid = np.array(figures[0].axes).reshape(4, 4)  # two images, two queries; the image, three heads
+    assert [axis.get_title() for axis in grid[0]] == ["image", "0", "1", "2"]
+    assert [line[0].texts[0].get_text() for line in grid] == 2 * ["cls", "register_0"]
+    assert [line[0].images[0].get_array().max() for line in grid] == [0, 0, 1, 1]
+    assert np.array_equal(grid[3, 2].images[0].get_array(), maps["register_0"][1, 1])
+    assert grid[3, 2].images[0].get_clim() == (0, maps["register_0"][1, 1].max())
+    assert Image.open(tmp_path / "a.png").size[0] < 400

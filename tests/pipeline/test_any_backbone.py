@@ -17,6 +17,7 @@ from regvit.measures.verification import figures, open_models, verify
 from regvit.models.backbones import load_backbone, save_backbone
 from regvit.models.sources import build
 from regvit.pipeline import sweeps
+from regvit.pipeline.params import faults_of, load_params
 from regvit.registers.neurons import find_register_neurons
 from regvit.registers.neurons_file import read_neurons
 from regvit.registers.planting import plant
@@ -134,3 +135,23 @@ def test_every_sweep_has_a_table_of_such_a_backbone(measured, name, tmp_path, mo
     assert len(shown.frame) == len(points) and shown.text()
     row = shown.frame.map(str).iloc[0]
     assert row["outlier patches, %"].startswith("0.000") and row["CLS cosine"] == "–"
+
+
+def test_the_sweep_of_rules_searches_such_a_backbone_by_each_of_them(measured, noise_images, monkeypatch):
+    study, _ = measured
+    folder = Path(study.backbones["mine"]["source"].removeprefix("file:")).parent
+    model = load_backbone(folder / "mine").model
+    truth = read_neurons((folder / "mine.json").read_text()).selected
+    images = noise_images(2 * IMAGES)[IMAGES:].repeat_interleave(2, 2).repeat_interleave(2, 3)
+    monkeypatch.chdir(ROOT)
+    sweep, given, found = sweeps.read_sweep("identification"), load_params().model_dump(), {}
+    for point, changes in sweep.points.items():
+        rule = {name.removeprefix("identify."): value for name, value in {**sweep.shared, **changes}.items()}
+        assert faults_of(given | {"identify": given["identify"] | rule}) == [], point
+        found[point] = find_register_neurons(model, images, **rule)
+    assert found["ours"].selected == truth and found["ours"].explained > 0.9
+    busiest = found["activation_top_10"]
+    assert busiest.detection == found["ours"].detection and busiest.num_selected == 10
+    assert busiest.neurons[0].attribution is not None and 0 < busiest.explained < 1.1
+    assert found["ours_percentile"].num_selected == found["activation_percentile"].num_selected == 1
+    assert found["published_150"].detection is None  # no norm is as large here: a constant of another model

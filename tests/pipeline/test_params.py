@@ -120,7 +120,9 @@ def test_all_faults_are_named_at_once(params):
         ("identify.explained", 1.5, "is 1.5, expected less than or equal to 1"),
         ("identify.top_k", 0, "is 0, expected greater than or equal to 1"),
         ("identify.threshold", 30, "threshold is 30.*, but identify.layer is null: norms differ by layer, set it too"),
+        ("identify.sigma", 3.0, r"sigma is 3\.0, but identify.layer is null"),
         ("identify.score", "activation", "activation, but identify.top_k is null"),
+        ("identify.percentile", 100.0, "is 100.0, expected less than 100"),
         ("probe.learning_rates", [], "is \\[\\], expected to have at least 1 item"),
         ("probe.learning_rates", [0.1, 0.1], "expected no entry twice, and 0.1 is: take one of the two away"),
         ("probe.weight_decay", float("nan"), "is nan, expected a finite number"),
@@ -149,6 +151,13 @@ def test_a_wrong_value_is_said_with_what_was_expected_or_meant(params, path, val
     faults = faults_of(params)
     assert any(re.search(said.replace("?", r"\?"), fault) for fault in faults), faults
     assert all(len(fault.splitlines()) == 1 for fault in faults)
+
+
+@pytest.mark.parametrize("pair", [{"top_k": 3, "percentile": 99.0}, {"layer": -2, "threshold": 30.0, "sigma": 3.0}])
+def test_two_ways_to_say_one_thing_of_the_search_exclude_each_other(params, pair):
+    params["identify"] |= pair
+    one, other = [name for name in pair if name != "layer"]
+    assert faults_of(params) == [f"identify.{one} and identify.{other} exclude each other: leave one out"]
 
 
 def test_what_is_known_here_is_what_the_library_knows():

@@ -247,7 +247,9 @@ def test_a_model_with_test_time_registers_is_refused(planted):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"score": "activation"}, "score='activation' needs top_k"),
+        ({"score": "activation"}, "score='activation' needs top_k .* or percentile"),
+        ({"percentile": 99.0, "top_k": 3}, r"top_k 3 and percentile 99\.0 exclude each other"),
+        ({"percentile": 100.0}, r"percentile is 100\.0; expected between 0 and 100"),
         ({"score": "magic"}, "score is 'magic'; expected 'attribution' or 'activation'"),
         ({"top_k": 0}, "top_k is 0; expected 1 or more, or None"),
         ({"explained": 0.0}, r"explained is 0\.0; expected a share over 0 and up to 1"),
@@ -274,6 +276,29 @@ def test_the_busiest_neurons_are_kept_beside_the_best_writers(planted):
     activations = [neuron.activation for neuron in by_writing.active]
     assert activations == sorted(activations, reverse=True) and len(activations) == 200
     assert json.loads(by_writing.to_json())["active"][0]["activation"] == activations[0]
+
+
+def test_the_share_that_a_published_search_explains_is_that_of_the_neurons_which_it_selects(planted):
+    model, x = planted
+    by_writing = find_register_neurons(model, x, layer=3, keep=10**6)
+    by_activity = find_register_neurons(model, x, layer=3, score="activation", top_k=3)
+    written = {(n.layer, n.neuron): n.attribution for n in by_writing.neurons}
+    best = [(n.layer, n.neuron) for n in by_activity.neurons[:3]]
+    assert by_activity.explained == pytest.approx(sum(written[place] for place in best), abs=1e-6)
+
+
+@pytest.mark.parametrize(("percentile", "count"), [(99.9, 1), (99.0, 10)])
+@pytest.mark.parametrize("score", ["attribution", "activation"])
+def test_a_percentile_selects_the_neurons_that_score_above_it_among_those_that_may_be_selected(
+    planted, percentile, count, score
+):
+    found = find_register_neurons(*planted, layer=4, max_layer=4, percentile=percentile, score=score, keep=960)
+    scores = np.array([getattr(neuron, score) for neuron in found.neurons])  # 5 blocks of 192 neurons
+    assert len(scores) == 960 and found.num_selected == count
+    best = {(neuron.layer, neuron.neuron) for neuron in found.neurons[:count]}
+    assert best == {(layer, unit) for layer, units in found.selected.items() for unit in units}
+    if len(set(scores[: count + 1])) == count + 1:  # no ties
+        assert (scores > np.percentile(scores, percentile)).sum() == count
 
 
 def share_of(found, neuron):

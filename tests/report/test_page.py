@@ -4,6 +4,7 @@ import dataclasses
 import re
 from html.parser import HTMLParser
 
+import pandas as pd
 import pytest
 from report_example import NAME, params, write_study
 
@@ -98,10 +99,28 @@ def test_without_pictures_there_is_no_part_for_them(tmp_path):
 
 
 def test_the_cured_run_is_shown_first_beside_its_reference(page):
-    assert set(re.findall(r'id="([\w-]+)-2" checked', page)) == {"models", "attention-scenes", "discover-scenes"}
+    assert set(re.findall(r'id="([\w-]+)-2" checked', page)) == {
+        "models",
+        "attention-scenes",
+        "attention-scenes-heads",
+        "discover-scenes",
+    }
     assert 'data-under="discover-scenes-1-picture"' in page
     panes = re.findall(r'<label for="models-\d">(.*?)</label>', page)
     assert panes == ["intact", "intact → original", "original → cured", "intact → cured"]
+
+
+def test_the_attention_of_each_head_is_shown_and_registers_are_held_against_each_other(tmp_path):
+    study = write_study(tmp_path)
+    ends = {
+        f"{name}{end}": [value] for name, value in (("overlap", 0.25), ("cosine", None)) for end in ("", "_lo", "_hi")
+    }
+    pairs = pd.DataFrame({"register": [0], "other": [2]} | ends)
+    pairs.to_csv(study.path("cured", "attention", "scenes", "registers.csv"), index=False)
+    text = report(Results.of(study, all_figures(study)))
+    assert "Attention by head, scenes" in text and 'id="attention-scenes-heads-2"' in text
+    table = text[text.index("Registers against each other, scenes") :]
+    assert re.search(r'0 and 2</td><td class="v"[^>]*>25\.0</td>.*?<td class="v none"[^>]*>–</td>', table)
 
 
 def test_the_verdict_of_the_checks_stands_at_the_top(results, page):

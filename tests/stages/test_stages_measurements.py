@@ -164,7 +164,7 @@ def test_every_measurement_leaves_its_tables_and_pictures(work):
     for stage, names in {
         "tokens/squares": {"norms.csv", "positions.csv", "anatomy.png"},
         "token_classes/squares": set(),
-        "attention/squares": {"layers.csv", "heads.csv", "all_queries.csv", "maps.png"},
+        "attention/squares": {"layers.csv", "heads.csv", "all_queries.csv", "maps.png", "heads.png"},
         "discover/squares": {"sweep.csv", "features.csv", "boxes.png"},
         "segment/squares": {"classes.csv", "pixels.csv"},
         "depth/squares": set(),

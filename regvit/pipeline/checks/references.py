@@ -6,7 +6,7 @@ from pathlib import Path
 
 from regvit.pipeline.checks.architectures import architecture
 from regvit.pipeline.checks.faults import nearest
-from regvit.pipeline.schema import PACKAGES, Backbone, Params
+from regvit.pipeline.schema import PACKAGES, Backbone, Identify, Params
 from regvit.registers.cures.options import misplaced, parse_cure
 
 LOCAL = ("folder", "file", "npy", "voc07", "voc12", "coco20k", "voc_segmentation", "ade20k", "nyu",
@@ -27,15 +27,26 @@ def broken_references(params: Params) -> Iterator[str]:
     """One sentence for each entry that names another which is not there, or does not fit it."""
     yield from _broken_sets(params)
     yield from _broken_measurements(params)
-    identify = params.identify
-    if identify.threshold is not None and identify.layer is None:
-        yield f"identify.threshold is {identify.threshold}, but identify.layer is null: norms differ by layer, set it too"
-    if identify.score == "activation" and identify.top_k is None:
-        yield "identify.score is activation, but identify.top_k is null: activations are no shares, set it too (10 to 50)"
+    yield from _broken_search(params.identify)
     for name, backbone in params.backbones.items():
         yield from _broken_backbone(f"backbones.{name}", backbone)
     yield from _broken_sizes(params)
     yield from _broken_runs(params)
+
+
+def _broken_search(identify: Identify) -> Iterator[str]:
+    for name in ("threshold", "sigma"):
+        given = getattr(identify, name)
+        if given is not None and identify.layer is None:
+            yield f"identify.{name} is {given}, but identify.layer is null: norms differ by layer, set it too"
+    for one, other in (("threshold", "sigma"), ("top_k", "percentile")):
+        if getattr(identify, one) is not None and getattr(identify, other) is not None:
+            yield f"identify.{one} and identify.{other} exclude each other: leave one out"
+    if identify.score == "activation" and identify.top_k is None and identify.percentile is None:
+        yield (
+            "identify.score is activation, but identify.top_k is null: activations are no shares, set it too (10 to 50),"
+            " or percentile"
+        )
 
 
 def broken_layers(params: Params) -> Iterator[str]:
