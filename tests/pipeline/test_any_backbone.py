@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from report_example import params
+from ruamel.yaml import YAML
 from run_example import write_run
 from safetensors.torch import save_file
 
@@ -17,7 +18,7 @@ from regvit.measures.verification import figures, open_models, verify
 from regvit.models.backbones import load_backbone, save_backbone
 from regvit.models.sources import build
 from regvit.pipeline import sweeps
-from regvit.pipeline.params import faults_of, load_params
+from regvit.pipeline.params import faults_of
 from regvit.registers.neurons import find_register_neurons
 from regvit.registers.neurons_file import read_neurons
 from regvit.registers.planting import plant
@@ -144,7 +145,7 @@ def test_the_sweep_of_rules_searches_such_a_backbone_by_each_of_them(measured, n
     truth = read_neurons((folder / "mine.json").read_text()).selected
     images = noise_images(2 * IMAGES)[IMAGES:].repeat_interleave(2, 2).repeat_interleave(2, 3)
     monkeypatch.chdir(ROOT)
-    sweep, given, found = sweeps.read_sweep("identification"), load_params().model_dump(), {}
+    sweep, given, found = sweeps.read_sweep("identification"), YAML(typ="safe", pure=True).load(Path("params.yaml")), {}
     for point, changes in sweep.points.items():
         rule = {name.removeprefix("identify."): value for name, value in {**sweep.shared, **changes}.items()}
         assert faults_of(given | {"identify": given["identify"] | rule}) == [], point
