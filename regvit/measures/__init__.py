@@ -12,7 +12,7 @@ Each leaves `figures.csv`, a row a figure, and `images.csv`, a value an image by
 | `verify` | verification | outlier_fraction, own_outlier_fraction, cls_attention_on_outliers, cls_attention_on_registers; where planted cls_cosine, patch_cosine, outlier_patch_cosine |
 | `tokens` | anatomy, token_probes | outlier_fraction, neighbour_similarity, outlier_on_low_information, position_top1, position_distance and pixels_l2, each `_normal`, `_outlier`, `_difference` |
 | `token_classes` | token_classes | class_top1 of each kind of token; register_cosine |
-| `attention` | attention_quality | on_outliers, on_registers, largest, entropy, morans_i, distance_correlation, object_auroc |
+| `attention` | attention_quality, register_pairs | on_outliers, on_registers, largest, entropy, morans_i, distance_correlation, object_auroc, register_overlap |
 | `discover` | dense/discovery | corloc (of the chosen setting), corloc_mean (over features), corloc_`<feature>`, corloc_published, corloc_dino_seg |
 | `segment` | dense/segmentation, dense/dense_heads | miou, miou_by_image, pixel_accuracy, pixel_accuracy_at_outliers |
 | `depth` | dense/depth, dense/dense_heads | rmse, abs_rel, delta1, …, rmse_at_outliers |
