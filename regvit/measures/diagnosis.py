@@ -107,8 +107,10 @@ class Diagnosis:
         share = self.cls_attention
         attention = "" if np.isnan(share) else f"; CLS gives them {share:.0%} of its attention in later blocks"
         units = f"{self.found.num_selected} neuron" + ("s" if self.found.num_selected > 1 else "")
+        share = self.found.explained
+        written = " can be moved" if share is None else f" write {share:.0%} of their excess"
         return (
-            f"registers can help here: {seen}, {units} write {self.found.explained:.0%} of their excess{attention}, their "
+            f"registers can help here: {seen}, {units}{written}{attention}, their "
             f"values are {self.sink_value:.2f} of others' ({self.kind.replace('_', '-')} sinks)"
         )
 
@@ -240,7 +242,7 @@ def census_row(model: str, images: int, diagnosis: Diagnosis) -> dict[str, objec
         "fraction": round(diagnosis.fraction, 5) if has else 0,
         "norm_ratio": round(float(diagnosis.norm_ratio[:-1].max()), 2),
         "neurons": found.num_selected,
-        "explained": round(found.explained, 4) if has else "",
+        "explained": round(found.explained, 4) if has and found.explained is not None else "",
         "kind": diagnosis.kind,
         "cls_attention": "" if np.isnan(diagnosis.cls_attention) else round(diagnosis.cls_attention, 4),
         "value_ratio": round(diagnosis.sink_value, 3),
