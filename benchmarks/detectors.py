@@ -21,7 +21,7 @@ from sklearn.neighbors import NearestNeighbors
 from benchmarks.machine import ROUNDS, in_turn, in_words, save, seconds_of
 from regvit.measures.detectors import DETECTORS, fit
 from regvit.probing.probes import Probe
-from regvit.stats.anomaly_metrics import ANOMALY_METRICS, auroc
+from regvit.stats.anomaly_metrics import ANOMALY_METRICS
 from regvit.stats.bootstrap import resample
 
 WANTED = 1.0  # at least as fast as scikit-learn
@@ -67,7 +67,7 @@ def measure(quick: bool = False) -> list[dict]:
 
     add(
         "AUROC / scikit-learn's",
-        lambda: auroc(home, strange),
+        lambda: anomaly_metric("auroc", home, strange),
         lambda: roc_auc_score(anomalous, both),
         f"{count:,} scores",
     )
@@ -111,8 +111,12 @@ def time_auroc(count: int, rounds: int) -> dict:
     for name, digits in (("without ties", None), ("with ties", 2)):
         home, strange = scores(count, digits)
         anomalous, both = np.repeat([0, 1], [len(home), len(strange)]), np.concatenate([home, strange])
-        times = in_turn(lambda h=home, s=strange: auroc(h, s), lambda y=anomalous, x=both: roc_auc_score(y, x), rounds)
-        error = abs(auroc(home, strange) - roc_auc_score(anomalous, both))
+        times = in_turn(
+            lambda h=home, s=strange: anomaly_metric("auroc", h, s),
+            lambda y=anomalous, x=both: roc_auc_score(y, x),
+            rounds,
+        )
+        error = abs(anomaly_metric("auroc", home, strange) - roc_auc_score(anomalous, both))
         assert error < 1e-12, f"AUROC differs from scikit-learn's by {error:.2g}"
         row = times.row(f"AUROC of {count:,} scores {name} / scikit-learn's", WANTED, "")
         results[name] = row | {"seconds": min(times.first), "scikit_learn_seconds": min(times.second)}

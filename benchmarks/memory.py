@@ -50,7 +50,7 @@ from regvit.measures.prediction import Measured, predict
 from regvit.models.backbones import Backbone
 from regvit.probing import heads, predictions, training
 from regvit.probing import neighbours as neighbours_module
-from regvit.probing.neighbours import choose_neighbours
+from regvit.probing.neighbours import Labelled, choose_neighbours
 from regvit.probing.probes import (
     Baselines,
     Neighbours,
@@ -234,7 +234,8 @@ def probe(folder: Path, n: int) -> None:
 
 def neighbours(folder: Path, n: int) -> None:
     train, val, labels = splits(folder, n)
-    choose_neighbours(train["cls_patch"], labels[0], val["cls_patch"][:200], labels[1][:200], CLASSES)
+    learn, choose = Labelled(train["cls_patch"], labels[0]), Labelled(val["cls_patch"][:200], labels[1][:200])
+    choose_neighbours(learn, choose, CLASSES)
 
 
 def evaluate(folder: Path, n: int) -> None:

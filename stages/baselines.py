@@ -11,7 +11,7 @@ from regvit.pipeline.command import command
 from regvit.pipeline.params import load_params
 from regvit.pipeline.runtime import Runtime
 from regvit.probing.logistic import fit_logistic
-from regvit.probing.neighbours import choose_neighbours
+from regvit.probing.neighbours import Labelled, choose_neighbours
 from regvit.probing.probes import Baselines, save_baselines
 from regvit.probing.splits import open_splits
 
@@ -24,8 +24,10 @@ def main(run: str) -> None:
     found, n = Baselines({}, {}, dataset.classes, len(train.labels), len(val.labels)), len(dataset.classes)
     for name in tqdm(train.features, desc=f"baselines {run}", unit="readout"):
         if settings.neighbours:
-            part = train.features[name], train.labels, val.features[name], val.labels
-            found.knn[name] = choose_neighbours(*part, n, settings.neighbours, settings.temperature, runtime.device)
+            learn, choose = (Labelled(part.features[name], part.labels) for part in (train, val))
+            found.knn[name] = choose_neighbours(
+                learn, choose, n, settings.neighbours, settings.temperature, runtime.device
+            )
         if settings.logistic:
             found.logistic[name] = fit_logistic(name, train, val, dataset.classes, settings.logistic)
     Path("features/baselines").mkdir(parents=True, exist_ok=True)

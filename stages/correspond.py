@@ -7,19 +7,13 @@ import numpy as np
 from regvit.data.correspondences import read_pairs
 from regvit.data.decoding import read_rgb
 from regvit.features.dense_set import DenseSet
-from regvit.measures.tables import write_results, write_table
-from regvit.measures.training_free.correspondence import (
-    category_table,
-    counts,
-    figures,
-    image_columns,
-    known_pairs,
-    match_pairs,
-)
+from regvit.measures.tables import write_results
+from regvit.measures.training_free import correspondence
 from regvit.measures.training_free.pictures import draw_matches
 from regvit.pipeline.command import command
 from regvit.pipeline.params import load_params
 from regvit.pipeline.runtime import Runtime
+from regvit.stats.figures import write_csv
 
 PICTURES, LINES = 4, 12
 
@@ -27,16 +21,16 @@ PICTURES, LINES = 4, 12
 def main(run: str, name: str) -> None:
     params, out, data = load_params(), Path("metrics/runs") / run / "correspond" / name, Path("data") / name
     dense = DenseSet.open(data, Path("features/dense") / run / f"{name}.zarr", Runtime.load().device)
-    pairs = known_pairs(dense, read_pairs(data))
-    matched = match_pairs(dense, pairs)
-    counted, seed = counts(matched, dense.side), params.seed
+    pairs = correspondence.known_pairs(dense, read_pairs(data))
+    matched = correspondence.match_pairs(dense, pairs)
+    counted, seed = correspondence.counts(matched, dense.side), params.seed
     rows = sorted({first for _, first, _ in pairs})
     told = dict(zip(rows, dense.outliers(rows), strict=True))
     outliers = np.stack([told[first] for _, first, _ in pairs])
-    found = figures(matched, counted, outliers, seed)
+    found = correspondence.figures(matched, counted, outliers, seed)
     ids = [pair.name for pair, *_ in pairs]
-    write_results(out, run, name, found, ids, image_columns(matched, counted, outliers))
-    write_table(out / "categories.csv", category_table(matched))
+    write_results(out, run, name, found, ids, correspondence.image_columns(matched, counted, outliers))
+    write_csv(out / "categories.csv", correspondence.category_table(matched))
     shown = sorted(range(len(pairs)), key=lambda i: -outliers[i][matched[i].patches].sum())[:PICTURES]
     chosen = [spread(outliers[i][matched[i].patches]) for i in shown]
     draw_matches(

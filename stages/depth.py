@@ -6,8 +6,8 @@ import numpy as np
 
 from regvit.data.dense_labels import read_depth
 from regvit.features.dense_set import DenseSet
+from regvit.measures.dense import depth
 from regvit.measures.dense.dense_heads import DenseTraining, PatchTokens
-from regvit.measures.dense.depth import DepthBins, figures, image_columns, measure, train
 from regvit.measures.tables import write_results
 from regvit.pipeline.command import command
 from regvit.pipeline.params import load_params
@@ -23,7 +23,7 @@ def main(run: str, name: str) -> None:
         params.seed,
         Path("metrics/runs") / run / "depth" / name,
     )
-    bins = DepthBins(**{key: knobs.pop(key) for key in OF_BINS})
+    bins = depth.DepthBins(**{key: knobs.pop(key) for key in OF_BINS})
     dense = DenseSet.open(Path("data") / name, Path("features/dense") / run / f"{name}.zarr")
     rows = {split: dense.rows(split, having="depth") for split in ("train", "val", "test")}
     tokens = {split: PatchTokens(dense.store, own) for split, own in rows.items()}
@@ -32,11 +32,11 @@ def main(run: str, name: str) -> None:
         return read_depth(dense.dataset.root / dense.dataset.rows[row].depth)
 
     training = DenseTraining(**knobs, seed=seed, device=device, label=f"depth {run}/{name}")
-    model = train(tokens["train"], tokens["val"], truth, bins, training)
-    measured = measure(model, tokens["test"], truth, device)
+    model = depth.train(tokens["train"], tokens["val"], truth, bins, training)
+    measured = depth.measure(model, tokens["test"], truth, device)
     outliers = dense.outliers(rows["test"])
-    found = figures(model, measured, outliers, seed)
-    write_results(out, run, name, found, dense.image_ids(rows["test"]), image_columns(measured, outliers))
+    found = depth.figures(model, measured, outliers, seed)
+    write_results(out, run, name, found, dense.image_ids(rows["test"]), depth.image_columns(measured, outliers))
     print(f"{run}/{name}: " + ", ".join(f"{one.metric} {one.value}" for one in found))
 
 

@@ -20,7 +20,7 @@ def main(run: str, name: str) -> None:
     params, runtime = load_params(), Runtime.load()
     knobs, seed = params.extract_dense.datasets[name], params.seed
     run_file, images = Path("features/runs") / f"{run}.json", knobs.images
-    subject = open_subject(run_file, Path("data/backbones"), knobs.img_size, runtime.device)
+    subject = open_subject(run_file, Path("data/backbones"), runtime.device).of_whole_images(knobs.img_size)
     dataset = drawn_images(read_dataset(Path("data") / name), images, seed)
     backbone, centre = subject.run, None
     if "norms" in knobs.arrays:

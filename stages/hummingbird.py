@@ -8,21 +8,15 @@ import numpy as np
 from regvit.data.decoding import read_rgb
 from regvit.data.dense_labels import zero_is_ignored
 from regvit.features.dense_set import DenseSet
+from regvit.measures.dense import segmentation
 from regvit.measures.dense.dense_heads import PatchTokens
-from regvit.measures.dense.segmentation import (
-    class_table,
-    count,
-    count_figures,
-    image_columns,
-    pixel_table,
-    read_classes,
-)
-from regvit.measures.tables import write_results, write_table
+from regvit.measures.tables import write_results
 from regvit.measures.training_free.hummingbird import InContext, remember
 from regvit.measures.training_free.pictures import draw_masks
 from regvit.pipeline.command import command
 from regvit.pipeline.params import load_params
 from regvit.pipeline.runtime import Runtime
+from regvit.stats.figures import write_csv
 
 PICTURES = 8
 
@@ -39,16 +33,16 @@ def main(run: str, name: str) -> None:
     names, ignored = ("background", *dense.dataset.classes), zero_is_ignored(data)
 
     def mask(row: int) -> np.ndarray:
-        return read_classes(dense.dataset.root / dense.dataset.rows[row].mask, len(names), ignored)
+        return segmentation.read_classes(dense.dataset.root / dense.dataset.rows[row].mask, len(names), ignored)
 
     how = InContext(knobs.memory, knobs.neighbours, knobs.temperature, seed)
     memory = remember(PatchTokens(dense.store, learn), mask, len(names), how, device)
-    counts = count(memory, tokens, mask, len(names), device)
+    counts = segmentation.count(memory, tokens, mask, len(names), device)
     outliers, ids = dense.outliers(test), dense.image_ids(test)
-    found = count_figures(counts, outliers, seed)
-    write_results(out, run, name, found, ids, image_columns(counts, outliers))
-    write_table(out / "classes.csv", class_table(counts, names, seed))
-    write_table(out / "pixels.csv", pixel_table(counts, names, ids))
+    found = segmentation.count_figures(counts, outliers, seed)
+    write_results(out, run, name, found, ids, segmentation.image_columns(counts, outliers))
+    write_csv(out / "classes.csv", segmentation.class_table(counts, names, seed))
+    write_csv(out / "pixels.csv", segmentation.pixel_table(counts, names, ids))
     first = PatchTokens(dense.store, test[:PICTURES])
     guesses = [guess for _, patches in first.in_order() for guess in memory(patches).argmax(1).cpu().numpy()]
     pictures = [read_rgb(dense.dataset.image_path(row)) for row in first.rows]

@@ -6,20 +6,13 @@ import numpy as np
 
 from regvit.data.dense_labels import zero_is_ignored
 from regvit.features.dense_set import DenseSet
+from regvit.measures.dense import segmentation
 from regvit.measures.dense.dense_heads import DenseTraining, PatchTokens
-from regvit.measures.dense.segmentation import (
-    class_table,
-    count,
-    figures,
-    image_columns,
-    pixel_table,
-    read_classes,
-    train,
-)
-from regvit.measures.tables import write_results, write_table
+from regvit.measures.tables import write_results
 from regvit.pipeline.command import command
 from regvit.pipeline.params import load_params
 from regvit.pipeline.runtime import Runtime
+from regvit.stats.figures import write_csv
 
 
 def main(run: str, name: str) -> None:
@@ -36,16 +29,16 @@ def main(run: str, name: str) -> None:
     names, ignored = ("background", *dense.dataset.classes), zero_is_ignored(data)
 
     def mask(row: int) -> np.ndarray:
-        return read_classes(dense.dataset.root / dense.dataset.rows[row].mask, len(names), ignored)
+        return segmentation.read_classes(dense.dataset.root / dense.dataset.rows[row].mask, len(names), ignored)
 
     training = DenseTraining(**knobs, seed=seed, device=device, label=f"segment {run}/{name}")
-    segmenter = train(tokens["train"], tokens["val"], mask, len(names), training)
-    counts = count(segmenter.layer.to(device), tokens["test"], mask, len(names), device)
+    segmenter = segmentation.train(tokens["train"], tokens["val"], mask, len(names), training)
+    counts = segmentation.count(segmenter.layer.to(device), tokens["test"], mask, len(names), device)
     outliers, ids = dense.outliers(rows["test"]), dense.image_ids(rows["test"])
-    found = figures(segmenter, counts, outliers, seed)
-    write_results(out, run, name, found, ids, image_columns(counts, outliers))
-    write_table(out / "classes.csv", class_table(counts, names, seed))
-    write_table(out / "pixels.csv", pixel_table(counts, names, ids))
+    found = segmentation.figures(segmenter, counts, outliers, seed)
+    write_results(out, run, name, found, ids, segmentation.image_columns(counts, outliers))
+    write_csv(out / "classes.csv", segmentation.class_table(counts, names, seed))
+    write_csv(out / "pixels.csv", segmentation.pixel_table(counts, names, ids))
     print(f"{run}/{name}: " + ", ".join(f"{one.metric} {one.value}" for one in found))
 
 

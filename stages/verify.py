@@ -6,17 +6,18 @@ from pathlib import Path
 from regvit.data.batches import Batches
 from regvit.data.manifest import read_dataset
 from regvit.features.dense_set import drawn_images
-from regvit.measures.cost import cost_figures
+from regvit.measures import verification
 from regvit.measures.diagnosis import diagnose, diagnosis_table, head_table, searched_in
+from regvit.measures.forward_cost import cost_figures
 from regvit.measures.identification import moved_figures, moved_table
-from regvit.measures.tables import write_results, write_table
-from regvit.measures.verification import Models, draw_verification, figures, norm_table, open_models, verify
+from regvit.measures.tables import write_results
 from regvit.pipeline.command import command
 from regvit.pipeline.params import load_params
 from regvit.pipeline.runtime import Runtime
 from regvit.registers.neurons import RegisterNeurons
 from regvit.registers.neurons_file import read_neurons
 from regvit.registers.run_files import read_run
+from regvit.stats.figures import write_csv
 
 PICTURES = 6
 
@@ -24,24 +25,28 @@ PICTURES = 6
 def main(name: str) -> None:
     params, runtime = load_params(), Runtime.load()
     out, seed, run_file = Path("metrics/runs") / name / "verify", params.seed, Path(f"features/runs/{name}.json")
-    models = open_models(run_file, Path("data/backbones"), Path("features/neurons"), runtime.device)
+    models = verification.open_models(run_file, Path("data/backbones"), Path("features/neurons"), runtime.device)
     images = read_dataset(Path("data") / params.in_distribution).subset("test")
     images = drawn_images(images, params.verify.images, seed)
     label = f"verify {name}"
     batches = Batches(images, models.run.transform, runtime.batch_size, runtime.workers, runtime.device, label)
-    found = verify(models, batches)
+    found = verification.verify(models, batches)
     run, searched = read_run(run_file), read_neurons(Path(f"features/neurons/{models.run.name}.json").read_text())
-    shown = [*figures(found, seed), *moved_figures(run, searched), *cost_figures(models.run, models.untreated)]
-    write_table(out / "neurons.csv", moved_table(run, searched))
+    shown = [
+        *verification.figures(found, seed),
+        *moved_figures(run, searched),
+        *cost_figures(models.run, models.untreated),
+    ]
+    write_csv(out / "neurons.csv", moved_table(run, searched))
     write_results(out, name, params.in_distribution, shown, images.rows.column("image_id"), found.images)
-    write_table(out / "norms.csv", norm_table(found))
+    write_csv(out / "norms.csv", verification.norm_table(found))
     diagnose_run(out, name, models, batches, searched_in(searched, found.images["untreated_outlier_fraction"]))
     scenes = read_dataset(Path("data") / params.verify.pictures).subset("test")
-    draw_verification(out, name, models, scenes, PICTURES)
+    verification.draw_verification(out, name, models, scenes, PICTURES)
     print(f"{name}: " + ", ".join(f"{one.metric} {one.value:.4g}" for one in shown if one.value is not None))
 
 
-def diagnose_run(out: Path, name: str, models: Models, batches: Batches, searched: RegisterNeurons) -> None:
+def diagnose_run(out: Path, name: str, models: verification.Models, batches: Batches, searched: RegisterNeurons) -> None:
     """Why there are sinks, in the untreated model and in the run; `diagnosis.csv` and `heads.csv`."""
     try:
         seen = {"untreated": diagnose(models.untreated.model, batches, searched)}
@@ -51,8 +56,8 @@ def diagnose_run(out: Path, name: str, models: Models, batches: Batches, searche
         print(f"{name}: not diagnosed, as {error}")
         return
     table = diagnosis_table(seen)
-    write_table(out / "diagnosis.csv", table)
-    write_table(out / "heads.csv", head_table(seen))
+    write_csv(out / "diagnosis.csv", table)
+    write_csv(out / "heads.csv", head_table(seen))
     print(f"{name}: {table['verdict'].iloc[-1]}")
 
 

@@ -4,23 +4,15 @@ from pathlib import Path
 
 from regvit.data.batches import Batches
 from regvit.data.manifest import read_dataset
-from regvit.measures.tables import write_results, write_table
-from regvit.measures.zeroshot import (
-    TEMPLATES,
-    class_embeddings,
-    class_table,
-    classify,
-    figures,
-    hits,
-    labelled,
-    names_of,
-    open_towers,
-)
+from regvit.features.dense_set import images_having
+from regvit.measures import zeroshot
+from regvit.measures.tables import write_results
 from regvit.pipeline.command import command
 from regvit.pipeline.params import load_params
 from regvit.pipeline.runtime import Runtime
 from regvit.registers.run_files import changes_backbone, read_run
 from regvit.registers.runs import open_run
+from regvit.stats.figures import write_csv
 
 
 def main(run_name: str, name: str) -> None:
@@ -28,10 +20,12 @@ def main(run_name: str, name: str) -> None:
     run_file, backbones = Path(f"features/runs/{run_name}.json"), Path("data/backbones")
     run, device = read_run(run_file), runtime.device
     text = params.zeroshot.text[run["backbone"]]
-    clip, untreated, cosine = open_towers(text, backbones / run["backbone"], device)
-    images = labelled(read_dataset(Path("data") / name))
-    names = names_of(images.classes)
-    classes = class_embeddings(clip, names, TEMPLATES[params.zeroshot.templates], f"zeroshot {name} prompts")
+    clip, untreated, cosine = zeroshot.open_towers(text, backbones / run["backbone"], device)
+    images = images_having(read_dataset(Path("data") / name), ["test"], "label")
+    names = zeroshot.names_of(images.classes)
+    classes = zeroshot.class_embeddings(
+        clip, names, zeroshot.TEMPLATES[params.zeroshot.templates], f"zeroshot {name} prompts"
+    )
 
     models = {"": open_run(run_file, backbones)}
     if changes_backbone(run):  # against the same backbone as it is
@@ -40,13 +34,13 @@ def main(run_name: str, name: str) -> None:
     for prefix, backbone in models.items():
         label = f"zeroshot {run_name}/{name} {prefix}"
         batches = Batches(images, backbone.transform, runtime.batch_size, runtime.workers, device, label)
-        cosines = classify(backbone.model.to(device), clip.projection, batches, classes)
-        columns |= {f"{prefix}{metric}": values for metric, values in hits(cosines, images.labels()).items()}
-    out, found = Path("metrics/runs") / run_name / "zeroshot" / name, figures(columns, cosine)
+        cosines = zeroshot.classify(backbone.model.to(device), clip.projection, batches, classes)
+        columns |= {f"{prefix}{metric}": values for metric, values in zeroshot.hits(cosines, images.labels()).items()}
+    out, found = Path("metrics/runs") / run_name / "zeroshot" / name, zeroshot.figures(columns, cosine)
     write_results(
         out, run_name, name, found, images.rows.column("image_id"), {k: v.astype(int) for k, v in columns.items()}
     )
-    write_table(out / "classes.csv", class_table(names, images.labels(), columns))
+    write_csv(out / "classes.csv", zeroshot.class_table(names, images.labels(), columns))
     print(f"{run_name} on {name}: " + ", ".join(f"{one.metric} {one.value}" for one in found) + f"; {clip.label}")
 
 

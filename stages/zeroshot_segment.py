@@ -8,24 +8,19 @@ import open_clip
 from regvit.data.batches import Batches
 from regvit.data.decoding import read_rgb
 from regvit.data.dense_labels import zero_is_ignored
+from regvit.data.manifest import read_dataset
+from regvit.features.dense_set import images_having
 from regvit.measures.dense.segmentation import pixel_table, read_classes
-from regvit.measures.tables import write_results, write_table
+from regvit.measures.tables import write_results
+from regvit.measures.training_free import zeroshot_segmentation
 from regvit.measures.training_free.pictures import draw_masks
-from regvit.measures.training_free.zeroshot_segmentation import (
-    Names,
-    Texts,
-    figures,
-    image_columns,
-    masked,
-    segment_classes,
-    segment_objects,
-)
 from regvit.measures.zeroshot import TEMPLATES, class_embeddings, names_of, open_towers
 from regvit.pipeline.command import command
 from regvit.pipeline.params import load_params
 from regvit.pipeline.runtime import Runtime
 from regvit.registers.run_files import read_run
 from regvit.registers.runs import open_run
+from regvit.stats.figures import write_csv
 
 PICTURES = 8
 
@@ -36,7 +31,7 @@ def main(run_name: str, name: str) -> None:
     run_file, backbones = Path(f"features/runs/{run_name}.json"), Path("data/backbones")
     run = read_run(run_file)
     clip, _, _ = open_towers(params.zeroshot.text[run["backbone"]], backbones / run["backbone"], device)
-    images, templates = masked(data), TEMPLATES[params.zeroshot.templates]
+    images, templates = images_having(read_dataset(data), ["test"], "mask"), TEMPLATES[params.zeroshot.templates]
     backbone = open_run(run_file, backbones)
     backbone.model.to(device)
     transform = backbone.transform.whole()
@@ -49,16 +44,18 @@ def main(run_name: str, name: str) -> None:
 
     if name in knobs.objects:
         texts = class_embeddings(clip, open_clip.IMAGENET_CLASSNAMES, templates)
-        found = segment_objects(backbone.model, clip.projection, batches, texts, mask)
+        found = zeroshot_segmentation.segment_objects(backbone.model, clip.projection, batches, texts, mask)
     else:
-        names = Names.of(names_of(images.classes), knobs.background.get(name, ()))
-        told = Texts(class_embeddings(clip, names.names, templates), names, knobs.scale, knobs.threshold)
-        found = segment_classes(backbone.model, clip.projection, batches, told, knobs.foils, mask)
+        names = zeroshot_segmentation.Names.of(names_of(images.classes), knobs.background.get(name, ()))
+        told = zeroshot_segmentation.Texts(
+            class_embeddings(clip, names.names, templates), names, knobs.scale, knobs.threshold
+        )
+        found = zeroshot_segmentation.segment_classes(backbone.model, clip.projection, batches, told, knobs.foils, mask)
     ids, out = list(images.rows.column("image_id")), Path("metrics/runs") / run_name / "zeroshot_segment" / name
-    written = figures(found, params.seed)
-    write_results(out, run_name, name, written, ids, image_columns(found))
+    written = zeroshot_segmentation.figures(found, params.seed)
+    write_results(out, run_name, name, written, ids, zeroshot_segmentation.image_columns(found))
     first = next(iter(found.counts.values()))
-    write_table(out / "pixels.csv", pixel_table(first, ("background", *images.classes), ids))
+    write_csv(out / "pixels.csv", pixel_table(first, ("background", *images.classes), ids))
     shown = range(min(PICTURES, len(ids)))
     draw_masks(
         out / "masks.png",

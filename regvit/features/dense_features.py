@@ -58,27 +58,36 @@ class Subject:
     untreated: Backbone
     detection: Detection | None
 
+    def of_whole_images(self, img_size: int | None) -> Subject:
+        """The same for images that are squashed to a square.
 
-def open_subject(run_file: Path, backbones: Path, img_size: int | None = None, device: str = "cpu") -> Subject:
-    """The run of a file of `compose` beside its untreated backbone, on the device; their images are whole.
+        Args:
+            img_size: pixels a side, or None for the backbone's own.
+        Raises:
+            ValueError: the model does not take images of that size.
+        """
+
+        def whole(backbone: Backbone) -> Backbone:
+            backbone = resized(backbone, img_size)
+            return replace(backbone, transform=backbone.transform.whole())
+
+        run = whole(self.run)
+        return replace(self, run=run, untreated=run if self.untreated is self.run else whole(self.untreated))
+
+
+def open_subject(run_file: Path, backbones: Path, device: str = "cpu") -> Subject:
+    """The run of a file of `compose` beside its untreated backbone, on the device.
 
     Args:
         backbones: folder that holds one folder a backbone.
-        img_size: pixels a side, or None for the backbone's own.
     Raises:
-        ValueError: the run was composed of other weights, or the model does not take images of that size.
+        ValueError: the run was composed of other weights.
     """
-    run = untreated = _whole(open_run(run_file, backbones), img_size, device)
-    described = read_run(run_file)
-    if changes_backbone(described):
-        untreated = _whole(load_backbone(backbones / run.name), img_size, device)
+    described, run = read_run(run_file), open_run(run_file, backbones)
+    untreated = load_backbone(backbones / run.name) if changes_backbone(described) else run
+    for backbone in (run, untreated):
+        backbone.model.to(device)
     return Subject(run, untreated, detection_of(described))
-
-
-def _whole(backbone: Backbone, img_size: int | None, device: str) -> Backbone:
-    backbone.model.to(device)
-    backbone = resized(backbone, img_size)
-    return replace(backbone, transform=backbone.transform.whole())
 
 
 @dataclass(frozen=True)

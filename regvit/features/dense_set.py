@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,24 +70,8 @@ class DenseSet:
         return grid_side(self.store.arrays["outliers"][0])
 
     def rows(self, *splits: str, having: str = "") -> list[int]:
-        """Rows of some splits, ascending.
-
-        Args:
-            having: a column of the manifest that must not be empty: `boxes`, `mask`, `depth` or `label`.
-        Raises:
-            ValueError: there are none.
-        """
-        rows = np.sort(np.concatenate([self.dataset.split_rows(split) for split in splits])).tolist()
-        if having:
-            column = self.dataset.rows.column(having)
-            rows = [row for row in rows if column[row]]
-        if not rows:
-            what = f"with {having}" if having == "boxes" else f"with a {having}" if having else ""
-            raise ValueError(
-                f"data set {self.dataset.name} has no {' or '.join(splits)} images {what}".rstrip()
-                + "; this measurement needs some"
-            )
-        return rows
+        """Rows of some splits, ascending; see `rows_having`."""
+        return rows_having(self.dataset, splits, having)
 
     def image_ids(self, rows: Sequence[int]) -> list[str]:
         """Of some rows, in their order."""
@@ -103,13 +87,11 @@ class DenseSet:
             raise KeyError(
                 f"{self.store.path} has no {lacking[0]}; add its group to extract_dense.datasets.{self.dataset.name}.arrays"
             )
-        unit = self.store.attributes["rows_per_unit"]
-        for first in range(0, len(self.store), unit):
-            own = [row for row in rows if first <= row < first + unit]
-            if own:
-                last = min(first + unit, len(self.store))
-                held = {name: self.store.read_rows(name, first, last)[np.array(own) - first] for name in names}
-                yield own, {name: torch.from_numpy(values).to(self.device).float() for name, values in held.items()}
+        layout = self.store.layout
+        for unit, own in layout.by_unit(rows).items():
+            first, last = layout.unit_rows(unit)
+            held = {name: self.store.read_rows(name, first, last)[np.array(own) - first] for name in names}
+            yield own, {name: torch.from_numpy(values).to(self.device).float() for name, values in held.items()}
 
     def read(self, name: str, rows: Sequence[int]) -> Float[np.ndarray, "b ..."]:
         """An array of ascending rows as float32."""
@@ -121,14 +103,46 @@ class DenseSet:
 
     def images(self, rows: Sequence[int]) -> Float[Tensor, "b 3 s s"]:
         """The normalised images, as the model saw them."""
-        return self.transform.normalise(self._pixels(rows))
+        return self.transform.normalise(load_images(self.dataset, self.transform, rows))
 
     def pictures(self, rows: Sequence[int]) -> Float[np.ndarray, "b s s 3"]:
         """The same with values from 0 to 1 and the channel last, as they are drawn."""
-        return self._pixels(rows).permute(0, 2, 3, 1).numpy() / 255
+        return as_pictures(load_images(self.dataset, self.transform, rows))
 
-    def _pixels(self, rows: Sequence[int]) -> UInt8[Tensor, "b 3 s s"]:
-        return torch.stack([self.transform.load(self.dataset.image_path(i)) for i in rows])
+
+def load_images(dataset: Dataset, transform: Transform, rows: Iterable[int]) -> UInt8[Tensor, "b 3 s s"]:
+    """Some images of a data set, as they are normalised or drawn."""
+    return torch.stack([transform.load(dataset.image_path(row)) for row in rows])
+
+
+def as_pictures(pixels: UInt8[Tensor, "b 3 s s"]) -> Float[np.ndarray, "b s s 3"]:
+    """Images with values from 0 to 1 and the channel last, as they are drawn."""
+    return pixels.permute(0, 2, 3, 1).numpy() / 255
+
+
+def rows_having(dataset: Dataset, splits: Sequence[str], column: str = "") -> list[int]:
+    """Rows of some splits, ascending.
+
+    Args:
+        column: of the manifest, that must not be empty: `boxes`, `mask`, `depth` or `label`.
+    Raises:
+        ValueError: there are none.
+    """
+    rows = np.sort(np.concatenate([dataset.split_rows(split) for split in splits])).tolist()
+    if column:
+        values = dataset.rows.column(column)
+        rows = [row for row in rows if values[row] not in ("", "[]")]
+    if not rows:
+        what = f"images with {column if column == 'boxes' else f'a {column}'}" if column else "images"
+        raise ValueError(
+            f"data set {dataset.name} has no {' or '.join(splits)} {what}; this measurement needs some: leave the set out of it"
+        )
+    return rows
+
+
+def images_having(dataset: Dataset, splits: Sequence[str], column: str) -> Dataset:
+    """The data set with the images of `rows_having` only."""
+    return dataclasses.replace(dataset, rows=dataset.rows.select(rows_having(dataset, splits, column)))
 
 
 def drawn_images(dataset: Dataset, images: int | None, seed: int) -> Dataset:

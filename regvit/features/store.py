@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -112,6 +112,13 @@ class Layout:
         if not 0 <= unit < self.units:
             raise IndexError(f"unit {unit} is out of range (0 to {self.units - 1})")
         return unit * self.rows_per_unit, min((unit + 1) * self.rows_per_unit, self.rows)
+
+    def by_unit(self, rows: Iterable[int]) -> dict[int, list[int]]:
+        """Rows by the unit that they lie in, in the order given."""
+        units: dict[int, list[int]] = {}
+        for row in rows:
+            units.setdefault(row // self.rows_per_unit, []).append(row)
+        return units
 
     def chunk(self, name: str, unit: int) -> str:
         """Path, inside the store, of the chunk of one unit: it spans all axes but the first."""

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 from matplotlib.figure import Figure as Picture
+from scipy.stats import rankdata
 from sklearn.mixture import GaussianMixture
 
 from regvit.features.dense_set import DenseSet, grid_side
@@ -36,8 +37,8 @@ class Anatomy:
         norms: L2 norm at the output of every block of the run's model.
         outliers: which patches are outliers in the untreated model.
         neighbours: mean cosine of a patch embedding to its up to four neighbours (Darcet et al. 2024).
-        information_rank: share of the image's patches with a lower cosine, embeddings centred; near 1 for the patches of
-            least information, 1/2 on average.
+        information_rank: share of the image's patches with a lower cosine, embeddings centred, equal ones counted half;
+            near 1 for the patches of least information, 1/2 on average.
         detection: layer and threshold of `outliers`; None where the untreated model has none.
     """
 
@@ -51,22 +52,13 @@ class Anatomy:
     def of(cls, dense: DenseSet, rows: Sequence[int]) -> Anatomy:
         """The anatomy of some images."""
         plain, centred = dense.read("neighbours", rows).swapaxes(0, 1)
-        return cls(dense.read("norms", rows), dense.outliers(rows), plain, rank_share(centred), dense.detection)
+        rank = (rankdata(centred, axis=1) - 0.5) / centred.shape[1]
+        return cls(dense.read("norms", rows), dense.outliers(rows), plain, rank, dense.detection)
 
     @property
     def side(self) -> int:
         """Patches along a side of the grid."""
         return grid_side(self.outliers.shape[1])
-
-
-def rank_share(values: Float[np.ndarray, "b p"]) -> Float[np.ndarray, "b p"]:
-    """Share of the row's values below each value, equal ones counted half, itself too."""
-    ordered = np.sort(values, axis=1)
-    ranks = [
-        np.searchsorted(row, own, "left") + np.searchsorted(row, own, "right")
-        for row, own in zip(ordered, values, strict=True)
-    ]
-    return np.stack(ranks) / (2 * values.shape[1])
 
 
 def ashman_d(values: Float[np.ndarray, " n"]) -> float:

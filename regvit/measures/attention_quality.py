@@ -37,11 +37,11 @@ from torch import Tensor
 from regvit.data.dense_labels import IGNORE, read_mask
 from regvit.features.dense_set import DenseSet, grid_side
 from regvit.measures.register_pairs import pairwise_overlap
-from regvit.measures.tables import mean_figures, means_with_intervals, write_table
+from regvit.measures.tables import mean_figures, means_with_intervals
 from regvit.models.attention import query_names
 from regvit.models.query_attention import QUALITIES
 from regvit.models.tokens import TokenLayout
-from regvit.stats.figures import Figure
+from regvit.stats.figures import Figure, write_csv
 
 METRICS = (
     "entropy", "largest", "on_outliers", "on_registers", "on_patches", "on_cls", "morans_i", "distance_correlation",
@@ -253,12 +253,12 @@ def write_tables(folder: Path, quality: AttentionQuality) -> None:
     Cells are empty where a metric is not defined.
     """
     lifted = {name: values[..., None] for name, values in quality.over_all.items()}
-    write_table(folder / "all_queries.csv", _table(("all",), lifted).drop(columns="query"))
+    write_csv(folder / "all_queries.csv", _table(("all",), lifted).drop(columns="query"))
     if not quality.heads:
         return
     means = {name: values.mean(2, keepdims=True)[..., :1] for name, values in quality.heads.items()}
-    write_table(folder / "layers.csv", _table(quality.queries[:1], means).drop(columns=["query", "head"]))
-    write_table(folder / "heads.csv", _table(quality.queries, quality.heads))
+    write_csv(folder / "layers.csv", _table(quality.queries[:1], means).drop(columns=["query", "head"]))
+    write_csv(folder / "heads.csv", _table(quality.queries, quality.heads))
 
 
 def _table(queries: Sequence[str], values: Mapping[str, Float[np.ndarray, "b l h q"]]) -> pd.DataFrame:

@@ -19,7 +19,7 @@ from regvit.data.manifest import Dataset
 from regvit.features.readouts import FeatureSource
 from regvit.features.stored_readouts import stored_readouts
 from regvit.measures.detectors import FEATURES_ONLY, Detectors, Scorer, fit
-from regvit.probing.neighbours import knn_logit_blocks
+from regvit.probing.neighbours import Labelled, knn_logit_blocks
 from regvit.probing.predictions import (
     Index,
     Predictions,
@@ -155,8 +155,8 @@ class _Fitted:
                 probe = next(each for each in self.probes if key[2] in (each.seed, -1))
                 scores[key] = wanted[key](Embedded(test, probe), NO_LOGITS)
         if self.knn is not None:
-            votes = knn_logit_blocks(self._train, self._labels, test, self.knn, self._n_classes, self._asked.device)
-            for rows, logits in votes:
+            train = Labelled(self._train, self._labels)
+            for rows, logits in knn_logit_blocks(train, test, self.knn, self._n_classes, self._asked.device):
                 writer.write((self.name, "knn", -1), rows, logits)
         return scores
 

@@ -11,9 +11,8 @@ import pandas as pd
 from jaxtyping import Bool, Float
 from scipy.stats import t
 
-from regvit.files import write_text
 from regvit.stats.bootstrap import mean_over_images
-from regvit.stats.figures import DIGITS, Figure, figures_table, write_figures
+from regvit.stats.figures import Figure, figures_table, write_csv, write_figures
 
 
 def mean_figures(columns: Mapping[str, Float[np.ndarray, " b"]], seed: int = 0) -> list[Figure]:
@@ -28,15 +27,9 @@ def image_means(values: Float[np.ndarray, "b p"], chosen: Bool[np.ndarray, "b p"
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def write_table(path: Path, table: pd.DataFrame) -> None:
-    """A CSV of numbers with six digits, empty where there is no value; its folder is made if missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, table.to_csv(index=False, float_format=f"%.{DIGITS}g"))
-
-
 def write_images(path: Path, image_ids: Sequence[str], columns: Mapping[str, np.ndarray]) -> None:
     """`images.csv`: one row an image, one column a metric."""
-    write_table(path, pd.DataFrame({"image_id": image_ids, **columns}))
+    write_csv(path, pd.DataFrame({"image_id": image_ids, **columns}))
 
 
 def write_results(

@@ -21,17 +21,17 @@ from torch import Tensor, nn
 
 from regvit.data.manifest import Dataset
 from regvit.data.transform import Transform
+from regvit.features.dense_features import Subject, open_subject
+from regvit.features.dense_set import as_pictures, load_images
 from regvit.measures.feature_colours import fit_palette
 from regvit.measures.gallery import Maps, draw_maps, save_strip, tile_colours
 from regvit.measures.tables import mean_figures
 from regvit.models.attention import cls_rows, watch_prefix_attention
-from regvit.models.backbones import Backbone, load_backbone, unplanted
+from regvit.models.backbones import Backbone, unplanted
 from regvit.models.hooks import blocks, watch_outputs
 from regvit.models.tokens import TokenLayout
 from regvit.registers.neurons_file import read_neurons
 from regvit.registers.outliers import Detection, detect, patch_norms
-from regvit.registers.run_files import changes_backbone, read_run
-from regvit.registers.runs import detection_of, open_run
 from regvit.stats.figures import Figure
 
 ROWS = 4  # images of the PNG that has all models in one
@@ -41,21 +41,15 @@ TILE = 224  # pixels a side of an image in the strips, at most
 
 
 @dataclass(frozen=True)
-class Models:
+class Models(Subject):
     """A run beside the models that it is held against.
 
     Args:
         intact: the backbone before planting; None where nothing was planted.
-        untreated: the run's backbone without test-time registers; the same object as `run` where that changes nothing.
-        run: the run's backbone.
-        detection: layer and threshold of outliers in `untreated`; None where it has none.
         later: blocks after the last register neuron, where outliers draw attention; the later half without any.
     """
 
     intact: Backbone | None
-    untreated: Backbone
-    run: Backbone
-    detection: Detection | None
     later: list[int]
 
     @property
@@ -79,16 +73,15 @@ def open_models(run_file: Path, backbones: Path, neurons: Path, device: str = "c
     Raises:
         ValueError: the backbone is not the one that the run was composed of.
     """
-    described, run = read_run(run_file), open_run(run_file, backbones)
-    untreated = load_backbone(backbones / run.name) if changes_backbone(described) else run
-    intact = unplanted(backbones / run.name) if run.planted else None
-    for backbone in (intact, untreated, run):
-        if backbone is not None:
-            backbone.model.to(device)
-    selected = read_neurons((neurons / f"{run.name}.json").read_text()).selected
-    depth = len(blocks(run.model))
+    subject = open_subject(run_file, backbones, device)
+    name, intact = subject.run.name, None
+    if subject.run.planted:
+        intact = unplanted(backbones / name)
+        intact.model.to(device)
+    selected = read_neurons((neurons / f"{name}.json").read_text()).selected
+    depth = len(blocks(subject.run.model))
     first = max(selected) + 1 if selected else depth // 2
-    return Models(intact, untreated, run, detection_of(described), list(range(min(first, depth - 1), depth)))
+    return Models(**vars(subject), intact=intact, later=list(range(min(first, depth - 1), depth)))
 
 
 @dataclass(frozen=True)
@@ -249,10 +242,10 @@ def draw_verification(folder: Path, title: str, models: Models, dataset: Dataset
         images = transform.normalise(pixels.to(next(models.run.model.parameters()).device))
         return {name: token_maps(each.model, images, models.layer, models.later) for name, each in columns.items()}
 
-    chosen = loaded(dataset, transform, most_outliers(models, dataset, transform, ROWS))
-    draw_maps(folder / "maps.png", as_picture(chosen), maps_of(chosen), models.threshold)
+    chosen = load_images(dataset, transform, most_outliers(models, dataset, transform, ROWS))
+    draw_maps(folder / "maps.png", as_pictures(chosen), maps_of(chosen), models.threshold)
 
-    pixels = loaded(dataset, transform, range(min(pictures, len(dataset))))
+    pixels = load_images(dataset, transform, range(min(pictures, len(dataset))))
     maps = maps_of(pixels)
     untreated = maps.get("original", maps[title])
     outliers = untreated.norms > models.threshold
@@ -293,20 +286,10 @@ def most_outliers(models: Models, dataset: Dataset, transform: Transform, count:
         return list(among[:count])
     device, outliers = next(models.untreated.model.parameters()).device, []
     for start in among[::BATCH]:
-        pixels = loaded(dataset, transform, among[start : start + BATCH])
+        pixels = load_images(dataset, transform, among[start : start + BATCH])
         norms = patch_norms(models.untreated.model, [transform.normalise(pixels.to(device))], [models.layer])
         outliers.append((norms[0] > models.threshold).sum(1))
     return np.argsort(-np.concatenate(outliers), kind="stable")[:count].tolist()
-
-
-def loaded(dataset: Dataset, transform: Transform, rows: Iterable[int]) -> UInt8[Tensor, "b 3 s s"]:
-    """Some images of a data set, as they are drawn and normalised."""
-    return torch.stack([transform.load(dataset.image_path(i)) for i in rows])
-
-
-def as_picture(pixels: UInt8[Tensor, "b 3 h w"]) -> Float[np.ndarray, "b h w 3"]:
-    """Images with values from 0 to 1 and the channel last, as they are drawn."""
-    return pixels.permute(0, 2, 3, 1).numpy() / 255
 
 
 def _within(image: UInt8[Tensor, "3 s s"], side: int) -> Float[np.ndarray, "s s 3"]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from regvit.data.batches import Batches
 from regvit.data.hub_errors import why
-from regvit.data.manifest import Dataset, Row
+from regvit.data.manifest import Row
 from regvit.models.backbones import Backbone, load_backbone, unplanted
 from regvit.models.nan_check import check_finite
 from regvit.stats.accuracy import accuracy, paired_accuracy_difference, top1_correct
@@ -303,19 +303,6 @@ def among_first(cosines: Float[np.ndarray, "b c"], labels: Int[np.ndarray, " b"]
     own = np.take_along_axis(cosines, labels[:, None], axis=1)
     before = np.arange(cosines.shape[1])[None] < labels[:, None]
     return ((cosines > own) | ((cosines == own) & before)).sum(1) < k
-
-
-def labelled(dataset: Dataset) -> Dataset:
-    """The test images that have a label.
-
-    Raises:
-        ValueError: there are none.
-    """
-    rows = dataset.split_rows("test")
-    rows = rows[dataset.labels()[rows] >= 0]
-    if not len(rows):
-        raise ValueError(f"data set {dataset.name} has no labelled test images; leave it out of zeroshot.datasets")
-    return replace(dataset, rows=dataset.rows.select(rows))
 
 
 def hits(cosines: Float[np.ndarray, "b c"], labels: Int[np.ndarray, " b"]) -> dict[str, Bool[np.ndarray, " b"]]:

@@ -16,6 +16,7 @@ Shape letters: b image, n training image, d channel, c class, k neighbour.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -62,9 +63,16 @@ def nearest(
         yield from ((rows, *found) for rows, found in zip(places, best, strict=True))
 
 
+@dataclass(frozen=True)
+class Labelled:
+    """Images whose classes are known: features, arrays or `StoredReadout`, and the class index of each."""
+
+    features: Float[np.ndarray, "n d"]
+    labels: Int[np.ndarray, " n"]
+
+
 def knn_logit_blocks(
-    train: Float[np.ndarray, "n d"],
-    labels: Int[np.ndarray, " n"],
+    train: Labelled,
     test: Float[np.ndarray, "b d"],
     neighbours: Neighbours,
     n_classes: int,
@@ -72,23 +80,18 @@ def knn_logit_blocks(
 ) -> Iterator[tuple[slice, Float[np.ndarray, "b c"]]]:
     """Logarithm of the weighted share of votes of each class, float32, finite: rows of `test`, and their logits.
 
-    Args:
-        labels: class index of each training image.
     Raises:
         ValueError: shapes, labels, k or temperature do not fit; the message gives value and cure. It comes when the first
             block is asked for.
     """
-    k, temperature = neighbours.k, neighbours.temperature
-    _check(train, labels, test, k, temperature, n_classes)
-    for rows, votes in _votes(train, labels, test, (k,), temperature, n_classes, device):
+    _check(train, test, neighbours, n_classes)
+    for rows, votes in _votes(train, test, (neighbours.k,), neighbours.temperature, n_classes, device):
         yield rows, votes[0].clamp_min(FLOOR).log().cpu().numpy()
 
 
 def choose_neighbours(
-    train: Float[np.ndarray, "n d"],
-    labels: Int[np.ndarray, " n"],
-    val: Float[np.ndarray, "v d"],
-    val_labels: Int[np.ndarray, " v"],
+    train: Labelled,
+    val: Labelled,
     n_classes: int,
     ks: Sequence[int] = K,
     temperature: float = TEMPERATURE,
@@ -103,22 +106,22 @@ def choose_neighbours(
     """
     if not ks or min(ks) < 1:
         raise ValueError(f"ks are {list(ks)}; expected at least one number of neighbours, each 1 or more")
-    if not len(val_labels):
+    if not len(val.labels):
         raise ValueError("there are no validation images to choose k on; give some images split = val")
-    allowed = tuple(sorted({k for k in ks if k <= len(train)})) or (len(train),)
-    _check(train, labels, val, allowed[-1], temperature, n_classes)
-    if len(val_labels) != len(val):
-        raise ValueError(f"val has {len(val)} rows and {len(val_labels)} labels; expected one label a row")
+    n = len(train.features)
+    allowed = tuple(sorted({k for k in ks if k <= n})) or (n,)
+    _check(train, val.features, Neighbours(allowed[-1], temperature), n_classes)
+    if len(val.labels) != len(val.features):
+        raise ValueError(f"val has {len(val.features)} rows and {len(val.labels)} labels; expected one label a row")
     correct = np.zeros(len(allowed), dtype=np.int64)
-    for rows, votes in _votes(train, labels, val, allowed, temperature, n_classes, device):  # (ks, b, c)
-        correct += (votes.argmax(-1).cpu().numpy() == val_labels[rows]).sum(1)
+    for rows, votes in _votes(train, val.features, allowed, temperature, n_classes, device):  # (ks, b, c)
+        correct += (votes.argmax(-1).cpu().numpy() == val.labels[rows]).sum(1)
     best = int(correct.argmax())  # the first of equals
     return Neighbours(allowed[best], float(temperature), int(correct[best]))
 
 
 def _votes(
-    train: np.ndarray,
-    labels: np.ndarray,
+    train: Labelled,
     test: np.ndarray,
     ks: tuple[int, ...],
     temperature: float,
@@ -126,8 +129,8 @@ def _votes(
     device: str | torch.device,
 ) -> Iterator[tuple[slice, Float[Tensor, "ks b c"]]]:
     """Vote shares of the first k neighbours for each k (ascending), block by block of the test images."""
-    labels = torch.from_numpy(np.asarray(labels, dtype=np.int64)).to(device)
-    for part, similarity, rows in nearest(train, test, ks[-1], device):
+    labels = torch.from_numpy(np.asarray(train.labels, dtype=np.int64)).to(device)
+    for part, similarity, rows in nearest(train.features, test, ks[-1], device):
         for some in blocks(len(rows), max(1, VOTES_AT_ONCE // (ks[-1] * n_classes))):
             one_hot = torch.nn.functional.one_hot(labels[rows[some]], n_classes).float()  # (b, k, c)
             # no scatter: its sum has no order on a GPU
@@ -142,21 +145,22 @@ def _unit(values: np.ndarray, device: str | torch.device) -> Float[Tensor, "b d"
     return torch.nn.functional.normalize(values, dim=1)
 
 
-def _check(train: np.ndarray, labels: np.ndarray, test: np.ndarray, k: int, temperature: float, n_classes: int) -> None:
-    if train.ndim != 2 or test.ndim != 2 or train.shape[1] != test.shape[1] or not len(train):
+def _check(train: Labelled, test: np.ndarray, neighbours: Neighbours, n_classes: int) -> None:
+    features, labels, n = train.features, train.labels, len(train.features)
+    if features.ndim != 2 or test.ndim != 2 or features.shape[1] != test.shape[1] or not n:
         raise ValueError(
-            f"train features {train.shape} and test features {test.shape} do not fit; expected (n, d) with n of at "
+            f"train features {features.shape} and test features {test.shape} do not fit; expected (n, d) with n of at "
             "least 1, and (b, d)"
         )
-    if np.shape(labels) != (len(train),):
-        raise ValueError(f"train has {len(train)} rows and labels of shape {np.shape(labels)}; expected one a row")
+    if np.shape(labels) != (n,):
+        raise ValueError(f"train has {n} rows and labels of shape {np.shape(labels)}; expected one a row")
     if np.min(labels) < 0 or np.max(labels) >= n_classes:
         raise ValueError(f"labels span {np.min(labels)} to {np.max(labels)}; expected class indices 0 to "
                          f"{n_classes - 1}: leave out images without a label")  # fmt: skip
-    if not 1 <= k <= len(train):
-        raise ValueError(f"k is {k}; expected 1 to {len(train)}, the number of training images")
-    if not (np.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature is {temperature}; expected a number above 0")
-    for name, values in (("train", train), ("test", test)):
+    if not 1 <= neighbours.k <= n:
+        raise ValueError(f"k is {neighbours.k}; expected 1 to {n}, the number of training images")
+    if not (np.isfinite(neighbours.temperature) and neighbours.temperature > 0):
+        raise ValueError(f"temperature is {neighbours.temperature}; expected a number above 0")
+    for name, values in (("train", features), ("test", test)):
         if bad := sum(int((~np.isfinite(values[rows])).any(1).sum()) for rows in blocks(len(values))):
             raise ValueError(f"{bad} of {len(values)} {name} rows are not finite; extract them again")

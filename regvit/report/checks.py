@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
-from regvit.report.results import Place, Results
+from regvit.report.results import Results
 
 SPOILT = {
     "outlier_fraction": (0.005, 0.03),
@@ -78,12 +79,7 @@ def findings(results: Results) -> list[str]:
 
 
 def _findings(results: Results, backbone: str) -> Iterator[str]:
-    study = results.study
-
-    def searched(name: str) -> float | None:
-        value = results.value(backbone, Place("identify", name, study.in_distribution))
-        return None if value is None else value.value
-
+    study, searched = results.study, partial(results.searched, backbone)
     if not searched("outliers_found"):
         median, largest = searched("median_norm"), searched("largest_norm")
         ratio = (
@@ -102,7 +98,7 @@ def _findings(results: Results, backbone: str) -> Iterator[str]:
     )
     for run in (name for name, entry in study.runs.items() if entry["backbone"] == backbone):
         left, own, before = (
-            results.value(run, Place("verify", name, study.in_distribution))
+            results.verified(run, name)
             for name in ("outlier_fraction", "own_outlier_fraction", "untreated_outlier_fraction")
         )
         if left is None or before is None or study.untouched(run):
@@ -135,10 +131,7 @@ def summary_line(checks: list[Check]) -> str:
 
 
 def _search_checks(results: Results, run: str, backbone: str) -> Iterator[Check]:
-    def searched(name: str) -> float | None:
-        value = results.value(backbone, Place("identify", name, results.study.in_distribution))
-        return None if value is None else value.value
-
+    searched = partial(results.searched, backbone)
     for key in ("precision", "recall"):
         yield Check(run, f"{key} of the register neurons", searched(key), 1, 1)
     untreated = searched("outlier_fraction")
@@ -150,6 +143,6 @@ def _search_checks(results: Results, run: str, backbone: str) -> Iterator[Check]
 
 def _verified(results: Results, run: str, limits: dict[str, tuple[float, float]]) -> Iterator[Check]:
     for key, (low, high) in limits.items():
-        value = results.value(run, Place("verify", key, results.study.in_distribution))
+        value = results.verified(run, key)
         what = key.replace("_", " ").replace("cls", "CLS")
         yield Check(run, what, None if value is None else value.value, low, high)

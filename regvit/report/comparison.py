@@ -184,7 +184,7 @@ def cost_table(results: Results) -> Table:
         of = [
             results.value(run, Place("probe", name, home, readout, "linear")) for name in ("width", "head_parameters")
         ]
-        of += [results.value(run, Place("verify", name, home)) for name in ("gflops", "gflops_without_registers")]
+        of += [results.verified(run, name) for name in ("gflops", "gflops_without_registers")]
         if any(of):
             rows.append((run, readout, *(show(value, metric) for value, metric in zip(of, COSTS, strict=True))))
     header = ("run", "readout", *(metric.label for metric in COSTS))
@@ -197,11 +197,10 @@ def control_table(results: Results) -> Table:
     columns = METRICS["identify"]
     rows = []
     for backbone in results.study.backbones:
-        count = results.value(backbone, Place("identify", "register_neurons", home))
-        if count and count.value:
+        if count := results.searched(backbone, "register_neurons"):
             values = [results.value(backbone, Place("identify", name, home)) for name in columns]
             cells = [show(value, metric) for value, metric in zip(values, columns.values(), strict=True)]
-            rows.append((backbone, Cell(f"{count.value:.0f}"), *cells))
+            rows.append((backbone, Cell(f"{count:.0f}"), *cells))
     header = ("backbone", "neurons", *(metric.label for metric in columns.values()))
     note = (
         "The cure moves the register neurons into one test-time register; the last two columns are what must not cure."

@@ -15,11 +15,10 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from regvit.files import write_text
 from regvit.report.study import MEASUREMENTS, Study
 from regvit.stats import miou
 from regvit.stats.bootstrap import paired_mean_difference
-from regvit.stats.figures import DIFFERENCE_COLUMNS, DIGITS
+from regvit.stats.figures import DIFFERENCE_COLUMNS, write_csv
 from regvit.stats.intervals import Difference
 
 COLUMNS = ("stage", *DIFFERENCE_COLUMNS)
@@ -36,9 +35,7 @@ def difference_rows(study: Study) -> pd.DataFrame:
 
 def write_compared(path: Path | str, table: pd.DataFrame) -> None:
     """One of the two tables of `compare` as a CSV file; what is of predictions is of the stage `evaluate`."""
-    table = table.assign(stage=table["stage"].fillna("evaluate"))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, table.to_csv(index=False, float_format=f"%.{DIGITS}g"))
+    write_csv(path, table.assign(stage=table["stage"].fillna("evaluate")))
 
 
 def image_differences(study: Study, run: str, reference: str, other: Study | None = None) -> Iterator[dict]:

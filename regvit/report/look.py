@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -20,8 +19,8 @@ from torch import Tensor, nn
 from regvit.files import write_picture
 from regvit.measures.feature_colours import fit_palette
 from regvit.measures.gallery import OUTLIER, norm_colours, normal_range, short
-from regvit.models.attention import watch_prefix_attention
-from regvit.models.hooks import blocks, watch_outputs
+from regvit.measures.verification import run_forward
+from regvit.models.hooks import blocks
 from regvit.models.tokens import TokenLayout
 from regvit.registers.outliers import Detection
 from regvit.registers.test_time import add_test_time_registers
@@ -143,20 +142,15 @@ def look(
     return Look(image.permute(1, 2, 0).numpy(), before, after, layer, threshold, later, num_registers)
 
 
-@torch.inference_mode()
 def _view(model: nn.Module, images: Float[Tensor, "1 3 s s"], layer: int, later: tuple[int, ...]) -> View:
-    layout, norms = TokenLayout.of(model), []
-    see = {layer: blocks(model)[layer]}
-    with watch_outputs(see, lambda _, x: norms.append(layout.patches(x)[0].float().norm(dim=-1).cpu().numpy())):
-        if layout.cls:
-            with watch_prefix_attention(model, list(later)) as seen:
-                tokens = model.forward_features(images)
-            row = torch.stack([seen[at][0, :, 0].mean(0) for at in later]).mean(0)[None, :, None]  # (1, n, 1)
-            attention = layout.patches(row)[0, :, 0].cpu().numpy()
-            on_registers = float(layout.test_time_registers(row).sum())
-        else:
-            tokens, attention, on_registers = model.forward_features(images), None, None
-    return View(norms[0], attention, on_registers, layout.patches(tokens)[0].float().cpu().numpy())
+    found, layout = run_forward(model, images, later), TokenLayout.of(model)
+    norms, features = found.norms[layer, 0].cpu().numpy(), layout.patches(found.tokens)[0].float().cpu().numpy()
+    if found.attention is None:
+        return View(norms, None, None, features)
+    row = found.attention[..., None]  # (1, n, 1)
+    return View(
+        norms, layout.patches(row)[0, :, 0].cpu().numpy(), float(layout.test_time_registers(row).sum()), features
+    )
 
 
 def feature_colours(look: Look) -> list[Float[np.ndarray, "p 3"]]:

@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from regvit.report.catalogue import METRICS
-from regvit.report.checks import Check, findings, self_checks, summary_line
+from regvit.report.checks import findings, self_checks, summary_line
 from regvit.report.comparison import (
     comparison,
     measurement_table,
@@ -35,7 +35,7 @@ from regvit.report.plots import (
     plot_points,
     plot_scores,
 )
-from regvit.report.results import Place, Results
+from regvit.report.results import Results
 from regvit.report.tables import Table
 
 TITLE = "Register neurons and what they change"
@@ -174,7 +174,7 @@ def report(results: Results) -> str:
         findings=findings(results),
         checks=checks,
         verdict=summary_line(checks),
-        failed=_failed(checks),
+        failed=not all(check.passed for check in checks),
         most_panes=MOST_PANES,
         long=LONG,
         chosen=min(chosen, default=0),
@@ -190,10 +190,6 @@ def prose(text: str) -> Markup:
 def slug(text: str) -> str:
     """Letters, digits and - only, for identifiers."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-
-
-def _failed(checks: Sequence[Check]) -> bool:
-    return any(not check.passed for check in checks)
 
 
 def _first_run(results: Results) -> str:
@@ -213,12 +209,11 @@ def _search_blocks(results: Results) -> Iterator[Block]:
             plots=[Plot(every, "Norms of the patches, heights logarithmic: outliers are a second hump to the right.")],
         )
     for backbone in study.backbones:
-        threshold = results.value(backbone, Place("identify", "threshold", study.in_distribution))
         scores, norms = study.search(backbone, "scores"), plot_norms(study.search(backbone, "norms"))
         if scores.empty:
             plots = [Plot(norms, "Norms of the patches by block: no outliers, so no neurons to show.")]
         else:
-            histogram = plot_histogram(study.search(backbone, "histogram"), threshold and threshold.value)
+            histogram = plot_histogram(study.search(backbone, "histogram"), results.searched(backbone, "threshold"))
             plots = [
                 Plot(norms, "Norms of the patches by block."),
                 Plot(histogram, "With and without a test-time register."),

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from regvit.files import write_text
 from regvit.report.results import Results
 from regvit.report.summary import headlines
+from regvit.stats.figures import write_csv
 
 COLUMNS = ["run", "panel", "x", "y", "lo", "hi"]
 MOST_NEURONS = 30
@@ -18,11 +18,9 @@ BY_LAYER = ("entropy", "on_outliers", "on_registers", "morans_i", "object_auroc"
 
 def write_plots(results: Results) -> None:
     """metrics/plots/<name>.csv; a table of what was not measured has no rows."""
-    folder = results.study.folder / "plots"
-    folder.mkdir(parents=True, exist_ok=True)
     for name, parts in plot_tables(results).items():
         table = pd.concat([part.reindex(columns=COLUMNS) for part in parts] or [pd.DataFrame(columns=COLUMNS)])
-        write_text(folder / f"{name}.csv", table.dropna(subset="y").to_csv(index=False, float_format="%.6g"))
+        write_csv(results.study.folder / f"plots/{name}.csv", table.dropna(subset="y"))
 
 
 def plot_tables(results: Results) -> dict[str, Iterable[pd.DataFrame]]:

@@ -39,7 +39,7 @@ class Results:
     @classmethod
     def of(cls, study: Study, figures: pd.DataFrame, differences: pd.DataFrame | None = None) -> Results:
         found, changes = {}, {}
-        for row in _known(figures).itertuples():
+        for row in figures.dropna(subset="value").itertuples():  # without those where there was nothing to measure at
             found[row.run, _place(row)] = Value(row.value, *_interval(row))
         for row in () if differences is None else differences.itertuples():
             key = (row.run, row.reference, row.reference_readout, _place(row))
@@ -84,16 +84,19 @@ class Results:
         """A figure of a detector (the first one unless told otherwise)."""
         return Place("evaluate", metric, dataset, readout, "", detector or self.study.detectors[0])
 
+    def searched(self, backbone: str, metric: str) -> float | None:
+        """A figure of the search for register neurons."""
+        value = self.value(backbone, Place("identify", metric, self.study.in_distribution))
+        return None if value is None else value.value
+
+    def verified(self, run: str, metric: str) -> Value | None:
+        """A figure of the run on held-out images."""
+        return self.value(run, Place("verify", metric, self.study.in_distribution))
+
     def outliers(self, run: str) -> Value | None:
         """Share of held-out patches that are outliers in the run's own model; None where its backbone shows none."""
-        home, backbone = self.study.in_distribution, self.study.runs[run]["backbone"]
-        found = self.value(backbone, Place("identify", "outliers_found", home))
-        return self.value(run, Place("verify", "outlier_fraction", home)) if found and found.value else None
-
-
-def _known(figures: pd.DataFrame) -> pd.DataFrame:
-    """Without figures that have no value, as where there was nothing to measure at."""
-    return figures.dropna(subset="value")
+        shown = self.searched(self.study.runs[run]["backbone"], "outliers_found")
+        return self.verified(run, "outlier_fraction") if shown else None
 
 
 def _place(row) -> Place:

@@ -35,7 +35,7 @@ def headlines(results: Results, run: str) -> dict[str, Value | None]:
     home = study.in_distribution
     found = {
         "outliers": results.outliers(run),
-        "cls_cosine": results.value(run, Place("verify", "cls_cosine", home)),
+        "cls_cosine": results.verified(run, "cls_cosine"),
     }
     for name, (stage, metric) in MEASURED.items():
         places = (Place(stage, metric, dataset) for dataset in study.measured[stage])

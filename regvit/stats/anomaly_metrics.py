@@ -64,7 +64,7 @@ class Separation:
         return {name: ANOMALY_METRICS[name](self, weighed) for name in metrics or ANOMALY_METRICS}
 
     def _auroc(self, w: _Weighed) -> Float[np.ndarray, " w"]:
-        """Σ over anomalies of ID below + ½ ID equal, over all pairs; whole numbers up to the division, so exact."""
+        """P(an anomaly scores above an ID image) + ½ P(they score the same): Σ over anomalies of ID below + ½ ID equal, over all pairs; whole numbers up to the division, so exact."""
         twice = np.take(w.id_upto, self._id_below, axis=1)
         twice = twice + (np.take(w.id_upto, self._id_upto, axis=1) if self._ties_across else twice)
         return np.einsum("wa,wa->w", w.anomalies, twice) / (2 * w.n_id * w.n_anomalies)
@@ -150,33 +150,9 @@ def _side(scores: np.ndarray, name: str) -> np.ndarray:
     return scores
 
 
-def auroc(id_scores: Float[np.ndarray, " b"], anomaly_scores: Float[np.ndarray, " a"]) -> float:
-    """P(an anomaly scores above an ID image) + ½ P(they score the same). Raises as `Separation`."""
-    return _point("auroc", id_scores, anomaly_scores)
-
-
-def fpr95(id_scores: Float[np.ndarray, " b"], anomaly_scores: Float[np.ndarray, " a"]) -> float:
-    """Share of anomalies accepted as ID where at least 95 % of ID is accepted. Raises as `Separation`."""
-    return _point("fpr95", id_scores, anomaly_scores)
-
-
-def fpr95_ood_positive(id_scores: Float[np.ndarray, " b"], anomaly_scores: Float[np.ndarray, " a"]) -> float:
-    """Share of ID flagged where at least 95 % of the anomalies are flagged. Raises as `Separation`."""
-    return _point("fpr95_ood_positive", id_scores, anomaly_scores)
-
-
-def aupr_in(id_scores: Float[np.ndarray, " b"], anomaly_scores: Float[np.ndarray, " a"]) -> float:
-    """Average precision with ID positive. Raises as `Separation`."""
-    return _point("aupr_in", id_scores, anomaly_scores)
-
-
-def aupr_out(id_scores: Float[np.ndarray, " b"], anomaly_scores: Float[np.ndarray, " a"]) -> float:
-    """Average precision with anomalies positive. Raises as `Separation`."""
-    return _point("aupr_out", id_scores, anomaly_scores)
-
-
-def _point(metric: str, id_scores: np.ndarray, anomaly_scores: np.ndarray) -> float:
-    return float(Separation(id_scores, anomaly_scores).measure([metric])[metric][0])
+def anomaly_metric(name: str, id_scores: Float[np.ndarray, " b"], anomaly_scores: Float[np.ndarray, " a"]) -> float:
+    """One of `ANOMALY_METRICS`, each image counting once. Raises as `Separation`."""
+    return float(Separation(id_scores, anomaly_scores).measure([name])[name][0])
 
 
 @dataclass(frozen=True)

@@ -59,11 +59,15 @@ def figures_table(figures: Iterable[Figure], run: str, dataset: str) -> pd.DataF
     return table.astype({"value": float, "lo": float, "hi": float, "n": "Int64"})
 
 
-def write_figures(path: Path | str, *tables: pd.DataFrame) -> None:
-    """Tables of `figures_table`, one below the other, as a CSV file; its folder is made if missing."""
+def write_csv(path: Path | str, table: pd.DataFrame) -> None:
+    """A table whose numbers have six digits, empty where there is no value; its folder is made if missing."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    joined = pd.concat(tables) if tables else figures_table((), "", "")
-    write_text(path, joined.to_csv(index=False, float_format=f"%.{DIGITS}g"))
+    write_text(path, table.to_csv(index=False, float_format=f"%.{DIGITS}g"))
+
+
+def write_figures(path: Path | str, *tables: pd.DataFrame) -> None:
+    """Tables of `figures_table`, one below the other, as a CSV file."""
+    write_csv(path, pd.concat(tables) if tables else figures_table((), "", ""))
 
 
 def read_figures(path: Path | str) -> pd.DataFrame:

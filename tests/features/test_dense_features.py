@@ -83,9 +83,9 @@ def test_a_run_opens_beside_its_backbone_with_whole_images_at_the_size_asked_for
     detection = {"layer": 3, "threshold": 2.5}
     for name, variant in (("plain", Variant("none", 0)), ("cured", Variant("test_time", 1))):
         write_run(tmp_path / f"{name}.json", tmp_path / "tiny", variant, {1: (3,)}, detection)
-    plain = open_subject(tmp_path / "plain.json", tmp_path, 96)
+    plain = open_subject(tmp_path / "plain.json", tmp_path).of_whole_images(96)
     assert plain.run is plain.untreated
-    cured = open_subject(tmp_path / "cured.json", tmp_path, 96)
+    cured = open_subject(tmp_path / "cured.json", tmp_path).of_whole_images(96)
     assert (cured.detection.layer, cured.detection.threshold) == (3, 2.5)
     assert cured.run.model.num_prefix_tokens == 2 and cured.untreated.model.num_prefix_tokens == 1
     assert cured.run.transform.size == 96 and cured.run.transform.crop_mode == "squash"

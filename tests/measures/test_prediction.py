@@ -12,7 +12,7 @@ from regvit.measures.detectors import DETECTORS, Detectors, fit
 from regvit.measures.evaluation import confusion_table
 from regvit.measures.prediction import predict
 from regvit.probing import predictions as predictions_module
-from regvit.probing.neighbours import knn_logit_blocks
+from regvit.probing.neighbours import Labelled, knn_logit_blocks
 from regvit.probing.probes import Neighbours
 
 
@@ -45,7 +45,7 @@ def test_every_seed_and_classifier_predicts_the_test_images_of_every_set(predict
     assert predictions.classifiers("cls") == ("linear", "logistic", "knn")
     assert predictions.classifiers("cls_reg_learned") == ("linear",)
     home, away = (sets[name].features.read("cls") for name in ("home", "away"))
-    ((_, votes),) = knn_logit_blocks(home[:90], np.arange(90) % 3, away[5:], Neighbours(7, 0.07), 3)
+    ((_, votes),) = knn_logit_blocks(Labelled(home[:90], np.arange(90) % 3), away[5:], Neighbours(7, 0.07), 3)
     assert np.allclose(logits(predictions, "away", "cls", "knn")[0], votes, atol=1e-5)
 
 

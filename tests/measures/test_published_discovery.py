@@ -11,8 +11,9 @@ from scipy.linalg import eigh
 from test_discovery_published import GRID, shapes, structured
 
 from benchmarks.discovery import published_lost
-from regvit.data.manifest import Row, read_dataset
+from regvit.data.manifest import SPLITS, Row, read_dataset
 from regvit.data.transform import Transform
+from regvit.features.dense_set import images_having
 from regvit.measures.dense.discovery import lost
 from regvit.measures.training_free.published_discovery import Published, boxes_of, dino_seg, discover_published, padded
 from regvit.measures.training_free.token_cut import Cuts, cut, cut_hits, token_cut
@@ -118,12 +119,16 @@ def test_positions_of_a_grid_are_resampled_once_and_put_back(model):
 
 
 def test_every_image_of_a_set_has_its_boxes_in_its_own_pixels(tmp_path, model):
-    dense_set(tmp_path, {"k": np.zeros((3, 1, 16, 4))}, [Row(f"{i}", f"{i}.png", "", "test") for i in range(3)],
+    boxes = ("[[0, 0, 9, 9]]", "[]", "[[0, 0, 9, 9]]")
+    rows = [Row(f"{i}", f"{i}.png", "", "test", boxes[i]) for i in range(3)]
+    dense_set(tmp_path, {"k": np.zeros((3, 1, 16, 4))}, rows,
               [(70, 50), (64, 64), (33, 100)])  # fmt: skip
     backbone = Backbone("tiny", model, Transform(64, (0.5,) * 3, (0.5,) * 3), "", None, {})
-    boxes = discover_published(backbone, read_dataset(tmp_path), [0, 2], Published(head=0))
-    for method, limits in (("lost", [(70, 50), (33, 100)]), ("token_cut", [(70, 50), (33, 100)])):
-        assert (boxes[method][:, 2:] <= limits).all() and (boxes[method][:, :2] < boxes[method][:, 2:]).all()
+    boxes = discover_published(backbone, images_having(read_dataset(tmp_path), SPLITS, "boxes"), Published(head=0))
+    for method in ("lost", "token_cut"):
+        assert (boxes[method][:, 2:] <= [(70, 50), (33, 100)]).all() and (
+            boxes[method][:, :2] < boxes[method][:, 2:]
+        ).all()
 
 
 def test_kept_keys_are_cut_into_boxes_of_the_whole_image(tmp_path):

@@ -3,7 +3,7 @@ import pytest
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
 from regvit.probing import neighbours
-from regvit.probing.neighbours import choose_neighbours, knn_logit_blocks, nearest
+from regvit.probing.neighbours import Labelled, choose_neighbours, knn_logit_blocks, nearest
 from regvit.probing.probes import Neighbours
 
 
@@ -15,10 +15,10 @@ def clouds(n, seed, spread=1.0):
     ), labels
 
 
-def knn_logits(train, labels, test, k, temperature, n_classes):
+def knn_logits(train, labels, test, k=20, temperature=0.07, n_classes=4):
     """Of all images at once."""
     logits = np.full((len(test), n_classes), np.nan, dtype=np.float32)
-    for rows, found in knn_logit_blocks(train, labels, test, Neighbours(k, temperature), n_classes):
+    for rows, found in knn_logit_blocks(Labelled(train, labels), test, Neighbours(k, temperature), n_classes):
         assert found.dtype == np.float32
         logits[rows] = found
     return logits
@@ -53,41 +53,42 @@ def test_the_shares_are_those_of_sklearns_neighbours_with_the_same_weights(k):
         k, algorithm="brute", weights=lambda distance: np.exp((1 - distance**2 / 2) / 0.07)
     )
     expected = reference.fit(unit[0], y).predict_proba(unit[1])
-    np.testing.assert_allclose(np.exp(knn_logits(x, y, v, k, 0.07, 4)), expected, atol=1e-4)
+    np.testing.assert_allclose(np.exp(knn_logits(x, y, v, k)), expected, atol=1e-4)
 
 
 def test_blocks_do_not_change_a_vote(monkeypatch):
     (x, y), (v, _) = clouds(300, 1), clouds(120, 2)
-    whole = knn_logits(x, y, v, 20, 0.07, 4)
+    whole = knn_logits(x, y, v)
     monkeypatch.setattr(neighbours, "TEST_ROWS", 7)
     monkeypatch.setattr(neighbours, "TRAIN_ROWS", 11)  # fewer than k
-    np.testing.assert_allclose(knn_logits(x, y, v, 20, 0.07, 4), whole, atol=1e-4)
+    np.testing.assert_allclose(knn_logits(x, y, v), whole, atol=1e-4)
     monkeypatch.setattr(neighbours, "VOTES_AT_ONCE", 3 * 20 * 4)  # three images at once
-    np.testing.assert_allclose(knn_logits(x, y, v, 20, 0.07, 4), whole, atol=1e-4)
+    np.testing.assert_allclose(knn_logits(x, y, v), whole, atol=1e-4)
 
 
 def test_logits_come_in_blocks_of_which_none_is_large(monkeypatch):
     (x, y), (v, _) = clouds(300, 1), clouds(120, 2)
     monkeypatch.setattr(neighbours, "TEST_ROWS", 50)
-    whole = knn_logits(x, y, v, 20, 0.07, 4)
+    whole = knn_logits(x, y, v)
     monkeypatch.setattr(neighbours, "VOTES_AT_ONCE", 30 * 20 * 4)
-    found = list(knn_logit_blocks(x, y, v, Neighbours(20, 0.07), 4))
+    found = list(knn_logit_blocks(Labelled(x, y), v, Neighbours(20, 0.07), 4))
     assert [(rows.start, rows.stop) for rows, _ in found] == [(0, 30), (30, 50), (50, 80), (80, 100), (100, 120)]
     np.testing.assert_array_equal(np.concatenate([logits for _, logits in found]), whole)
 
 
 def test_k_is_chosen_on_validation_among_those_that_the_training_images_allow():
     (x, y), (v, w) = clouds(150, 1, 2.0), clouds(400, 2, 2.0)
-    chosen = choose_neighbours(x, y, v, w, 4, ks=(200, 1, 10, 100))
-    right = {k: int((knn_logits(x, y, v, k, 0.07, 4).argmax(1) == w).sum()) for k in (1, 10, 100)}
+    chosen = choose_neighbours(Labelled(x, y), Labelled(v, w), 4, ks=(200, 1, 10, 100))
+    right = {k: int((knn_logits(x, y, v, k).argmax(1) == w).sum()) for k in (1, 10, 100)}
     assert chosen == Neighbours(max(right, key=lambda k: (right[k], -k)), 0.07, max(right.values()))
     assert right[1] < max(right.values())  # else there was nothing to choose
 
 
 def test_of_equally_good_numbers_the_smallest_is_chosen_and_few_images_all_vote():
     x, y = np.repeat(np.eye(2, dtype=np.float32), 15, axis=0), np.repeat([0, 1], 15)
-    assert choose_neighbours(x, y, x, y, 2) == Neighbours(10, 0.07, 30)
-    assert choose_neighbours(x[12:18], y[12:18], x, y, 2) == Neighbours(6, 0.07, 30)
+    whole = Labelled(x, y)
+    assert choose_neighbours(whole, whole, 2) == Neighbours(10, 0.07, 30)
+    assert choose_neighbours(Labelled(x[12:18], y[12:18]), whole, 2) == Neighbours(6, 0.07, 30)
 
 
 def test_no_images_give_no_logits():
@@ -113,9 +114,10 @@ def test_what_does_not_fit_is_refused(change, message):
 
 def test_choosing_needs_numbers_and_validation_images():
     x, y = np.eye(2), np.array([0, 1])
+    train = Labelled(x, y)
     with pytest.raises(ValueError, match=r"ks are \[\]; expected at least one number of neighbours"):
-        choose_neighbours(x, y, x, y, 2, ks=())
+        choose_neighbours(train, train, 2, ks=())
     with pytest.raises(ValueError, match="there are no validation images to choose k on"):
-        choose_neighbours(x, y, x[:0], y[:0], 2)
+        choose_neighbours(train, Labelled(x[:0], y[:0]), 2)
     with pytest.raises(ValueError, match="val has 2 rows and 1 labels"):
-        choose_neighbours(x, y, x, y[:1], 2)
+        choose_neighbours(train, Labelled(x, y[:1]), 2)

@@ -103,7 +103,7 @@ class PatchTokens:
     """The patch tokens of some rows of a feature store, of square images.
 
     Args:
-        rows: of the store; those of a split. They are gone through in ascending order.
+        rows: of the store; those of a split. They are gone through in ascending order, unit by unit (`units`).
     Raises:
         KeyError: the store holds no patches.
         ValueError: there are no rows, or the number of patches is no square.
@@ -119,27 +119,19 @@ class PatchTokens:
         if math.isqrt(count) ** 2 != count:
             raise ValueError(f"{store.path} has {count} patches an image, expected a square; extract square images")
         self.store, self.rows, self.side = store, sorted({int(row) for row in rows}), math.isqrt(count)
+        self.units = store.layout.by_unit(self.rows)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def by_unit(self) -> dict[int, list[int]]:
-        """The rows in each unit of the store that has any, in order."""
-        units: dict[int, list[int]] = {}
-        for row in self.rows:
-            units.setdefault(row // self.store.attributes["rows_per_unit"], []).append(row)
-        return units
-
     def read(self, unit: int, rows: Sequence[int]) -> Float[Tensor, "b p d"]:
         """Rows of one unit, float16; the unit is read once."""
-        size = self.store.attributes["rows_per_unit"]
-        first = unit * size
-        held = self.store.read_rows("patches", first, min(first + size, len(self.store)))
-        return torch.from_numpy(held[np.asarray(rows) - first])
+        first, last = self.store.layout.unit_rows(unit)
+        return torch.from_numpy(self.store.read_rows("patches", first, last)[np.asarray(rows) - first])
 
     def in_order(self) -> Iterator[tuple[list[int], Float[Tensor, "b p d"]]]:
         """All rows, a unit at a time: their numbers and their tokens (float16)."""
-        for unit, rows in self.by_unit().items():
+        for unit, rows in self.units.items():
             yield rows, self.read(unit, rows)
 
 
@@ -164,7 +156,7 @@ def batches(
         target: what is to be predicted in a row; called once while its group is held.
         batch_size: images; all of a group where it has fewer. What a group has left over waits for its next turn.
     """
-    units = tokens.by_unit()
+    units = tokens.units
     held: tuple[int, ...] = ()
     patches, targets = torch.empty(0), []
     while True:

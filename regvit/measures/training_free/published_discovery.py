@@ -14,7 +14,6 @@ their code. Shape letters: p patch, d channel, h head.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -63,13 +62,11 @@ class Published:
     head: int = 4
 
 
-def discover_published(
-    backbone: Backbone, dataset: Dataset, rows: Sequence[int], how: Published
-) -> dict[str, Float[np.ndarray, "b 4"]]:
+def discover_published(backbone: Backbone, dataset: Dataset, how: Published) -> dict[str, Float[np.ndarray, "b 4"]]:
     """The box of each image by every method, in its pixels; DINO-seg only where the model has CLS and that many heads."""
     device, patch = next(backbone.model.parameters()).device, backbone.model.patch_embed.patch_size
     found: dict[str, list] = {method: [] for method in METHODS}
-    for row in tqdm(rows, f"discover_published {dataset.name}", unit="image", mininterval=1):
+    for row in tqdm(range(len(dataset)), f"discover_published {dataset.name}", unit="image", mininterval=1):
         pixels = torch.from_numpy(np.array(read_rgb(dataset.image_path(row)))).permute(2, 0, 1)
         image = padded(backbone.transform.normalise(pixels[None])[0], patch).to(device)
         for method, box in boxes_of(backbone.model, image, tuple(pixels.shape[1:]), how).items():

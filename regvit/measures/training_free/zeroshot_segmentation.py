@@ -20,8 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -32,7 +31,6 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 
 from regvit.data.dense_labels import IGNORE
-from regvit.data.manifest import Dataset, read_dataset
 from regvit.measures.dense.dense_heads import on_grid
 from regvit.measures.dense.segmentation import count_maps, place_columns
 from regvit.measures.training_free.clip_patches import attributions, patch_embeddings
@@ -93,20 +91,6 @@ class Segmented:
     counts: dict[str, Counts]
     first_masks: list[np.ndarray]
     ap: Float[np.ndarray, " b"]
-
-
-def masked(folder: Path) -> Dataset:
-    """The test images of a data set that have a mask.
-
-    Raises:
-        ValueError: there are none.
-    """
-    dataset = read_dataset(folder)
-    column = dataset.rows.column("mask")
-    rows = [row for row in dataset.split_rows("test").tolist() if column[row]]
-    if not rows:
-        raise ValueError(f"data set {dataset.name} has no test images with a mask; this measurement needs some")
-    return replace(dataset, rows=dataset.rows.select(rows))
 
 
 def segment_classes(

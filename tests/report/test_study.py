@@ -1,6 +1,6 @@
 import pytest
 
-from regvit.report.references import references
+from regvit.report.study import references
 
 BACKBONES = {"plain": {"source": "a"}, "planted": {"source": "a", "plant": {"cls_share": 0.2}}, "hub": {"source": "b"}}
 
