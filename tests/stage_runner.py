@@ -13,7 +13,7 @@ STAGES = Path(__file__).parents[1] / "stages"
 
 
 def run_stage(folder: Path, given: Params, stage: str, *names: str) -> None:
-    """As `python stages/<stage>.py <names>` in `folder`."""
+    """As `python stages/<stage>.py <names>` in `folder`, but without the seconds that importing torch takes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.delenv("DVC_ROOT", raising=False)

@@ -14,6 +14,7 @@ import os
 import re
 import resource
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -189,6 +190,43 @@ def tree(folder: Path, *parts: str) -> dict[str, bytes]:
 def results(folder: Path) -> dict[str, bytes]:
     """Every file that stages left, with its bytes; what is not yet under a final name is hidden or in work/."""
     return tree(folder, "data", "features", "metrics")
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A copy of a project as it was before a stage: its folder, the results in it, those that the stage is to leave there,
+    and how it ended undisturbed."""
+
+    folder: Path
+    start: dict[str, bytes]
+    finished: dict[str, bytes]
+    ended: Ended
+
+
+class Undisturbed:
+    """A project whose stages ran to their end one after another, nothing disturbing them."""
+
+    def __init__(self, stages: Stages, folder: Path, order: tuple[tuple[str, ...], ...] = ORDER):
+        self.folder, self.order = make_project(folder), order
+        self.outputs, self.ended, before = {}, {}, results(folder)
+        for stage in order:
+            self.ended[stage] = stages.finish(folder, *stage)
+            after = results(folder)
+            self.outputs[stage] = {name: after[name] for name in after if before.get(name) != after[name]}
+            before = after
+
+    def before(self, stage: tuple[str, ...], folder: Path) -> Moment:
+        """Makes a copy without what the stage and those after it left."""
+        shutil.copytree(self.folder, folder)
+        shutil.rmtree(folder / "work", ignore_errors=True)
+        for later in self.order[self.order.index(stage) :]:
+            for name in self.outputs[later]:
+                (folder / name).unlink()
+        for path in sorted(folder.rglob("*"), reverse=True):
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+        start = results(folder)
+        return Moment(folder, start, start | self.outputs[stage], self.ended[stage])
 
 
 # The process that runs stages.

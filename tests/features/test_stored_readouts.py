@@ -2,29 +2,20 @@
 
 import numpy as np
 import pytest
+from made_stores import READOUTS, of_two_classes
 
 from regvit.features import stored_readouts as module
 from regvit.features.readouts import InMemory, readout
 from regvit.features.store import FeatureStore, InvalidStore
-from regvit.features.store_writer import write_store
 from regvit.features.stored_readouts import StoredReadout, blocks, stored_readouts
-
-NAMES = ("cls", "reg_mean", "patch_mean", "cls_reg", "cls_patch", "cls_reg_max", "cls_reg_1", "cls_reg_learned",
-         "cls_reg_attn", "cls_noise")  # fmt: skip
 
 
 @pytest.fixture
 def store(tmp_path):
-    """100 rows in units of 16, the class in every array."""
-    rng = np.random.default_rng(0)
-    centre = np.repeat(np.eye(2, 6), 50, axis=0)  # sorted by class, as folders are
-    arrays = {"cls": centre + 0.8 * rng.normal(size=(100, 6)), "patch_mean": rng.normal(size=(100, 6)),
-              "registers": centre[:, None] + rng.normal(size=(100, 3, 6))}  # fmt: skip
-    write_store(tmp_path / "x.zarr", arrays, {"run": "r"}, 16)
-    return FeatureStore.open(tmp_path / "x.zarr")
+    return of_two_classes(tmp_path / "x.zarr")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", READOUTS)
 def test_slices_and_rows_are_those_of_the_whole_readout_bit_for_bit(store, name):
     rows = np.flatnonzero(np.arange(100) % 3 != 1)
     whole, some = readout(store, name)[rows], stored_readouts(store, [name], rows)[name]

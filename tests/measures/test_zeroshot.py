@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import runpy
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +14,7 @@ import torch
 from PIL import Image
 from run_example import write_run
 from safetensors.torch import save, save_file
+from stage_runner import run_stage
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 from regvit.data.manifest import Row, write_dataset
@@ -32,13 +31,11 @@ from regvit.measures.zeroshot import (
     open_text_tower,
 )
 from regvit.models.backbones import load_backbone, save_backbone
-from regvit.pipeline import params
 from regvit.registers.run_files import Variant
 from regvit.registers.test_time import add_test_time_registers
 from regvit.stats.accuracy import accuracy, paired_accuracy_difference
 from regvit.stats.figures import read_figures
 
-ROOT = Path(__file__).parents[2]
 SIZE, WIDTH, DEPTH = 64, 64, 3
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1}
 VISION = {"image_size": SIZE, "layers": DEPTH, "width": WIDTH, "head_width": 32, "patch_size": 16}
@@ -241,7 +238,7 @@ def test_an_image_counts_in_the_first_five_if_fewer_than_five_classes_are_nearer
     assert among_first(cosines[:1], np.array([1]), k=1).tolist() == [False]
 
 
-def test_the_stage_gives_accuracy_with_and_without_registers_and_the_paired_difference(tmp_path, monkeypatch):
+def test_the_stage_gives_accuracy_with_and_without_registers_and_the_paired_difference(tmp_path):
     clip_folder = save_clip(tmp_path / "text", quick=True)
     backbone = save_tower(tmp_path / "data/backbones/tower", clip_folder, ARCHITECTURES[True])
     rng = np.random.default_rng(0)
@@ -256,13 +253,9 @@ def test_the_stage_gives_accuracy_with_and_without_registers_and_the_paired_diff
         run_file, selected = tmp_path / f"features/runs/{name}.json", {0: (1, 2), 1: (3, 5)}
         write_run(run_file, tmp_path / "data/backbones" / backbone.name, Variant(*variant, scale=100.0), selected)
     options = SimpleNamespace(text={"tower": f"folder:{clip_folder}"}, templates="simple")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("REGVIT_DEVICE", "cpu")
-    monkeypatch.setattr(params, "load_params", lambda: SimpleNamespace(zeroshot=options))
     found, images = {}, {}
     for name in ("plain", "cured"):
-        monkeypatch.setattr(sys, "argv", ["zeroshot.py", name, "mine"])
-        runpy.run_path(str(ROOT / "stages/zeroshot.py"), run_name="__main__")
+        run_stage(tmp_path, SimpleNamespace(zeroshot=options), "zeroshot", name, "mine")
         folder = tmp_path / f"metrics/runs/{name}/zeroshot/mine"
         found[name] = read_figures(folder / "figures.csv").set_index("metric")
         images[name] = pd.read_csv(folder / "images.csv")

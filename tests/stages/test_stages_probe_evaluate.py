@@ -1,7 +1,5 @@
 """The stages `probe`, `baselines` and `evaluate` on small made-up features, run in a folder of their own."""
 
-import runpy
-import sys
 from io import StringIO
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import pandas as pd
 import pytest
 from ruamel.yaml import YAML
 from sklearn.metrics import roc_auc_score
+from stage_runner import run_stage
 
 from regvit.data.manifest import Row, read_dataset, write_dataset
 from regvit.features.store import FeatureStore
@@ -81,15 +80,7 @@ def make(folder, name, classes, counts, shift):
 
 
 def run(stage, folder, *names):
-    """The script as `python stages/<stage>.py <names>` in `folder`, but without the seconds that importing torch takes."""
-    script = ROOT / "stages" / f"{stage}.py"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("REGVIT_DEVICE", "cpu")
-        patch.delenv("DVC_ROOT", raising=False)
-        patch.setattr(sys, "argv", [str(script), *names])
-        patch.syspath_prepend(script.parent)
-        runpy.run_path(str(script), run_name="__main__")
+    run_stage(folder, load_params(folder / "params.yaml"), stage, *names)
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,6 @@
 """`zeroshot_segment` on the sets' real layouts in small, with a small CLIP model of random weights."""
 
 import json
-import runpy
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,14 +13,15 @@ from measures.test_zeroshot import ARCHITECTURES, save_clip, save_tower
 from PIL import Image
 from run_example import write_run
 from sklearn.metrics import average_precision_score, jaccard_score
+from stage_runner import run_stage
 
 from regvit.data.sources import make_dataset
 from regvit.measures.training_free.clip_patches import FOILS
-from regvit.pipeline import params, schema
+from regvit.pipeline import schema
 from regvit.registers.run_files import Variant
 from regvit.stats.figures import read_figures
 
-ROOT, SIZE = Path(__file__).parents[2], 64
+SIZE = 64
 SETS = {"context": "context60:context", "coco": "coco_object:coco", "objects": "imagenet_seg:objects"}
 KINDS = ["cat", "dog, puppy"]
 
@@ -75,13 +73,9 @@ def work(tmp_path_factory):
         ),
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("REGVIT_DEVICE", "cpu")
-        patch.setattr(params, "load_params", lambda: given)
         patch.setattr(open_clip, "IMAGENET_CLASSNAMES", ["apple", "boat", "cup"])
         for run, name in (("plain", "context"), ("plain", "coco"), ("cured", "coco"), ("plain", "objects")):
-            patch.setattr(sys, "argv", ["zeroshot_segment.py", run, name])
-            runpy.run_path(str(ROOT / "stages/zeroshot_segment.py"), run_name="__main__")
+            run_stage(folder, given, "zeroshot_segment", run, name)
     return folder
 
 

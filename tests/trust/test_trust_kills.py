@@ -12,7 +12,7 @@ import signal
 import time
 
 import pytest
-from trust_project import ORDER, Stages, make_project, results, tree
+from trust_project import ORDER, Stages, Undisturbed, make_project, results, tree
 
 MANY = bool(os.environ.get("REGVIT_KILLS"))
 KILLS_IN_EXTRACTION = 150 if MANY else 30
@@ -32,30 +32,7 @@ def stages():
 
 @pytest.fixture(scope="module")
 def undisturbed(stages, tmp_path_factory):
-    """A project that ran to its end undisturbed: its folder, and for each stage its outputs, changes to the disk and
-    seconds."""
-    folder = make_project(tmp_path_factory.mktemp("undisturbed"))
-    made, before = {}, results(folder)
-    for stage in ORDER:
-        ended = stages.finish(folder, *stage)
-        after = results(folder)
-        made[stage] = ({name: after[name] for name in after if before.get(name) != after[name]}, ended)
-        before = after
-    return folder, made
-
-
-def before(stage, undisturbed, folder):
-    """A copy of the project as it was before a stage."""
-    done, made = undisturbed
-    shutil.copytree(done, folder)
-    shutil.rmtree(folder / "work", ignore_errors=True)
-    for later in ORDER[ORDER.index(stage) :]:
-        for name in made[later][0]:
-            (folder / name).unlink()
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
-    return folder
+    return Undisturbed(stages, tmp_path_factory.mktemp("undisturbed"))
 
 
 def under_final_names(folder):
@@ -74,20 +51,19 @@ def forget(folder, there):
 def test_a_stage_killed_before_a_change_to_the_disk_leaves_nothing_half_written_and_ends_in_the_same_bytes(
     stage, stages, undisturbed, tmp_path
 ):
-    _, made = undisturbed
-    outputs, ended = made[stage]
-    folder = before(stage, undisturbed, tmp_path / "project")
-    start, changes, there = results(folder), ended.changes, set(folder.rglob("*"))
+    project = undisturbed.before(stage, tmp_path / "project")
+    folder = project.folder
+    changes, there = project.ended.changes, set(folder.rglob("*"))
     # First, last, and others evenly between them: a stage makes the same changes in the same order each time.
     points = sorted({round(i * (changes - 1) / (POINTS - 1)) for i in range(POINTS)})
-    points = points[1:2] if ended.seconds > SLOW and not MANY and stage[0] not in STORES else points
+    points = points[1:2] if project.ended.seconds > SLOW and not MANY and stage[0] not in STORES else points
     for point in points:
         killed = stages.run(folder, *stage, die_at=point)
         assert killed.status == -signal.SIGKILL, f"change {point} of {changes} was not reached:\n{killed.text}"
         for name, content in under_final_names(folder).items():
-            assert content == (start | outputs)[name], f"{name} is half-written after a kill at change {point}"
+            assert content == project.finished[name], f"{name} is half-written after a kill at change {point}"
         stages.finish(folder, *stage)
-        assert results(folder) == start | outputs
+        assert results(folder) == project.finished
         assert not (folder / "work").exists() or not list((folder / "work").glob("*.partial"))
         forget(folder, there)
 
@@ -97,42 +73,36 @@ def test_a_stage_killed_in_the_middle_of_writing_a_file_leaves_no_torn_one_and_e
     stage, stages, undisturbed, tmp_path
 ):
     """The kernel kills it where a file grows beyond a size: half of that of its smallest, middle or largest output."""
-    _, made = undisturbed
-    outputs, ended = made[stage]
-    folder = before(stage, undisturbed, tmp_path / "project")
-    start, there = results(folder), set(folder.rglob("*"))
-    sizes = sorted(len(content) for content in outputs.values() if len(content) > 16)
-    sizes = (
-        sizes
-        if MANY
-        else [sizes[0], sizes[-1]]
-        if ended.seconds > SLOW
-        else [sizes[0], sizes[len(sizes) // 2], sizes[-1]]
-    )
+    project = undisturbed.before(stage, tmp_path / "project")
+    folder = project.folder
+    there = set(folder.rglob("*"))
+    sizes = sorted(len(project.finished[name]) for name in undisturbed.outputs[stage])
+    sizes = [size for size in sizes if size > 16]
+    if not MANY:
+        sizes = [sizes[0], *([] if project.ended.seconds > SLOW else [sizes[len(sizes) // 2]]), sizes[-1]]
     for size in sorted(set(sizes)):
         killed = stages.run(folder, *stage, dies_beyond=size // 2)
         assert killed.status == -signal.SIGXFSZ, f"no file grew beyond {size // 2} bytes:\n{killed.text}"
         for name, content in under_final_names(folder).items():
-            assert content == (start | outputs)[name], f"{name} is torn"
+            assert content == project.finished[name], f"{name} is torn"
         stages.finish(folder, *stage)
-        assert results(folder) == start | outputs
+        assert results(folder) == project.finished
         forget(folder, there)
 
 
 @pytest.mark.parametrize("stage", ORDER if MANY else DISTINCT, ids="-".join)
 def test_a_stage_killed_at_a_random_moment_ends_in_the_same_bytes(stage, stages, undisturbed, tmp_path):
-    _, made = undisturbed
-    outputs, ended = made[stage]
-    folder = before(stage, undisturbed, tmp_path / "project")
-    start, moments, there = results(folder), random.Random(str(stage)), set(folder.rglob("*"))
+    project = undisturbed.before(stage, tmp_path / "project")
+    folder = project.folder
+    moments, there = random.Random(str(stage)), set(folder.rglob("*"))
     for _ in range(10 if MANY else 1):
-        longest = ended.seconds
+        longest = project.ended.seconds
         while stages.run(folder, *stage, die_after=moments.uniform(0, longest)).status != -signal.SIGKILL:
-            assert results(folder) == start | outputs  # the kill came too late
+            assert results(folder) == project.finished  # the kill came too late
             forget(folder, there)
             longest /= 2
         stages.finish(folder, *stage)
-        assert results(folder) == start | outputs
+        assert results(folder) == project.finished
         forget(folder, there)
 
 
@@ -142,17 +112,17 @@ def test_an_extraction_killed_again_and_again_at_random_goes_on_each_time_and_en
     """Every other kill falls at a random time, every other before a random change to the disk, a few units after the
     last; when the store is done it is begun anew, until there were enough kills."""
     stage = ("extract", "cured", "home")
-    outputs, ended = undisturbed[1][stage]
-    folder = before(stage, undisturbed, tmp_path / "project")
-    start, moments, kills, finished, resumed = results(folder), random.Random(0), 0, 0, 0
+    project = undisturbed.before(stage, tmp_path / "project")
+    folder = project.folder
+    moments, kills, finished, resumed = random.Random(0), 0, 0, 0
     done = 0  # units recorded so far
     while kills < KILLS_IN_EXTRACTION or not finished:
-        at, after = moments.randint(0, ended.changes // 2), moments.uniform(0.2, 1.0) * ended.seconds
+        at, after = moments.randint(0, project.ended.changes // 2), moments.uniform(0.2, 1.0) * project.ended.seconds
         moment = {"die_after": after} if kills % 2 else {"die_at": at}
         run = stages.run(folder, *stage, **moment)
         resumed += "resumed: " in run.text
         kills += run.status == -signal.SIGKILL
-        if results(folder) == start | outputs:  # also where it was killed when all was done, on its way out
+        if results(folder) == project.finished:  # also where it was killed when all was done, on its way out
             finished, done = finished + 1, 0
             shutil.rmtree(folder / "features/cured/home.zarr")
             shutil.rmtree(folder / "work", ignore_errors=True)
@@ -160,10 +130,10 @@ def test_an_extraction_killed_again_and_again_at_random_goes_on_each_time_and_en
             assert run.status == -signal.SIGKILL, run.text
             before_it, done = done, recorded(folder)
             assert done >= before_it, f"of {before_it} units recorded {done} are left: {run.text}"
-            assert all(content == (start | outputs)[name] for name, content in under_final_names(folder).items())
+            assert all(content == project.finished[name] for name, content in under_final_names(folder).items())
     assert resumed >= KILLS_IN_EXTRACTION // 4
     stages.finish(folder, *stage)
-    assert results(folder) == start | outputs
+    assert results(folder) == project.finished
 
 
 def recorded(folder):
@@ -177,46 +147,45 @@ def recorded(folder):
 
 def test_ctrl_c_in_an_extraction_says_what_is_safe_and_the_next_run_goes_on_from_there(stages, undisturbed, tmp_path):
     stage = ("extract", "cured", "home")
-    outputs, ended = undisturbed[1][stage]
-    folder = before(stage, undisturbed, tmp_path / "project")
-    start = results(folder)
-    stopped = stages.run(folder, *stage, die_at=ended.changes // 2, signal=int(signal.SIGINT))
+    project = undisturbed.before(stage, tmp_path / "project")
+    folder = project.folder
+    stopped = stages.run(folder, *stage, die_at=project.ended.changes // 2, signal=int(signal.SIGINT))
     assert stopped.status == 130 and "Traceback" not in stopped.text
     assert (
         "units are safe in work/features-cured-home-" in stopped.text and "run the same again to go on" in stopped.text
     )
-    assert results(folder) == start
+    assert results(folder) == project.start
     assert "resumed: " in stages.finish(folder, *stage).text
-    assert results(folder) == start | outputs
+    assert results(folder) == project.finished
 
 
 def test_ctrl_c_in_the_training_of_probes_says_what_is_safe_and_the_next_run_goes_on_from_there(
     stages, undisturbed, tmp_path
 ):
     stage = ("probe", "cured")
-    outputs, ended = undisturbed[1][stage]
-    folder = before(stage, undisturbed, tmp_path / "project")
-    start = results(folder)
-    stopped = stages.run(folder, *stage, die_at=ended.changes // 2, signal=int(signal.SIGINT))
+    project = undisturbed.before(stage, tmp_path / "project")
+    folder = project.folder
+    stopped = stages.run(folder, *stage, die_at=project.ended.changes // 2, signal=int(signal.SIGINT))
     assert stopped.status == 130 and "Traceback" not in stopped.text
     assert "steps are safe in work/probe-cured-" in stopped.text
-    assert under_final_names(folder) == {name: each for name, each in start.items() if "/probe/curves/" not in name}
+    assert under_final_names(folder) == {
+        name: each for name, each in project.start.items() if "/probe/curves/" not in name
+    }
     assert "resumed: " in stages.finish(folder, *stage).text
-    assert results(folder) == start | outputs
+    assert results(folder) == project.finished
 
 
 @pytest.mark.parametrize("stage", [("download", "rooms"), ("backbone", "tiny"), ("identify", "tiny")], ids="-".join)
 def test_ctrl_c_elsewhere_leaves_nothing_under_a_final_name_and_the_next_run_is_as_if_nothing_had_been(
     stage, stages, undisturbed, tmp_path
 ):
-    outputs, ended = undisturbed[1][stage]
-    folder = before(stage, undisturbed, tmp_path / "project")
-    start = results(folder)
-    stopped = stages.run(folder, *stage, die_at=ended.changes // 2, signal=int(signal.SIGINT))
+    project = undisturbed.before(stage, tmp_path / "project")
+    folder = project.folder
+    stopped = stages.run(folder, *stage, die_at=project.ended.changes // 2, signal=int(signal.SIGINT))
     assert stopped.status == 130 and "Traceback" not in stopped.text and "interrupted" in stopped.text
-    assert all(content == (start | outputs)[name] for name, content in under_final_names(folder).items())
+    assert all(content == project.finished[name] for name, content in under_final_names(folder).items())
     stages.finish(folder, *stage)
-    assert results(folder) == start | outputs
+    assert results(folder) == project.finished
 
 
 # Two at once.
@@ -226,38 +195,36 @@ def test_of_two_extractions_of_one_store_the_second_says_who_holds_it_and_the_fi
     stages, undisturbed, tmp_path
 ):
     stage = ("extract", "cured", "home")
-    outputs, ended = undisturbed[1][stage]
-    folder = before(stage, undisturbed, tmp_path / "project")
-    start = results(folder)
-    stages.run(folder, *stage, die_at=ended.changes // 3, signal=0, wait=1.5, go_on=True)
+    project = undisturbed.before(stage, tmp_path / "project")
+    folder = project.folder
+    stages.run(folder, *stage, die_at=project.ended.changes // 3, signal=0, wait=1.5, go_on=True)
     while not list((folder / "work").glob("*.partial/resume.json")):
         time.sleep(0.01)
     second = stages.run(folder, *stage)  # also waits for the first, which must end well
     assert second.status == 1, second.text
     assert "is being written by process " in second.text and "wait for it, or end it and run again" in second.text
-    assert results(folder) == start | outputs
+    assert results(folder) == project.finished
 
 
 def test_of_two_downloads_of_one_data_set_the_second_says_who_holds_it_and_the_first_is_not_disturbed(
     stages, undisturbed, tmp_path
 ):
     stage = ("download", "rooms")
-    outputs, ended = undisturbed[1][stage]
-    folder = before(stage, undisturbed, tmp_path / "project")
-    start = results(folder)
-    stages.run(folder, *stage, die_at=ended.changes // 2, signal=0, wait=1.5, go_on=True)
+    project = undisturbed.before(stage, tmp_path / "project")
+    folder = project.folder
+    stages.run(folder, *stage, die_at=project.ended.changes // 2, signal=0, wait=1.5, go_on=True)
     while not list((folder / "data").glob(".rooms.partial")):
         time.sleep(0.01)
     second = stages.run(folder, *stage)  # also waits for the first, which must end well
     assert second.status == 1 and "Traceback" not in second.text
     assert ".rooms.lock is being written by process " in second.text
-    assert results(folder) == start | outputs
+    assert results(folder) == project.finished
 
 
 def test_a_data_set_replaced_by_a_download_that_was_killed_is_the_old_one_or_the_new_one(stages, undisturbed, tmp_path):
     """Killed before each of the last changes to the disk, and followed by a download that fails: one of them is there."""
     stage = ("download", "home")
-    folder = before(("backbone", "tiny"), undisturbed, tmp_path / "project")
+    folder = undisturbed.before(("backbone", "tiny"), tmp_path / "project").folder
     old = tree(folder, "data/home")
     pixels = next(iter(sorted((folder / "photos/a").iterdir())))
     pixels.write_bytes(sorted((folder / "photos/b").iterdir())[0].read_bytes())
@@ -281,7 +248,7 @@ def test_a_second_run_of_every_stage_from_nothing_gives_the_same_bytes(stages, u
     folder = make_project(tmp_path / "again")
     for stage in ORDER:
         stages.finish(folder, *stage)
-    assert results(folder) == results(undisturbed[0])
+    assert results(folder) == results(undisturbed.folder)
 
 
 def test_another_batch_size_changes_no_metric_by_more_than_rounding(stages, undisturbed, tmp_path):
@@ -290,7 +257,7 @@ def test_another_batch_size_changes_no_metric_by_more_than_rounding(stages, undi
         stages.finish(folder, *stage, batch_size=3)  # no divisor of the units of 4: images share batches with others
     found = 0
     for path in sorted((folder / "metrics").rglob("figures.csv")):
-        texts = [(root / path.relative_to(folder)).read_text() for root in (folder, undisturbed[0])]
+        texts = [(root / path.relative_to(folder)).read_text() for root in (folder, undisturbed.folder)]
         rows = [csv.DictReader(text.splitlines()) for text in texts]
         for mine, other in zip(*rows, strict=True):
             assert mine["metric"] == other["metric"]
