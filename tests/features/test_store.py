@@ -39,6 +39,7 @@ def test_what_was_written_is_read_back_for_any_number_of_rows_and_size_of_unit(r
             np.testing.assert_array_equal(read, half)
 
 
+@settings(deadline=None)
 @given(rows=st.integers(1, 10_000), per_unit=st.integers(1, 12_000))
 def test_units_part_the_rows_without_gap_or_overlap(rows, per_unit):
     layout = Layout(rows, per_unit, ARRAYS)
