@@ -46,7 +46,9 @@ def main(name: str) -> None:
     print(f"{name}: " + ", ".join(f"{one.metric} {one.value:.4g}" for one in shown if one.value is not None))
 
 
-def diagnose_run(out: Path, name: str, models: verification.Models, batches: Batches, searched: RegisterNeurons) -> None:
+def diagnose_run(
+    out: Path, name: str, models: verification.Models, batches: Batches, searched: RegisterNeurons
+) -> None:
     """Why there are sinks, in the untreated model and in the run; `diagnosis.csv` and `heads.csv`."""
     try:
         seen = {"untreated": diagnose(models.untreated.model, batches, searched)}
