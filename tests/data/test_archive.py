@@ -163,7 +163,9 @@ def test_a_damaged_archive_of_any_compression_is_reported_as_broken(tmp_path, ki
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
 
 
-@pytest.mark.parametrize("content", [b"<html>log in to download</html>", zip_of({"1.png": bytes(9)})[:60]])
+@pytest.mark.parametrize(
+    "content", [b"<html>log in to download</html>", zip_of({"1.png": bytes(9)})[:60]], ids=["a page", "half a zip"]
+)
 def test_what_is_no_archive_is_refused(tmp_path, content):
     (tmp_path / "a.tar").write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.tar is neither a \.tar .* nor a \.zip archive"):
