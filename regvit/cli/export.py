@@ -11,7 +11,6 @@ from regvit.cli.backbone import open_backbone
 from regvit.cli.errors import WrongInput
 from regvit.cli.neurons_file import read_neurons
 from regvit.cli.options import BACKBONES, Architecture, BackboneArgument, NumRegisters, finite
-from regvit.registers.run_files import read_run
 
 EXAMPLES = f"""{BACKBONES}
 \b
@@ -67,6 +66,7 @@ def export(
         )
     from regvit.registers.export import export as write_export  # why here and not above: see __init__
     from regvit.registers.export import export_run
+    from regvit.registers.run_files import read_run
 
     opened, graphs = open_backbone(backbone, architecture, img_size), {"pt2": pt2, "onnx": onnx}
     if run is not None:
