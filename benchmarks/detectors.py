@@ -21,7 +21,7 @@ from sklearn.neighbors import NearestNeighbors
 from benchmarks.machine import ROUNDS, in_turn, in_words, save, seconds_of
 from regvit.measures.detectors import DETECTORS, fit
 from regvit.probing.probes import Probe
-from regvit.stats.anomaly_metrics import ANOMALY_METRICS
+from regvit.stats.anomaly_metrics import ANOMALY_METRICS, anomaly_metric
 from regvit.stats.bootstrap import resample
 
 WANTED = 1.0  # at least as fast as scikit-learn

@@ -19,7 +19,7 @@ from regvit.pipeline.params import load_params
 
 def main(run: str, name: str) -> None:
     params, data, out = load_params(), Path("data"), Path("metrics/runs") / run / "retrieve" / name
-    knobs, lists = params.retrieve, data / name / FILE
+    knobs, lists = params.retrieve, data / name / retrieval.FILE
     gallery = name if lists.is_file() else params.in_distribution
     homes = {each: read_dataset(data / each) for each in {name, gallery}}
     ids = {each: list(homes[each].rows.column("image_id")) for each in homes}

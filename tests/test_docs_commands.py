@@ -66,6 +66,9 @@ RUN = {
     "regvit export focus_planted --neurons features/neurons/focus_planted.json --out cured --onnx": Run(
         says=r"onnx +differs from the hooked model by \d", leaves=("cured/weights.safetensors", "cured/model.onnx")
     ),
+    "regvit export focus_planted --run features/runs/<run>.json --out cured": Run(
+        leaves=("cured/registers.json",), instead={"<run>": "cured"}
+    ),
     "dvc repro": Run(says="Data and pipelines are up to date"),
     "dvc status": Run(says="Data and pipelines are up to date"),
     "dvc metrics show": Run(says=r"metrics/original\.json"),

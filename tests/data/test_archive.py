@@ -157,7 +157,7 @@ DAMAGED = {
 @pytest.mark.parametrize("kind", DAMAGED)
 def test_a_damaged_archive_of_any_compression_is_reported_as_broken(tmp_path, kind):
     """Also where a header in the middle cannot be read, which tarfile takes for the end."""
-    (tmp_path / "a.bin").write_bytes(DAMAGED[kind]({f"{i}.png": os.urandom(20_000).hex().encode() for i in range(6)}))
+    (tmp_path / "a.bin").write_bytes(DAMAGED[kind]({f"{i}.png": os.urandom(200_000).hex().encode() for i in range(6)}))
     with pytest.raises(ValueError, match=r"a\.bin is broken \(\w+: .*\); pack it anew"):
         unpack(tmp_path / "a.bin", tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()

@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,6 +23,9 @@ from regvit.data.manifest import Row
 from regvit.data.packages import DownloadFailed
 from regvit.data.sources.npy import add_arrays
 from regvit.data.splits import wanted_splits
+
+if TYPE_CHECKING:
+    from torchvision.datasets import VisionDataset
 
 
 def _three(**more: str) -> dict[str, dict]:
@@ -79,7 +83,7 @@ def torchvision_set(builder: DatasetBuilder, rest: str) -> None:
     builder.read_in_place(root, builder.plan(sorted(rows, key=lambda row: row.path)))
 
 
-def _opened(name: str, root: Path, arguments: dict) -> torchvision.datasets.VisionDataset:
+def _opened(name: str, root: Path, arguments: dict) -> VisionDataset:
     """The data set of torchvision's, fetched if it is not in `root` yet.
 
     Raises:
@@ -98,7 +102,7 @@ def _opened(name: str, root: Path, arguments: dict) -> torchvision.datasets.Visi
                              f"torchvision lays it out into {root}") from error  # fmt: skip
 
 
-def _samples(dataset: torchvision.datasets.VisionDataset) -> Iterator[tuple[str, str]]:
+def _samples(dataset: VisionDataset) -> Iterator[tuple[str, str]]:
     """(path, class name) of every image, wherever torchvision's class keeps them."""
     if hasattr(dataset, "all_categories"):  # INaturalist
         for category, file in dataset.index:
@@ -115,7 +119,7 @@ def _samples(dataset: torchvision.datasets.VisionDataset) -> Iterator[tuple[str,
         yield str(path), "" if label is None else names[label] if names else str(label)
 
 
-def _packed(builder: DatasetBuilder, opened: list[tuple[str, str, torchvision.datasets.VisionDataset]]) -> None:
+def _packed(builder: DatasetBuilder, opened: list[tuple[str, str, VisionDataset]]) -> None:
     """CIFAR and SVHN, which are arrays."""
     rows, images = [], []
     for source, target, dataset in opened:
