@@ -11,7 +11,7 @@ from regvit.measures.diagnosis import diagnose, diagnosis_table, head_table, sea
 from regvit.measures.forward_cost import cost_figures
 from regvit.measures.identification import moved_figures, moved_table
 from regvit.measures.tables import write_results
-from regvit.pipeline.command import command
+from regvit.pipeline.command import command, is_for_the_user
 from regvit.pipeline.params import load_params
 from regvit.pipeline.runtime import Runtime
 from regvit.registers.neurons import RegisterNeurons
@@ -55,6 +55,8 @@ def diagnose_run(
         if models.run is not models.untreated:
             seen[name] = diagnose(models.run.model, batches, searched, models.untreated.model)
     except ValueError as error:  # these images show no outlier, or the attention of this model cannot be read
+        if not is_for_the_user(error):
+            raise
         print(f"{name}: not diagnosed, as {error}")
         return
     table = diagnosis_table(seen)

@@ -25,7 +25,7 @@ examples:
   regvit neurons focus_planted photos/ --out neurons.json
   regvit neurons timm:vit_large_patch14_dinov2.lvd142m photos/ more/a.jpg --limit 200 --device cuda
   regvit neurons timm:vit_base_patch16_clip_224.openai photos/ --threshold 30 --layer -1 --top-k 10
-  regvit neurons timm:vit_large_patch14_dinov2.lvd142m photos/ --against published.json?top_k=45   # shared, missing, rank
+  regvit neurons timm:vit_large_patch14_dinov2.lvd142m photos/ --against 'published.json?top_k=45'   # shared, missing, rank
 """
 
 
