@@ -185,6 +185,19 @@ def test_the_seeds_direction_is_blind_to_prefix_tokens_and_to_differences_betwee
     assert abs((turned @ unseen[0]).item()) < 1e-5 and turned[0] > 0.5
 
 
+def test_weights_do_not_depend_on_how_a_processor_rounds(tiny_vit, noise_images):
+    """Many patches of one colour resemble their neighbours equally, and no batch size or summation order may choose."""
+    images = noise_images(24)
+    images[:, :, :, :32] = 1.0
+    planted = []
+    for batch_size in (1, 7, 24):
+        model = tiny_vit()
+        plant(model, images, batch_size, seed_layer=2, amplifier_layer=3, edit_keys=True)
+        planted.append(torch.cat([value.flatten() for value in model.state_dict().values()]))
+    for other in planted[1:]:
+        torch.testing.assert_close(other, planted[0], rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

@@ -8,13 +8,17 @@ do: patches of low information whose norm explodes and which draw the attention 
 - **d** is chosen so that later CLS queries give an outlier a wanted share of their attention, while its values stay
   quiet. With trained weights no attention weight is edited; random weights need rank-1 edits of the keys (`edit_keys`).
 
+Everything is reckoned in float64, and what is equal but for rounding counts as equal, so that every processor plants the
+same weights.
+
 Notation: x residual stream, D its width, h = norm2(x) the input of `mlp.fc1`, a = GELU(fc1(h)) the neurons. A unit u of
 a block with LayerScale g writes g * W2[:, u] * a_u.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -91,7 +95,7 @@ class _Survey:
 
 @torch.no_grad()
 def plant(model: nn.Module, images: Float[Tensor, "b 3 s s"], batch_size: int = 8, **recipe: object) -> Planted:
-    """Plants register neurons into a timm ViT, in place.
+    """Plants register neurons into a timm ViT, in place; a float64 copy of it is held meanwhile.
 
     Args:
         model: float32 ViT on the CPU with pre-norm blocks and a GELU MLP, with or without CLS, registers, LayerScale.
@@ -103,35 +107,40 @@ def plant(model: nn.Module, images: Float[Tensor, "b 3 s s"], batch_size: int = 
     """
     recipe = PlantingRecipe(**recipe)
     _check(model, images, recipe)
+    exact, images = copy.deepcopy(model).double(), images.double()
+    neurons, edited, hot = _write(exact, images, recipe, batch_size)
+    replaced = {name: model.get_parameter(name).clone() for name in edited}
+    for name in edited:
+        model.get_parameter(name).copy_(exact.get_parameter(name))
+    return Planted({layer: sorted(units) for layer, units in neurons.items()}, replaced, hot.double().mean().item())
+
+
+def _write(
+    model: nn.Module, images: Float[Tensor, "b 3 s s"], recipe: PlantingRecipe, batch_size: int
+) -> tuple[dict[int, list[int]], list[str], Bool[Tensor, "b p"]]:
+    """Writes the units into the model; which they are, the names of the tensors edited, and the seeds' patches."""
     layout, seeds_at, amplifiers_at = TokenLayout.of(model), recipe.seed_layer, recipe.amplifier_layer
     survey = _survey(model, images, recipe, batch_size)
     neurons = {
         layer: survey.loudness[layer].argsort(stable=True)[:count].tolist() for layer, count in recipe.units.items()
     }
-    replaced = _remember(model, neurons, survey.normed if recipe.edit_keys else ())
-    try:
-        targets = attention_targets(model, survey.normed, layout, recipe.cls_share)
-        direction = edited_sink(model, targets) if recipe.edit_keys else trained_sink(model, targets)
-        info = low_information(model, images, batch_size)
-        unseen = _empty_register_shift(
-            model, images, survey.hidden, _lowest(info, recipe.fraction), seeds_at, batch_size
-        )
-        base = within_image_direction(
-            layout.patches(survey.hidden),
-            _lowest(info, 3 * recipe.fraction),
-            layout.prefix_tokens(survey.hidden),
-            unseen,
-        )
-        every = blocks(model)
-        seeds = Writers(every[seeds_at], neurons[seeds_at], SEED_RATIO * survey.median_norm[seeds_at], direction)
-        hot = write_seeds(seeds, base, survey.hidden, layout, recipe.fraction, recipe.seed)
-        block, norm = every[amplifiers_at], recipe.ratio * survey.median_norm[len(every) - 2]
-        hidden = _inputs(model, images, {"fc1": block.mlp.fc1}, block.mlp.fc1, batch_size)["fc1"]
-        write_amplifiers(Writers(block, neurons[amplifiers_at], norm, direction), hidden, hot, layout)
-    except ValueError:
-        unplant(model, replaced)
-        raise
-    return Planted({layer: sorted(units) for layer, units in neurons.items()}, replaced, hot.float().mean().item())
+    targets = attention_targets(model, survey.normed, layout, recipe.cls_share)
+    direction = edited_sink(model, targets) if recipe.edit_keys else trained_sink(model, targets)
+    info = low_information(model, images, batch_size)
+    unseen = _empty_register_shift(model, images, survey.hidden, _lowest(info, recipe.fraction), seeds_at, batch_size)
+    base = within_image_direction(
+        layout.patches(survey.hidden), _lowest(info, 3 * recipe.fraction), layout.prefix_tokens(survey.hidden), unseen
+    )
+    every = blocks(model)
+    seeds = Writers(every[seeds_at], neurons[seeds_at], SEED_RATIO * survey.median_norm[seeds_at], direction)
+    hot = write_seeds(seeds, base, survey.hidden, layout, recipe.fraction, recipe.seed)
+    block, norm = every[amplifiers_at], recipe.ratio * survey.median_norm[len(every) - 2]
+    hidden = _inputs(model, images, {"fc1": block.mlp.fc1}, block.mlp.fc1, batch_size)["fc1"]
+    write_amplifiers(Writers(block, neurons[amplifiers_at], norm, direction), hidden, hot, layout)
+    edited = [f"blocks.{layer}.mlp.{part}" for layer in neurons for part in ("fc1.weight", "fc1.bias", "fc2.weight")]
+    if recipe.edit_keys:
+        edited += [f"blocks.{layer}.attn.qkv.weight" for layer in survey.normed]
+    return neurons, edited, hot
 
 
 @torch.no_grad()
@@ -152,9 +161,13 @@ def unplant(model: nn.Module, replaced: Mapping[str, Tensor]) -> None:
 
 
 def _lowest(info: Float[Tensor, "b p"], share: float) -> Bool[Tensor, "b p"]:
-    """The share of each image's patches, at least one, that carry the least information."""
+    """The share of each image's patches, at least one, that carry the least information; the first of equal ones.
+
+    Patches of one colour differ in the last digits alone, and in those by processor.
+    """
     wanted = max(1, round(share * info.shape[1]))
-    return torch.zeros_like(info, dtype=torch.bool).scatter_(1, info.topk(wanted, dim=1).indices, True)
+    first = info.round(decimals=6).argsort(dim=1, descending=True, stable=True)[:, :wanted]
+    return torch.zeros_like(info, dtype=torch.bool).scatter_(1, first, True)
 
 
 def _empty_register_shift(
@@ -179,10 +192,10 @@ def _empty_register_shift(
     fc1 = blocks(model)[layer].mlp.fc1
     with watch_inputs({0: blocks(model)[0]}, insert):
         nudged = _inputs(model, images, {"fc1": fc1}, fc1, batch_size)["fc1"]
-    moved = (nudged[:, layout.prefix + 1 :] - layout.patches(hidden))[patches].double()
+    moved = (nudged[:, layout.prefix + 1 :] - layout.patches(hidden))[patches]
     mean = moved.mean(0, keepdim=True)
     main = torch.linalg.eigh(torch.cov(moved.T))[1][:, -NUDGE_DIRECTIONS:].T
-    return torch.cat([mean, main]).float()
+    return torch.cat([mean, main])
 
 
 def _survey(model: nn.Module, images: Tensor, recipe: PlantingRecipe, batch_size: int) -> _Survey:
@@ -225,13 +238,6 @@ def _inputs(model: nn.Module, images: Tensor, modules: Mapping, last: nn.Module,
         for batch in images.split(batch_size):
             forward_until(model, batch, last)
     return {key: torch.cat(parts) for key, parts in seen.items()}
-
-
-def _remember(model: nn.Module, layers: Iterable[int], keys: Iterable[int]) -> dict[str, Tensor]:
-    """Copies of what planting is going to edit, by name in the state dict."""
-    names = [f"blocks.{layer}.mlp.{part}" for layer in layers for part in ("fc1.weight", "fc1.bias", "fc2.weight")]
-    names += [f"blocks.{layer}.attn.qkv.weight" for layer in keys]
-    return {name: model.get_parameter(name).detach().clone() for name in names}
 
 
 def _check(model: nn.Module, images: Tensor, recipe: PlantingRecipe) -> None:

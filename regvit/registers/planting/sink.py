@@ -1,6 +1,6 @@
 """The direction along which planted neurons write, so that an outlier becomes an attention sink.
 
-Notation as in `regvit.registers.planting.plant`: an outlier's residual x is almost c * d with large c, and norm1 removes c: its
+For models in float64. Notation as in `regvit.registers.planting.plant`: an outlier's residual x is almost c * d with large c, and norm1 removes c: its
 normalised token is y(d) = w * sqrt(D) * d + b for a d of mean 0 and length 1, w and b being norm1's.
 """
 
@@ -49,7 +49,7 @@ def attention_targets(
 
     Args:
         normed: inputs of `attn.qkv`, by block.
-    Returns: per block; the CLS entry is missing where the model has no CLS token. float64.
+    Returns: per block; the CLS entry is missing where the model has no CLS token.
     """
     targets = {}
     for layer, h in normed.items():
@@ -62,10 +62,10 @@ def attention_targets(
             kinds.insert(0, (q[:, :, :1], cls_share))
         targets[layer] = []
         for queries, share in kinds:
-            mean = queries.double().mean((0, 2))  # (h, c)
-            level = (queries @ k.mT * attn.scale).double().logsumexp(-1).mean((0, 2))  # (h,)
-            rows = attn.scale * math.sqrt(width) * torch.einsum("hc,hcd->hd", mean, wk) * norm.weight.double()
-            constant = attn.scale * (mean * (wk @ norm.bias.double() + bk)).sum(-1)
+            mean = queries.mean((0, 2))  # (h, c)
+            level = (queries @ k.mT * attn.scale).logsumexp(-1).mean((0, 2))  # (h,)
+            rows = attn.scale * math.sqrt(width) * torch.einsum("hc,hcd->hd", mean, wk) * norm.weight
+            constant = attn.scale * (mean * (wk @ norm.bias + bk)).sum(-1)
             targets[layer].append(SinkTargets(mean, rows, level + math.log(share / (1 - share)) - constant))
     return targets
 
@@ -112,7 +112,7 @@ def trained_sink(model: nn.Module, targets: Mapping[int, list[SinkTargets]]) -> 
     free = torch.linalg.svd(fixed)[2][int(torch.linalg.matrix_rank(fixed)) :]
     if d.norm() < 1 and len(free):
         d = d + _quietest(v, free) * (1 - d.norm() ** 2).sqrt()
-    return F.normalize(d, dim=0).float()
+    return F.normalize(d, dim=0)
 
 
 @torch.no_grad()
@@ -127,14 +127,14 @@ def edited_sink(model: nn.Module, targets: Mapping[int, list[SinkTargets]]) -> F
     d = _quietest(v, torch.linalg.svd(ones)[2][1:])
     for layer, kinds in targets.items():
         attn, norm = blocks(model)[layer].attn, blocks(model)[layer].norm1
-        z = norm.weight.double() * d
-        y = math.sqrt(len(d)) * z + norm.bias.double()
+        z = norm.weight * d
+        y = math.sqrt(len(d)) * z + norm.bias
         queries = torch.stack([t.query for t in kinds], dim=1)  # (h, kind, c)
         lacking = torch.stack([t.wanted - t.rows @ d for t in kinds], dim=1) / attn.scale  # (h, kind)
         u = torch.linalg.lstsq(queries, lacking[..., None], driver="gelsd").solution.flatten()  # (h * c,)
         width = attn.qkv.weight.shape[0] // 3
-        attn.qkv.weight[width : 2 * width] += (torch.outer(u, z) / (z @ y)).float()
-    return d.float()
+        attn.qkv.weight[width : 2 * width] += torch.outer(u, z) / (z @ y)
+    return d
 
 
 def _loudness(model: nn.Module, layers: Iterable[int], part: int) -> Float[Tensor, "d d"]:
@@ -142,7 +142,7 @@ def _loudness(model: nn.Module, layers: Iterable[int], part: int) -> Float[Tenso
     total = 0
     for layer in layers:
         block = blocks(model)[layer]
-        w = block.attn.qkv.weight.double().chunk(3)[part] * block.norm1.weight.double()
+        w = block.attn.qkv.weight.chunk(3)[part] * block.norm1.weight
         total = total + w.T @ w / w.square().mean()
     return total / total.diagonal().mean()
 
@@ -154,10 +154,8 @@ def _quietest(v: Float[Tensor, "d d"], basis: Float[Tensor, "m d"]) -> Float[Ten
 
 
 def _key_weights(attn: nn.Module) -> tuple[Float[Tensor, "h c d"], Float[Tensor, "h c"]]:
-    """Key projection by head, in float64; a bias of zero where there is none."""
-    weight = attn.qkv.weight.double().chunk(3)[1].unflatten(0, (attn.num_heads, -1))
+    """Key projection by head; a bias of zero where there is none."""
+    weight = attn.qkv.weight.chunk(3)[1].unflatten(0, (attn.num_heads, -1))
     bias = attn.qkv.bias
-    bias = (
-        weight.new_zeros(weight.shape[:2]) if bias is None else bias.double().chunk(3)[1].unflatten(0, weight.shape[:2])
-    )
+    bias = weight.new_zeros(weight.shape[:2]) if bias is None else bias.chunk(3)[1].unflatten(0, weight.shape[:2])
     return weight, bias

@@ -63,7 +63,7 @@ def write_seeds(
     generator = torch.Generator().manual_seed(seed)
     hot = None
     for i, unit in enumerate(seeds.units):
-        noise = F.normalize(torch.randn(len(base), generator=generator), dim=0)
+        noise = F.normalize(torch.randn(len(base), generator=generator).to(base), dim=0)
         probe = F.normalize(base + SEED_SPREAD * i / len(seeds.units) * noise, dim=0)
         projected = h @ probe
         threshold = _quantile(projected, 1 - fraction)
@@ -131,15 +131,15 @@ def within_image_direction(
     then freed of the directions e from the mean patch to each mean prefix token, and of those in `unseen`:
     f - C^-1 e (e' C^-1 e)^-1 e' f.
     """
-    means = h.double().mean(1)
-    within = h.double() - means[:, None]
+    means = h.mean(1)
+    within = h - means[:, None]
     c = _ridged(torch.cov(within.flatten(0, 1).T) + 10 * torch.cov(means.T))
     f = torch.linalg.solve(c, within[chosen].mean(0))
-    e = torch.cat([prefix.double().mean(0) - h.double().mean((0, 1)), unseen.double()])  # (r + m, d)
+    e = torch.cat([prefix.mean(0) - h.mean((0, 1)), unseen])  # (r + m, d)
     if len(e):
         g = torch.linalg.solve(c, e.T)
         f = f - g @ torch.linalg.solve(e @ g, e @ f)
-    return F.normalize(f, dim=0).float()
+    return F.normalize(f, dim=0)
 
 
 def _amplifier_probe(
@@ -147,9 +147,9 @@ def _amplifier_probe(
 ) -> tuple[Float[Tensor, " d"], float, float]:
     """Linear discriminant of the seeds' patches against all other tokens; and where those and these lie along it."""
     h, prefix = layout.patches(hidden), layout.prefix_tokens(hidden).flatten(0, 1)
-    others = torch.cat([h[~hot], *[prefix] * PREFIX_WEIGHT]).double()
-    difference = h[hot].double().mean(0) - others.mean(0)
-    probe = F.normalize(torch.linalg.solve(_ridged(torch.cov(others.T)), difference), dim=0).float()
+    others = torch.cat([h[~hot], *[prefix] * PREFIX_WEIGHT])
+    difference = h[hot].mean(0) - others.mean(0)
+    probe = F.normalize(torch.linalg.solve(_ridged(torch.cov(others.T)), difference), dim=0)
     cold = _quantile(h[~hot] @ probe, QUIET)
     if layout.prefix:
         cold = max(cold, (prefix @ probe).max().item())
