@@ -185,17 +185,17 @@ def test_the_seeds_direction_is_blind_to_prefix_tokens_and_to_differences_betwee
     assert abs((turned @ unseen[0]).item()) < 1e-5 and turned[0] > 0.5
 
 
-def test_weights_do_not_depend_on_how_a_processor_rounds(tiny_vit, noise_images):
-    """Many patches of one colour resemble their neighbours equally, and no batch size or summation order may choose."""
+def test_what_differs_in_its_last_digits_plants_the_same_weights(tiny_vit, noise_images):
+    """Patches of one colour resemble their neighbours equally; how a processor rounds must not choose among them."""
     images = noise_images(24)
     images[:, :, :, :32] = 1.0
-    planted = []
-    for batch_size in (1, 7, 24):
+    rounded = images + 1e-7 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    weights = []
+    for x in (images, rounded):
         model = tiny_vit()
-        plant(model, images, batch_size, seed_layer=2, amplifier_layer=3, edit_keys=True)
-        planted.append(torch.cat([value.flatten() for value in model.state_dict().values()]))
-    for other in planted[1:]:
-        torch.testing.assert_close(other, planted[0], rtol=1e-6, atol=1e-7)
+        plant(model, x, seed_layer=2, amplifier_layer=3, edit_keys=True)
+        weights.append(torch.cat([value.flatten() for value in model.state_dict().values()]))
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
