@@ -18,6 +18,8 @@ NAMES = {
     "val": ("val", "valid", "validation", "eval", "evaluation", "dev", "development"),
     "test": ("test", "testing", "tst", "holdout"),
 }
+# Folders that are parts of a set and no classes either: folds, and the sides of a search.
+PART = re.compile(r"(?<![a-z])(?:(?:fold|split)[\W_]*\d+|query|queries|gallery|probe|support|distractors?)(?![a-z])")
 FILLER = re.compile("(set|data|dataset|images?|imgs?|seg|split|folder)$")  # what may stand beside them in a name
 
 
@@ -34,6 +36,11 @@ def split_words(name: str) -> list[str]:
     """For each word of a name the split that it means, or ""; fillers left out."""
     words = [FILLER.sub("", word) for word in re.findall("[a-z]+", name.casefold())]
     return [next((split for split, names in NAMES.items() if word in names), "") for word in words if word]
+
+
+def parts_named(name: str) -> set[str]:
+    """The splits, folds and sides of a search (query, gallery) that a folder's name speaks of."""
+    return {split for split in split_words(name) if split} | set(PART.findall(name.casefold()))
 
 
 def wanted_splits(source: str, known: Sequence[str], role: str | None) -> dict[str, str]:

@@ -37,16 +37,22 @@ def test_lists_are_understood_in_their_usual_forms(make, photos, tmp_path, kind)
     assert made.rejected == () and all(made.dataset.image_path(i).is_file() for i in (0, 1))
 
 
-def test_a_list_gives_paths_labels_and_splits_in_its_order_and_what_is_not_there_is_rejected(make, photos):
-    folder = photos("b.png", "sub/a.png", "c.png")
-    text = 'Split,path,label,note\nTESTING,sub/a.png,"cat, big",x\ntrain,b.png,dog,\nValidation,c.png,,\n'
-    (folder / "list.csv").write_text(text + "train,gone.png,dog,\ntrain,sub,dog,\n")
+def test_a_list_gives_paths_labels_and_splits_in_its_order_and_every_other_row_is_rejected(make, photos):
+    folder = photos(
+        "b.png", "sub/a.png", "c -> b.png", "lost.png -> gone.png", "me.png -> me.png", ".b.png (broken)", "b.txt"
+    )
+    text = 'Split,path,label,note\nTESTING,sub/a.png,"cat, big",x\ntrain,b.png,dog,\nValidation,c,,\n'
+    others = "gone.png", "sub", "lost.png", "me.png", ".b.png", "b.txt"
+    (folder / "list.csv").write_text(text + "".join(f"train,{path},dog,\n" for path in others))
     made = make(f"folder:{folder / 'list.csv'}", max_rejects=0.9)
     assert [(row.path, row.label, row.split) for row in made.dataset.rows] == [
-        ("sub/a.png", "cat, big", "test"), ("b.png", "dog", "train"), ("c.png", "", "val"),
+        ("sub/a.png", "cat, big", "test"), ("b.png", "dog", "train"), ("c", "", "val"),
     ]  # fmt: skip
-    reasons = {one.path: one.reason for one in made.rejected}
-    assert reasons == {"gone.png": "No such file or directory", "sub": "not a regular file"}
+    missing, broken = "No such file or directory", "not an image of a known format"
+    assert {one.path: one.reason for one in made.rejected} == {
+        "gone.png": missing, "sub": "not a regular file", "lost.png": missing, "b.txt": broken, ".b.png": broken,
+        "me.png": "Too many levels of symbolic links",
+    }  # fmt: skip
 
 
 def test_a_first_image_that_is_missing_is_rejected_where_the_columns_are_named(make, photos):

@@ -21,7 +21,7 @@ from regvit.data.dataset_builder import DatasetBuilder, name_problem
 from regvit.data.decoding import image_suffixes
 from regvit.data.manifest import Row
 from regvit.data.sources.image_list import LIST_SUFFIXES, read_list
-from regvit.data.splits import split_of, split_words
+from regvit.data.splits import parts_named, split_of
 
 
 def folder(builder: DatasetBuilder, rest: str) -> None:
@@ -123,8 +123,9 @@ def _splits_on_top(root: Path, names: list[str]) -> dict[str, str]:
     """What split each of the topmost folders is; {} where they are classes.
 
     Raises:
-        ValueError: some are splits and some are not, two are the same one, or splits lie within the topmost folders. (One
-            folder among classes that is called "train" and holds nothing but images is a class.)
+        ValueError: some are splits and some are not, two are the same one, all are called like splits, folds or sides of a
+            search, or splits lie within the topmost folders. (One folder among classes that is called "train" and holds
+            nothing but images is a class.)
     """
     below: dict[str, set[str]] = {}
     for name in names:
@@ -140,10 +141,10 @@ def _splits_on_top(root: Path, names: list[str]) -> dict[str, str]:
     if others and (len(splits) > 1 or any(below[top] - {""} for top in splits)):
         raise ValueError(f"{root} has split folders ({', '.join(splits)}) beside others ({', '.join(others[:5])}); "
                          "leave only train, val and test, or only class folders")  # fmt: skip
-    words = [{word for word in split_words(top) if word} for top in others]
-    if not splits and len(set().union(*words)) > 1 and all(words):
-        raise ValueError(f"{root} has folders that are called like splits ({', '.join(others[:5])}), but not as any that is "
-                         "known; call them train, val and test")  # fmt: skip
+    parts = [parts_named(top) for top in others]
+    if len({*splits.values()}.union(*parts)) > 1 and others and all(parts):
+        raise ValueError(f"{root} has folders that are called like splits ({', '.join(sorted(below)[:5])}), but not as any "
+                         "that is known; call them train, val and test, or give a list of path,label,split")  # fmt: skip
     if others:
         return {}
     if len(set(splits.values())) < len(splits):
