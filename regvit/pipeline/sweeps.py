@@ -16,6 +16,7 @@ backbone, and `<id>` the ID set.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -31,7 +32,7 @@ from ruamel.yaml import YAML
 
 from regvit.pipeline.command import show_anything
 from regvit.pipeline.compare_experiments import UNAVAILABLE
-from regvit.pipeline.params import ParamsError, entry_of, load_params
+from regvit.pipeline.params import ParamsError, entry_of, faults_of, load_params, read_values
 from regvit.report.catalogue import METRICS, Metric
 from regvit.report.study import Value
 from regvit.report.tables import NONE, Table, show
@@ -66,6 +67,20 @@ class Sweep:
             name = f"{self.name}-{label}" if label else self.name
             words = [word for setting in settings for word in ("--set-param", setting)]
             yield [*DVC, "exp", "run", "--queue", "--name", name, *words, *self.stages]
+
+    def faults(self) -> Iterator[str]:
+        """What would be wrong with params.yaml at the points, a sentence each."""
+        for label, changes in (self.points or {"": {}}).items():
+            for values in itertools.product(*self.vary.values()):
+                given, point = read_values("params.yaml"), dict(zip(self.vary, values, strict=True))
+                for name, value in _leaves({**self.shared, **changes, **point}):
+                    *path, last = name.split(".")
+                    block = given
+                    for key in path:
+                        block[key] = block.get(key) or {}
+                        block = block[key]
+                    block[last] = value
+                yield from (f"{label or point}: {fault}" for fault in faults_of(given))
 
 
 def read_sweep(name: str, slow: bool = False, run: str | None = None) -> Sweep:
@@ -178,7 +193,11 @@ def main() -> None:
     elif given.name is None:
         parser.error(f"{given.action} needs the name of a sweep; `list` shows them")
     elif given.action == "queue":
-        for command in read_sweep(given.name, given.slow, given.run).commands():
+        load_params()  # a fault that is there now is no point's
+        sweep = read_sweep(given.name, given.slow, given.run)
+        if fault := next(sweep.faults(), None):
+            sys.exit(f"nothing was queued, as params.yaml would have a fault at {fault}")
+        for command in sweep.commands():
             if code := subprocess.call(command, env=ENVIRONMENT):
                 sys.exit(f"`dvc exp run` ended with exit code {code}; what it said stands above")
         print("`python -m regvit.pipeline.sweeps start` works the queue off, and `table` shows what is done")

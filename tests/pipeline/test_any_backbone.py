@@ -1,6 +1,7 @@
 """A backbone with outliers that nobody says were planted, from a file: every table tells its runs apart, every sweep has one."""
 
 import itertools
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -27,7 +28,7 @@ from regvit.report.checks import findings
 from regvit.report.comparison import glance_table, measurement_table
 from regvit.report.results import Results
 from regvit.report.study import Study
-from regvit.stats.figures import figures_table, write_figures
+from regvit.stats.figures import Figure, figures_table, write_figures
 
 ROOT, SIZE, IMAGES = Path(__file__).parents[2], 128, 32
 VARIANTS = {
@@ -118,24 +119,32 @@ def test_every_table_tells_them_apart(measured):
         assert [line for line in said.splitlines() if line.strip().startswith(f"{run}:") and verdict in line], run
 
 
-@pytest.mark.parametrize("name", ["register_count", "patches", "scale", "statistic", "controls", "top_k"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "sweeps").glob("*.yaml")))
 def test_every_sweep_has_a_table_of_such_a_backbone(measured, name, tmp_path, monkeypatch):
-    _, table = measured
-    monkeypatch.chdir(ROOT)
+    study, table = measured
+    monkeypatch.chdir(tmp_path)
+    Path("sweeps").symlink_to(ROOT / "sweeps")
+    given = YAML(typ="safe", pure=True).load(ROOT / "params.yaml") | {"backbones": study.backbones, "runs": study.runs}
+    Path("params.yaml").write_text(json.dumps(given))
     sweep = sweeps.read_sweep(name)
+    assert list(sweep.faults()) == []
     points = sweep.points or range(1, 1 + max(map(len, sweep.vary.values())))
     done = [{"Experiment": f"{name}-{point}", "rev": "a"} for point in points]
     monkeypatch.setattr(sweeps.dvc.api, "exp_show", lambda: done)
-    for stage in ("verify", "identify"):
-        run = "eight" if stage == "verify" else "mine"
+    for stage, run in (("verify", "eight"), ("identify", "mine")):
         write_figures(tmp_path / stage, table[(table["stage"] == stage) & (table["run"] == run)].drop(columns="stage"))
-    monkeypatch.setattr(
-        sweeps.dvc.api, "open", lambda path, rev: (tmp_path / ("identify" if "backbones" in path else "verify")).open()
-    )
+    write_figures(tmp_path / "probe", figures_table([Figure("val_top1", 0.5, readout="cls")], "eight", "home"))
+
+    def opened(path, rev):
+        return (tmp_path / ("identify" if "backbones" in path else Path(path).parent.name)).open()
+
+    monkeypatch.setattr(sweeps.dvc.api, "open", opened)
     shown = sweeps.table(sweep)
     assert len(shown.frame) == len(points) and shown.text()
     row = shown.frame.map(str).iloc[0]
-    assert row["outlier patches, %"].startswith("0.000") and row["CLS cosine"] == "–"
+    expected = {"outlier patches, %": "0.000", "register neurons": "6.0", "CLS cosine": "–", "val top1 cls": "0.5"}
+    seen = {column: row[column][: len(start)] for column, start in expected.items() if column in row}
+    assert seen and seen.items() <= expected.items()
 
 
 def test_the_sweep_of_rules_searches_such_a_backbone_by_each_of_them(measured, noise_images, monkeypatch):

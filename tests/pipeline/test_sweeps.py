@@ -1,6 +1,7 @@
 """A sweep queues an experiment a setting, and its table shows what each measured, or a dash."""
 
 import itertools
+import shutil
 import sys
 from pathlib import Path
 
@@ -109,6 +110,18 @@ def test_without_experiments_it_says_how_to_make_some(experiments, monkeypatch, 
     monkeypatch.setattr(sys, "argv", ["sweeps", "table", "points"])
     sweeps.main()
     assert "no experiment of sweep points belongs to this commit: `queue` it first" in capsys.readouterr().out
+
+
+def test_a_point_that_would_leave_a_fault_is_named_before_anything_is_queued(folder, monkeypatch):
+    shutil.copy(ROOT / "params.yaml", folder)
+    monkeypatch.setattr(sweeps.subprocess, "call", lambda *_, **__: pytest.fail("queued"))
+    for name, said in {
+        "points": "planted: backbones.b.",
+        "varied": "{'runs.treated.num_registers': 1, .*}: runs.t",
+    }.items():
+        monkeypatch.setattr(sys, "argv", ["sweeps", "queue", name])
+        with pytest.raises(SystemExit, match=f"nothing was queued, as params.yaml would have a fault at {said}"):
+            sweeps.main()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
