@@ -49,7 +49,7 @@ class PlantingRecipe:
         num_seeds, num_amplifiers: units to overwrite.
         edit_keys: also edit the keys of the later blocks (rank 1 each), for models with random weights, whose queries
             share no direction that could be used.
-        seed: of the small differences between seeds.
+        seed: of the small differences between seeds, and of the lot among patches that are equal.
     """
 
     seed_layer: int
@@ -127,10 +127,9 @@ def _write(
     targets = attention_targets(model, survey.normed, layout, recipe.cls_share)
     direction = edited_sink(model, targets) if recipe.edit_keys else trained_sink(model, targets)
     info = low_information(model, images, batch_size)
-    unseen = _empty_register_shift(model, images, survey.hidden, _lowest(info, recipe.fraction), seeds_at, batch_size)
-    base = within_image_direction(
-        layout.patches(survey.hidden), _lowest(info, 3 * recipe.fraction), layout.prefix_tokens(survey.hidden), unseen
-    )
+    few, more = (_lowest(info, share, recipe.seed) for share in (recipe.fraction, 3 * recipe.fraction))
+    unseen = _empty_register_shift(model, images, survey.hidden, few, seeds_at, batch_size)
+    base = within_image_direction(layout.patches(survey.hidden), more, layout.prefix_tokens(survey.hidden), unseen)
     every = blocks(model)
     seeds = Writers(every[seeds_at], neurons[seeds_at], SEED_RATIO * survey.median_norm[seeds_at], direction)
     hot = write_seeds(seeds, base, survey.hidden, layout, recipe.fraction, recipe.seed)
@@ -160,14 +159,15 @@ def unplant(model: nn.Module, replaced: Mapping[str, Tensor]) -> None:
         own[name].copy_(value)
 
 
-def _lowest(info: Float[Tensor, "b p"], share: float) -> Bool[Tensor, "b p"]:
-    """The share of each image's patches, at least one, that carry the least information; the first of equal ones.
+def _lowest(info: Float[Tensor, "b p"], share: float, seed: int) -> Bool[Tensor, "b p"]:
+    """The share of each image's patches, at least one, that carry the least information; equal ones are drawn by lot.
 
     Patches of one colour differ in the last digits alone, and in those by processor.
     """
+    lot = torch.rand(info.shape, generator=torch.Generator().manual_seed(seed), dtype=info.dtype)
     wanted = max(1, round(share * info.shape[1]))
-    first = info.round(decimals=6).argsort(dim=1, descending=True, stable=True)[:, :wanted]
-    return torch.zeros_like(info, dtype=torch.bool).scatter_(1, first, True)
+    chosen = (info.round(decimals=6) + 1e-7 * lot).topk(wanted, dim=1).indices
+    return torch.zeros_like(info, dtype=torch.bool).scatter_(1, chosen, True)
 
 
 def _empty_register_shift(
