@@ -19,13 +19,18 @@ class _Stop(Exception):
     """Raised by `stop_after` to end a forward early."""
 
 
+def inside(module: nn.Module) -> nn.Module:
+    """The module that a wrapper of `torch.compile` holds, or the module itself."""
+    return getattr(module, "_orig_mod", module)
+
+
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The transformer blocks of a timm model, first to last.
 
     Raises:
         ValueError: the model has no flat list of blocks.
     """
-    found = getattr(model, "blocks", None)
+    found = inside(getattr(model, "blocks", None))
     if not isinstance(found, nn.Sequential | nn.ModuleList):
         raise ValueError(f"{type(model).__name__} has no list of transformer blocks at `.blocks`; use a timm ViT")
     return list(found)
@@ -39,7 +44,7 @@ def output_projection(block: nn.Module) -> nn.Linear:
     """
     mlp = getattr(block, "mlp", None)
     for owner, name in ((mlp, "fc2"), (mlp, "w3"), (block, "mlp_out_proj")):
-        layer = getattr(owner, name, None)
+        layer = inside(getattr(owner, name, None))
         if isinstance(layer, nn.Linear):
             return layer
     raise ValueError(

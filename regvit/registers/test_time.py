@@ -184,7 +184,9 @@ def add_test_time_registers(
 
     layout, counted = TokenLayout.of(model), []
     for name, module in model.named_modules():
-        if isinstance(getattr(module, "num_prefix_tokens", None), int):
+        if isinstance(
+            vars(module).get("num_prefix_tokens"), int
+        ):  # its own: a wrapper of torch.compile shows another's
             module.num_prefix_tokens += num_registers
             counted.append(name)
     insert_zero_tokens(model, layout.prefix, num_registers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from regvit.models.hooks import blocks
+from regvit.models.hooks import blocks, inside
 from regvit.models.tokens import TokenLayout
 
 POSITION_BIASES = ("relative_position_bias_table", "rel_pos", "rel_pos_bias", "shared_rel_pos")
@@ -16,8 +16,17 @@ class _Entered(Exception):
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """The model itself, where `torch.compile` has put a wrapper around it."""
-    return getattr(model, "_orig_mod", model)
+    """The model itself, where `torch.compile` has put a wrapper around it.
+
+    Raises:
+        ValueError: it is a function that torch.compile made, of a method or of a wrapper, in which no model can be found.
+    """
+    if hasattr(model, "_torchdynamo_orig_callable") and not isinstance(model, nn.Module):
+        raise ValueError(
+            "the model is a function that torch.compile made, as of model.forward_features; give the model itself and "
+            "compile afterwards: add_test_time_registers(model, neurons), then torch.compile(model.forward_features)"
+        )
+    return inside(model)
 
 
 def check_treatable(model: nn.Module) -> None:
@@ -74,7 +83,7 @@ def _tokens_entering_block_0(model: nn.Module) -> tuple[int, int]:
             counts["entering"] = args[0].shape[1] if args[0].ndim == 3 else 0
         raise _Entered
 
-    embed = getattr(model, "patch_embed", None) or getattr(model, "embeds", None)
+    embed = getattr(model, "patch_embed", getattr(model, "embeds", None))
     if embed is None:
         raise ValueError(f"{type(model).__name__} has no patch embedding at `.patch_embed`; use a timm ViT")
     handles = [embed.register_forward_hook(embedded), blocks(model)[0].register_forward_pre_hook(entering)]

@@ -86,7 +86,7 @@ def test_a_test_time_register_takes_the_outliers_out_of_the_patches(planted):
     assert (patch_norms(model, [x], [layer]) > threshold).mean() == pytest.approx(0.01)
 
 
-@pytest.mark.parametrize("what", ["the model", "in place", "its blocks", "forward_features"])
+@pytest.mark.parametrize("what", ["the model", "in place", "its blocks", "blocks", "forward_features"])
 def test_a_compiled_model_is_searched_as_the_eager_one(planted, what):
     model, x = copy.deepcopy(planted[0]), planted[1][:8]
     expected = find_register_neurons(model, x, layer=3)
@@ -99,7 +99,7 @@ def test_a_compiled_model_is_searched_as_the_eager_one(planted, what):
         for block in model.blocks:
             block.compile(backend="eager")
     else:
-        model.forward_features = torch.compile(model.forward_features, backend="eager")
+        setattr(model, what, torch.compile(getattr(model, what), backend="eager"))
     with torch.no_grad():
         searched(x)
         found = find_register_neurons(searched, x, layer=3)

@@ -10,6 +10,7 @@ from stock_models import NEURONS, features, images, make
 from regvit import (
     RegisterNeurons,
     TokenLayout,
+    add_cure,
     add_test_time_registers,
     find_register_neurons,
     remove_test_time_registers,
@@ -334,6 +335,16 @@ def test_models_that_cannot_take_registers_are_refused_by_name_and_left_as_they_
         find_register_neurons(model, torch.randn(2, 3, 224, 224))
     assert list(model.state_dict()) == state
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("add", [add_test_time_registers, find_register_neurons, add_cure])
+def test_a_function_that_was_compiled_is_refused_with_the_order_that_works(add):
+    model = make()
+    for compiled in (torch.compile(model.forward_features), torch.compile(torch.compile(model))):
+        with pytest.raises(
+            ValueError, match=r"a function that torch\.compile made.* give the model itself and compile after"
+        ):
+            add(compiled, {})
 
 
 @pytest.mark.parametrize(

@@ -73,11 +73,19 @@ def test_a_model_is_fine_tuned_with_its_registers_which_stay_zero(name, before):
     assert state.keys() == model.state_dict().keys()
 
 
+PARTS = ("patch_embed", "blocks.0", "blocks.1.attn", "blocks.2.mlp.fc2")
+
+
+def wrap(model, part):
+    model.set_submodule(part, torch.compile(model.get_submodule(part), backend="eager"))
+
+
 COMPILED = {
     "the model": lambda model: (lambda c: (c, model, c))(torch.compile(model, backend="eager")),
     "the model, wrapper treated": lambda model: (lambda c: (c, c, c))(torch.compile(model, backend="eager")),
     "in place": lambda model: (model.compile(backend="eager"), (model, model, model))[1],
     "forward_features": lambda model: (model, model, torch.compile(model.forward_features, backend="eager")),
+    "parts of it": lambda model: ([wrap(model, part) for part in PARTS], (model, model, model))[1],
     "its blocks": lambda model: ([block.compile(backend="eager") for block in model.blocks], (model, model, model))[1],
 }
 
