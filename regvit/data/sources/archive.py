@@ -33,6 +33,7 @@ HEADER_BYTES = 1 << 20  # of a long name, or of extended attributes, which tarfi
 ANNOUNCING = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE,
               tarfile.SOLARIS_XHDTYPE)  # fmt: skip
 BLOCK = 1 << 20  # bytes read to find the end
+STARTS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"PK\x03\x04")  # of gzip, bzip2, xz and zip; "ustar" stands within a .tar
 # What the standard library raises on a damaged archive, besides OSError without a number (gzip's and bzip2's checks).
 BROKEN = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, ValueError,
           OverflowError, MemoryError, FileExistsError, NotADirectoryError, IsADirectoryError)  # fmt: skip
@@ -169,6 +170,10 @@ def _members(file: Path, folder: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
                 if not info.is_dir():
                     yield info.filename, info.file_size, packed.open(info)
     else:
+        with open(file, "rb") as content:
+            head = content.read(tarfile.BLOCKSIZE)
+        if head.startswith(STARTS) or head[257:262] == b"ustar":
+            raise tarfile.ReadError("it begins like an archive, and no file can be found in it")
         raise NoArchive(f"{file.name} is neither a .tar (plain, gzip, bzip2, xz) nor a .zip archive")
 
 
