@@ -7,14 +7,13 @@ from regvit.data.batches import Batches
 from regvit.data.manifest import read_dataset
 from regvit.features.dense_set import drawn_images
 from regvit.measures import verification
-from regvit.measures.diagnosis import diagnose, diagnosis_table, head_table, searched_in
+from regvit.measures.diagnosis import diagnose_run, searched_in
 from regvit.measures.forward_cost import cost_figures
 from regvit.measures.identification import moved_figures, moved_table
 from regvit.measures.tables import write_results
-from regvit.pipeline.command import command, is_for_the_user
+from regvit.pipeline.command import command, noted
 from regvit.pipeline.params import load_params
 from regvit.pipeline.runtime import Runtime
-from regvit.registers.neurons import RegisterNeurons
 from regvit.registers.neurons_file import read_neurons
 from regvit.registers.run_files import read_run
 from regvit.stats.figures import write_csv
@@ -40,29 +39,12 @@ def main(name: str) -> None:
     write_csv(out / "neurons.csv", moved_table(run, searched))
     write_results(out, name, params.in_distribution, shown, images.rows.column("image_id"), found.images)
     write_csv(out / "norms.csv", verification.norm_table(found))
-    diagnose_run(out, name, models, batches, searched_in(searched, found.images["untreated_outlier_fraction"]))
+    seen = searched_in(searched, found.images["untreated_outlier_fraction"])
+    with noted(f"{name}: not diagnosed, as"):
+        print(f"{name}: {diagnose_run(out, name, models.run.model, models.untreated.model, batches, seen)}")
     scenes = read_dataset(Path("data") / params.verify.pictures).subset("test")
     verification.draw_verification(out, name, models, scenes, PICTURES)
     print(f"{name}: " + ", ".join(f"{one.metric} {one.value:.4g}" for one in shown if one.value is not None))
-
-
-def diagnose_run(
-    out: Path, name: str, models: verification.Models, batches: Batches, searched: RegisterNeurons
-) -> None:
-    """Why there are sinks, in the untreated model and in the run; `diagnosis.csv` and `heads.csv`."""
-    try:
-        seen = {"untreated": diagnose(models.untreated.model, batches, searched)}
-        if models.run is not models.untreated:
-            seen[name] = diagnose(models.run.model, batches, searched, models.untreated.model)
-    except ValueError as error:  # these images show no outlier, or the attention of this model cannot be read
-        if not is_for_the_user(error):
-            raise
-        print(f"{name}: not diagnosed, as {error}")
-        return
-    table = diagnosis_table(seen)
-    write_csv(out / "diagnosis.csv", table)
-    write_csv(out / "heads.csv", head_table(seen))
-    print(f"{name}: {table['verdict'].iloc[-1]}")
 
 
 if __name__ == "__main__":

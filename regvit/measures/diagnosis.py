@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -32,6 +33,7 @@ from regvit.models.tokens import TokenLayout
 from regvit.registers.neurons import RegisterNeurons
 from regvit.registers.neurons_file import NeuronsFile
 from regvit.registers.outliers import MIN_RATIO, Detection, patch_norms
+from regvit.stats.figures import write_csv
 
 IMAGES = 8  # with outliers that are looked at: every attention weight is made, of all tokens
 BY_HEAD = ("cls_share", "patch_share", "value_ratio", "effective_rank")
@@ -251,6 +253,29 @@ def census_row(model: str, images: int, diagnosis: Diagnosis) -> dict[str, objec
         "channel_ratio": round(largest.ratio, 1),
     }
     return row
+
+
+def diagnose_run(
+    folder: Path,
+    name: str,
+    model: nn.Module,
+    untreated: nn.Module,
+    batches: Iterable[Float[Tensor, "b 3 h w"]],
+    found: RegisterNeurons,
+) -> str:
+    """Why there are sinks, in the untreated model and in a run's; writes `diagnosis.csv` and `heads.csv`.
+
+    Returns: the verdict on the run.
+    Raises:
+        ValueError: as `diagnose`.
+    """
+    seen = {"untreated": diagnose(untreated, batches, found)}
+    if model is not untreated:
+        seen[name] = diagnose(model, batches, found, untreated)
+    table = diagnosis_table(seen)
+    write_csv(folder / "diagnosis.csv", table)
+    write_csv(folder / "heads.csv", head_table(seen))
+    return table["verdict"].iloc[-1]
 
 
 def searched_in(searched: NeuronsFile, outlier_fraction: Float[np.ndarray, " b"]) -> RegisterNeurons:

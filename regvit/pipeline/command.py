@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 OURS = Path(__file__).parents[2]  # regvit/ and stages/
@@ -45,6 +45,17 @@ def command(main: Callable[..., None], *arguments: str, interrupted: str) -> Non
         if not is_for_the_user(error):
             raise
         sys.exit(f"{stage}: {error}")
+
+
+@contextlib.contextmanager
+def noted(what: str) -> Iterator[None]:
+    """Ends the block, and not the stage, with one line where a check of ours refuses what was handed in."""
+    try:
+        yield
+    except ValueError as error:
+        if not is_for_the_user(error):
+            raise
+        print(f"{what} {error}")
 
 
 def is_for_the_user(error: Exception) -> bool:
