@@ -64,7 +64,10 @@ class Separation:
         return {name: ANOMALY_METRICS[name](self, weighed) for name in metrics or ANOMALY_METRICS}
 
     def _auroc(self, w: _Weighed) -> Float[np.ndarray, " w"]:
-        """P(an anomaly scores above an ID image) + ½ P(they score the same): Σ over anomalies of ID below + ½ ID equal, over all pairs; whole numbers up to the division, so exact."""
+        """P(an anomaly scores above an ID image) + ½ P(they score the same).
+
+        Over all pairs: Σ over anomalies of ID below + ½ ID equal. Whole numbers up to the division, so it is exact.
+        """
         twice = np.take(w.id_upto, self._id_below, axis=1)
         twice = twice + (np.take(w.id_upto, self._id_upto, axis=1) if self._ties_across else twice)
         return np.einsum("wa,wa->w", w.anomalies, twice) / (2 * w.n_id * w.n_anomalies)
