@@ -27,7 +27,7 @@ def test_attention_values_and_channels_are_those_of_the_sinks(planted):
     has = outliers.any(1)
     attention = prefix_attention(model, x)[..., 0, 1:]  # (l, b, h, p) of CLS
     shares = (attention * outliers[None, :, None]).sum(-1)[:, has].mean(1)
-    assert np.allclose(seen.cls_share, shares.numpy(), atol=1e-5)
+    assert np.allclose(seen.cls_share, shares.numpy(), atol=1e-4)  # batches of another size round otherwise
     tokens = []
     with torch.no_grad(), watch_outputs({0: model.blocks[3]}, lambda _, out: tokens.append(out[:, 1:])):
         model.forward_features(x)
