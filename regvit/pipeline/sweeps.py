@@ -121,19 +121,32 @@ def _words(run: str | None) -> dict[str, str]:
 
 def table(sweep: Sweep) -> Table:
     """A row an experiment, a column a figure; a dash where an experiment has none, as where a backbone has no outliers."""
-    combinations = range(1, 1 + math.prod(map(len, sweep.vary.values())))
-    names = [f"{sweep.name}-{point}" for point in sweep.points or combinations]  # as DVC numbers them
-    done = {experiment["Experiment"]: experiment for experiment in dvc.api.exp_show()}
     rows = []
-    for name in [name for name in names if name in done]:
-        setting = [_shown(done[name], parameter) for parameter in sweep.vary] or [name.removeprefix(f"{sweep.name}-")]
+    for name, experiment in experiments(sweep).items():
+        setting = [_shown(experiment, parameter) for parameter in sweep.vary] or [name.removeprefix(f"{sweep.name}-")]
         cells = []
         for stage, columns in sweep.stages.items():
-            figures = _figures(done[name]["rev"], stage)
+            figures = _figures(experiment["rev"], stage)
             cells += [show(figures.get(column), _metric(stage, column)) for column in columns]
         rows.append((*setting, *cells))
     labels = [_metric(stage, column).label for stage, columns in sweep.stages.items() for column in columns]
     return Table.of(f"{sweep.title}. Expected: {sweep.expect}", (*(sweep.vary or ["point"]), *labels), rows)
+
+
+def experiments(sweep: Sweep) -> dict[str, Mapping]:
+    """Those of the sweep that DVC knows at this commit, by name, in the order of the points."""
+    combinations = range(1, 1 + math.prod(map(len, sweep.vary.values())))
+    names = [f"{sweep.name}-{point}" for point in sweep.points or combinations]  # as DVC numbers them
+    known = {experiment["Experiment"]: experiment for experiment in dvc.api.exp_show()}
+    return {name: known[name] for name in names if name in known}
+
+
+def unfinished(sweep: Sweep) -> Iterator[str]:
+    """A line for what failed, one for what waits, one for what runs."""
+    states = {name: experiment.get("State") for name, experiment in experiments(sweep).items()}
+    for state, more in (("Failed", "; `dvc queue logs <name>` says why"), ("Queued", ""), ("Running", "")):
+        if names := [name for name, each in states.items() if each == state]:
+            yield f"{state.lower()}: {', '.join(names)}{more}"
 
 
 def _figures(revision: str, stage: str) -> Mapping[str, Value]:
@@ -202,10 +215,13 @@ def main() -> None:
                 sys.exit(f"`dvc exp run` ended with exit code {code}; what it said stands above")
         print("`python -m regvit.pipeline.sweeps start` works the queue off, and `table` shows what is done")
     else:
-        shown = table(read_sweep(given.name, given.slow, given.run))
+        sweep = read_sweep(given.name, given.slow, given.run)
+        shown = table(sweep)
         print(
             shown.text() if shown else f"no experiment of sweep {given.name} belongs to this commit: `queue` it first"
         )
+        for line in unfinished(sweep):
+            print(line)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,13 @@ def experiments(folder, monkeypatch):
     write_figures(folder / "10/metrics/runs/treated/verify/figures.csv",
                   figures_table([Figure("cls_cosine", 0.95, 0.94, 0.96, 9), Figure("odd_one", None)], "treated", "home"))  # fmt: skip
     shown = [
-        {"Experiment": name, "rev": rev, "runs.treated.num_registers": count, "params.yaml:register.patches": "zero"}
+        {
+            "Experiment": name,
+            "rev": rev,
+            "runs.treated.num_registers": count,
+            "params.yaml:register.patches": "zero",
+            "State": "Failed" if name == "varied-1" else "Success",
+        }
         for name, rev, count in (
             ("varied-2", "10", 4),
             ("varied-1", "9", 1),
@@ -104,6 +110,12 @@ def experiments(folder, monkeypatch):
 def test_the_table_has_a_row_an_experiment_in_the_order_of_the_values(experiments):
     rows = sweeps.table(sweeps.read_sweep("varied")).frame.map(str).values.tolist()
     assert rows == [["1", "zero", "–", "–"], ["4", "zero", "0.950 [0.940–0.960]", "–"]]
+
+
+def test_what_failed_is_named_under_the_table(experiments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sweeps", "table", "varied"])
+    sweeps.main()
+    assert capsys.readouterr().out.endswith("failed: varied-1; `dvc queue logs <name>` says why\n")
 
 
 def test_without_experiments_it_says_how_to_make_some(experiments, monkeypatch, capsys):
