@@ -14,7 +14,7 @@ from stage_runner import run_stage
 
 from regvit.data.manifest import write_dataset
 from regvit.data.transform import Transform
-from regvit.pipeline.command import command
+from regvit.pipeline.command import command, noted
 from regvit.pipeline.params import load_params
 
 ROOT = Path(__file__).parents[2]
@@ -50,6 +50,14 @@ def test_ctrl_c_gives_one_line_and_the_status_of_shells(ended, capsys):
 
     assert ended(interrupt, "x") == 130
     assert capsys.readouterr().err == "tried: interrupted; work/x is not finished: run the same again\n"
+
+
+def test_what_is_noted_ends_its_block_with_a_line_and_a_bug_keeps_its_traceback(capsys):
+    with noted("x: not resized, as"):
+        Transform(0, mean=(0, 0, 0), std=(1, 1, 1))
+    assert capsys.readouterr().out.startswith("x: not resized, as ")
+    with pytest.raises(ValueError, match="invalid literal"), noted("x:"):
+        int("a")
 
 
 def test_an_error_of_the_disk_gives_one_line_with_the_file(ended):
