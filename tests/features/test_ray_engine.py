@@ -44,12 +44,18 @@ def cluster():
 
 
 @pytest.fixture
-def node(cluster):
-    """One node of one CPU."""
+def leaving(cluster):
+    """One node of one CPU, that a test may take away."""
     node = cluster.add_node(**NODE)
     yield node
     for other in cluster.list_all_nodes()[1:]:
         cluster.remove_node(other, allow_graceful=False)
+
+
+@pytest.fixture(scope="module")
+def node(cluster):
+    """One node of one CPU that stays, after those tests that take nodes away."""
+    return cluster.add_node(**NODE)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -126,7 +132,7 @@ class Watching:
 
 
 def test_a_worker_that_is_killed_costs_its_unit_and_the_bytes_are_those_of_one_process(
-    tmp_path, cluster, node, backbone, dataset, in_process
+    tmp_path, cluster, leaving, backbone, dataset, in_process
 ):
     engine = Watching(RayEngine(cluster.address), tmp_path / "log", dies_once=8)
     assert tree(run(tmp_path, backbone, dataset, engine=engine).path) == in_process
@@ -136,7 +142,7 @@ def test_a_worker_that_is_killed_costs_its_unit_and_the_bytes_are_those_of_one_p
     assert not ray.is_initialized()  # what the engine joined it leaves
 
 
-def test_a_node_may_join_and_another_go_in_the_middle(tmp_path, cluster, node, backbone, dataset, in_process):
+def test_a_node_may_join_and_another_go_in_the_middle(tmp_path, cluster, leaving, backbone, dataset, in_process):
     def change(units):
         if units == 1:
             cluster.add_node(**NODE)
@@ -147,7 +153,7 @@ def test_a_node_may_join_and_another_go_in_the_middle(tmp_path, cluster, node, b
         until = time.monotonic() + STUCK
         while len(engine.processes()) < 2 and time.monotonic() < until:
             time.sleep(0.05)
-        cluster.remove_node(node, allow_graceful=False)
+        cluster.remove_node(leaving, allow_graceful=False)
         gone.set()
 
     gone = threading.Event()

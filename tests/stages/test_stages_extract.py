@@ -101,9 +101,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def start(folder):
-    """`python stages/extract.py cured home` on Ray, in a process of its own."""
-    knobs = {"ENGINE": "ray", "DEVICE": "cpu", "THREADS": "1", "BATCH_SIZE": "4"}
+def start(folder, engine="ray"):
+    """`python stages/extract.py cured home`, on Ray, in a process of its own."""
+    knobs = {"ENGINE": engine, "DEVICE": "cpu", "THREADS": "1", "BATCH_SIZE": "4"}
     environment = {name: value for name, value in os.environ.items() if name != "DVC_ROOT"}
     environment |= {f"REGVIT_{name}": value for name, value in knobs.items()} | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SMALL_UNITS, str(STAGES), *EXTRACT[1:]]
@@ -158,7 +158,7 @@ def test_a_driver_of_ray_that_is_stopped_leaves_no_worker_and_its_work_is_gone_o
     while left := [pid for pid in workers if is_alive(pid)]:
         assert time.monotonic() < patience, f"workers {left} outlived their driver by a minute"
         time.sleep(0.1)
-    again = start(folder)
+    again = start(folder, "ray" if how == signal.SIGKILL else "local")  # on Ray, or without it
     _, said = again.communicate()
     assert again.returncode == 0, said
     assert "resumed: " in said
