@@ -125,7 +125,9 @@ class Diagnosis:
         said += f" ({before.sink_norm:.1f} before)"
         if not np.isnan(self.cls_attention):
             said += f"; CLS gives these {self.cls_attention:.1%} of its attention in later blocks ({before.cls_attention:.1%} before)"
-        return f"{said}, their values are {self.sink_value:.2f} of others' ({before.sink_value:.2f} before)"
+        if not np.isnan(self.sink_value):  # a cure that hides them has none
+            said += f", their values are {self.sink_value:.2f} of others' ({before.sink_value:.2f} before)"
+        return said
 
 
 @torch.inference_mode()
