@@ -95,11 +95,11 @@ RUN = {
 # Commands that cannot be run here, by their first line, and why.
 CANNOT = {
     "make test": "this is a part of it",
-    "make choose NAME=cifar10 IMAGES=/data/images": "needs the published files; tests/pipeline/test_choices.py merges it",
+    "make choose NAME=cifar10 IMAGES=/data/images": "needs the published files; tests/test_every_choice.py runs it in small",
     "make choose NAME=imagenet IMAGES=/data/images && source .venv/bin/activate": "needs ImageNet and 8 GPUs",
-    "make choose NAME=finetune && dvc repro": "takes the better part of an hour; tests/training does it in small",
-    "make choose NAME=registers": "needs the published files; tests/test_classified_sets.py runs it in small",
-    "make choose NAME=cures && dvc repro": "takes half an hour; tests/report/test_cure_table.py makes the table of a small study",
+    "make choose NAME=finetune && dvc repro": "takes the better part of an hour; tests/test_every_choice.py runs it in small",
+    "make choose NAME=registers": "needs the published files; tests/test_every_choice.py runs it in small",
+    "make choose NAME=cures && dvc repro": "takes half an hour; tests/test_every_choice.py runs it in small",
     "regvit census focus focus_planted --images photos/": "tests/cli/test_cli.py does so",
     "dvc push": "tests/stages/test_caching.py does so",
     "dvc remote add --default shared s3://bucket/regvit": "tests/stages/test_caching.py does so with a folder",

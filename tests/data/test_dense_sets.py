@@ -1,6 +1,7 @@
 """The published sets in small, in the layout and formats that their archives unpack to."""
 
 import json
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ PART = "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>4</xmax
 
 def image(path, size=(40, 30)):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.full((size[1], size[0], 3), 90, np.uint8)).save(path)
+    pixels = np.random.default_rng(crc32(path.name.encode())).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
 
 
 def listing(path, lines):

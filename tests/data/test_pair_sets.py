@@ -65,9 +65,8 @@ def test_a_pair_of_a_broken_image_is_left_out_and_a_missing_annotation_is_named(
         make(f"spair:{tmp_path}")
 
 
-@pytest.fixture
-def buildings(tmp_path):
-    root = tmp_path / "buildings"
+def make_buildings(root):
+    """Four photographs and the lists of one query."""
     for i, name in enumerate(("all_souls_000013", "all_souls_000026", "oxford_002985", "worcester_000194")):
         photograph(root / f"oxbuild_images/{name}.jpg", seed=i)
     lists = {"query": "oxc1_all_souls_000013 10.4 4.1 40.5 30.7", "good": "all_souls_000026\n",
@@ -77,6 +76,11 @@ def buildings(tmp_path):
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
     return root
+
+
+@pytest.fixture
+def buildings(tmp_path):
+    return make_buildings(tmp_path / "buildings")
 
 
 def test_buildings_have_cropped_queries_and_lists_of_who_is_sought(make, tmp_path, buildings):

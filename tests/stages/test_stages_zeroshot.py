@@ -22,7 +22,7 @@ from regvit.registers.run_files import Variant
 from regvit.stats.figures import read_figures
 
 SIZE = 64
-SETS = {"context": "context60:context", "coco": "coco_object:coco", "objects": "imagenet_seg:objects"}
+SETS = {"context": "context60:VOCdevkit", "coco": "coco_object:coco_object", "objects": "imagenet_seg:imagenet_seg"}
 KINDS = ["cat", "dog, puppy"]
 
 
@@ -34,13 +34,16 @@ def photograph(path, mask_path, seed, values):
         Image.fromarray(quarters.astype(np.uint8).repeat(SIZE // 2, 0).repeat(SIZE // 2, 1)).save(each)
 
 
-def lay_out(folder):
-    voc, coco = folder / "context/VOC2010", folder / "coco"
+def make_mask_sets(folder):
+    """PASCAL Context, COCO-Object and ImageNet-Segmentation with three images each."""
+    voc, coco = folder / "VOCdevkit/VOC2010", folder / "coco_object"
     for i in range(3):
         photograph(voc / f"JPEGImages/2008_{i}.jpg", voc / f"SegmentationClassContext/2008_{i}.png", i, [0, 59, i, 255])
         masks = coco / f"annotations/val2017/00{i}_instanceTrainIds.png"
         photograph(coco / f"images/val2017/00{i}.jpg", masks, i, [0, 1, 2, 1])
-        photograph(folder / f"objects/images/0{i}.png", folder / f"objects/masks/0{i}.png", i, [0, 1, 0, i % 2])
+        photograph(
+            folder / f"imagenet_seg/images/0{i}.png", folder / f"imagenet_seg/masks/0{i}.png", i, [0, 1, 0, i % 2]
+        )
     listed = voc / "ImageSets/SegmentationContext/val.txt"
     listed.parent.mkdir(parents=True)
     listed.write_text("2008_0\n2008_1\n2008_2\n")
@@ -51,7 +54,7 @@ def lay_out(folder):
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("work")
-    lay_out(folder)
+    make_mask_sets(folder)
     for name, source in SETS.items():
         kind, _, where = source.partition(":")
         make_dataset(f"{kind}:{folder / where}", name, folder / "data" / name, folder / "p", 0, False)
@@ -103,11 +106,11 @@ def test_classes_of_pixels_are_those_of_open_clips_own_patches(work):
     whole.visual.output_tokens = True
     for i in range(3):
         with torch.no_grad():
-            tokens = whole.visual(pixels(work / f"coco/images/val2017/00{i}.jpg"))[1]
+            tokens = whole.visual(pixels(work / f"coco_object/images/val2017/00{i}.jpg"))[1]
         shares = (5 * F.normalize(tokens @ whole.visual.proj, dim=-1) @ texts).softmax(-1)[0].T.reshape(1, 5, 4, 4)
         shares = torch.stack([shares[:, :2].amax(1), shares[:, 2], shares[:, 3:].amax(1)], dim=1)
         found.append(F.interpolate(shares, (SIZE, SIZE), mode="bilinear")[0].argmax(0).numpy())
-        truth.append(np.asarray(Image.open(work / f"coco/annotations/val2017/00{i}_instanceTrainIds.png")))
+        truth.append(np.asarray(Image.open(work / f"coco_object/annotations/val2017/00{i}_instanceTrainIds.png")))
     expected = jaccard_score(np.ravel(truth), np.ravel(found), labels=[0, 1, 2], average="macro", zero_division=0)
     table = figures(work, "plain", "coco")
     assert table.loc["miou", "value"] == pytest.approx(expected, abs=1e-5) and len(np.unique(found)) > 1
@@ -134,12 +137,12 @@ def test_objects_are_told_from_background_by_the_published_protocol(work):
     texts, hits, areas, precision = classifier(["apple", "boat", "cup"]), 0, np.zeros((2, 2)), []
     for i in range(3):
         with torch.no_grad():
-            embedding, added = published_attributions(whole, pixels(work / f"objects/images/0{i}.png"))
+            embedding, added = published_attributions(whole, pixels(work / f"imagenet_seg/images/0{i}.png"))
         by_class = (added @ texts)[0]
         heat = by_class[:, (embedding @ texts).argmax()] - by_class.mean(1)
         heat = F.interpolate(heat.reshape(1, 1, 4, 4), scale_factor=16, mode="bilinear")[0, 0].clip(min=0)
         heat = ((heat - heat.min()) / (heat.max() - heat.min())).numpy()
-        truth = np.asarray(Image.open(work / f"objects/masks/0{i}.png"))
+        truth = np.asarray(Image.open(work / f"imagenet_seg/masks/0{i}.png"))
         guess = heat > heat.mean()
         hits += (guess == truth).sum()
         areas += [[((guess == k) & (truth == k)).sum(), ((guess == k) | (truth == k)).sum()] for k in (0, 1)]
