@@ -88,7 +88,7 @@ def figures(
     }
     if planted:
         truth, chosen = _pairs(planted), _pairs(search.selected)
-        whole["precision"] = len(truth & chosen) / len(chosen) if chosen else 0.0
+        whole["precision"] = len(truth & chosen) / len(chosen) if chosen else None
         whole["recall"] = len(truth & chosen) / len(truth)
     fractions = {"outlier_fraction": search.outlier_fraction}
     fractions |= {f"outlier_fraction_{name}": (v > detection.threshold).mean(1) for name, v in treated.items()}
@@ -176,7 +176,8 @@ def sentence(name: str, search: RegisterNeurons, shown: Iterable[Figure]) -> str
     if SETTLE_ON < search.again == len(search.outlier_fraction):
         text += f"; all images were gone through twice, as they contradict the first {SETTLE_ON}"
     if "recall" in value:
-        text += f"; planted: precision {value['precision']:g}, recall {value['recall']:g}"
+        precision = "–" if value["precision"] is None else f"{value['precision']:g}"  # where nothing was selected
+        text += f"; planted: precision {precision}, recall {value['recall']:g}"
     if search.num_selected:
         left = {key: f"{value[f'outlier_fraction_{key}']:.2%}" for key in ("after", "ablated", "empty", "random")}
         text += (

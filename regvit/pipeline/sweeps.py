@@ -41,6 +41,7 @@ from regvit.stats.figures import read_figures
 DVC = [sys.executable, "-m", "dvc"]
 FOLDER = Path("sweeps")
 PLACEHOLDERS = ("<run>", "<backbone>", "<id>")
+COUNTS = {"layer", "register_neurons"}  # without decimals
 KEYS = {"title", "expect", "vary", "points", "set", "stages", "slow"}
 # An experiment works in a folder of its own: `.` on the path makes its stages import the library from there, not from
 # the working tree, where the installed package points.
@@ -171,7 +172,7 @@ def _figures(revision: str, stage: str) -> Mapping[str, Value]:
 def _metric(stage: str, column: str) -> Metric:
     name, _, about = column.partition(":")
     known = METRICS.get(stage.partition("@")[0], {}).get(name)
-    known = known or Metric(name.replace("_", " "), 0, 1, 3)
+    known = known or Metric(name.replace("_", " "), 0, 1, 0 if name in COUNTS else 3)
     return known._replace(label=f"{known.label} {about.replace(':', ', ')}".strip())
 
 

@@ -97,6 +97,15 @@ def test_the_sentence_says_what_is_left_under_each_treatment(searched):
     assert "outliers left: 0.00% with one test-time register, 0.00% with the neurons silenced" in text
 
 
+def test_of_no_neurons_there_is_no_precision(searched):
+    found, _, truth = searched
+    none = dataclasses.replace(found, selected={})
+    shown = figures(none, {}, truth, seed=0)
+    values = {one.metric: one.value for one in shown}
+    assert values["precision"] is None and values["recall"] == 0
+    assert "precision –, recall 0" in sentence("tiny", none, shown)
+
+
 def test_a_model_without_outliers_gets_no_treatment_and_says_so(tiny_vit, noise_images):
     model, images = tiny_vit(1), noise_images(8)
     found = find_register_neurons(model, images)
