@@ -9,7 +9,7 @@ do: patches of low information whose norm explodes and which draw the attention 
   quiet. With trained weights no attention weight is edited; random weights need rank-1 edits of the keys (`edit_keys`).
 
 Everything is reckoned in float64, and what is equal but for rounding counts as equal, so that every processor plants the
-same weights.
+same weights, to their last digit.
 
 Notation: x residual stream, D its width, h = norm2(x) the input of `mlp.fc1`, a = GELU(fc1(h)) the neurons. A unit u of
 a block with LayerScale g writes g * W2[:, u] * a_u.
