@@ -142,7 +142,7 @@ def test_every_sweep_has_a_table_of_such_a_backbone(measured, name, tmp_path, mo
     shown = sweeps.table(sweep)
     assert len(shown.frame) == len(points) and shown.text()
     row = shown.frame.map(str).iloc[0]
-    expected = {"outlier patches, %": "0.000", "register neurons": "6.0", "CLS cosine": "–", "val top1 cls": "0.5"}
+    expected = {"outlier patches, %": "0.000", "register neurons": "6", "CLS cosine": "–", "val top1 cls": "0.5"}
     seen = {column: row[column][: len(start)] for column, start in expected.items() if column in row}
     assert seen and seen.items() <= expected.items()
 
