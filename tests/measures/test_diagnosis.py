@@ -21,13 +21,14 @@ def planted(tiny_vit, noise_images):
 
 
 def test_attention_values_and_channels_are_those_of_the_sinks(planted):
-    model, x, found = planted
+    """In float64: where keys are edited logits are so large that float32 rounds shares by 4e-5 of themselves."""
+    model, x, found = copy.deepcopy(planted[0]).double(), planted[1].double(), planted[2]
     seen = diagnose(model, x.split(3), found)
     outliers = torch.from_numpy(patch_norms(model, [x], [3])[0] > found.detection.threshold)
     has = outliers.any(1)
     attention = prefix_attention(model, x)[..., 0, 1:]  # (l, b, h, p) of CLS
     shares = (attention * outliers[None, :, None]).sum(-1)[:, has].mean(1)
-    assert np.allclose(seen.cls_share, shares.numpy(), atol=1e-4)  # batches of another size round otherwise
+    assert np.allclose(seen.cls_share, shares.numpy(), atol=1e-5)
     tokens = []
     with torch.no_grad(), watch_outputs({0: model.blocks[3]}, lambda _, out: tokens.append(out[:, 1:])):
         model.forward_features(x)
