@@ -46,6 +46,14 @@ RUNS = {  # of choices whose other runs are like these, on other backbones or wi
     "cures": ["original", "test_time_reg", "recursive", "ablate", "mask_attention", "interpolate", "interpolate_lof",
               "clip_norm", "remove_singular", "average_views", "prefix_kv", "registers_mean"],
 }  # fmt: skip
+IMAGES = {  # tested, of the sets that a user has
+    "imagenet": {"imagenet_a": 6, "imagenet_r": 6, "imagenet_sketch": 6, "imagenet_v2": 6, "lsun_crop": 4,
+                 "lsun_resize": 4, "inaturalist": 4},
+    "openood": {"imagenet_v2": 6, "imagenet_c": 6, "imagenet_r": 6, "ssb_hard": 4, "ninco": 4, "inaturalist": 4,
+                "textures": 4, "openimage_o": 4},
+    "clip": {"imagenet_a": 6, "imagenet_r": 6, "imagenet_sketch": 6},
+    "registers": {"imagenet_a": 6, "imagenet_r": 6, "imagenet_sketch": 6},
+}  # fmt: skip
 LESS = {  # work in the stages
     "identify": {"images": 12, "layer": 3, "top_k": 3},
     "probe": {"steps": 10, "batch_size": 16, "seeds": 2},
@@ -185,6 +193,13 @@ def test_every_choice_runs_from_download_to_report_on_small_copies(run_choice, n
         assert "top1" in headline and ("ood_top1" in headline) == bool(alike)
     page = (folder / "metrics/report.html").read_text()
     assert len(page) > 10_000 and all(run in page for run in given.runs)
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_every_image_of_a_users_sets_is_read(run_choice, name):
+    folder, given = run_choice(name)
+    found = {each: len(read_dataset(folder / "data" / each).subset("test")) for each in given.datasets}
+    assert found[given.in_distribution] == 12 and IMAGES[name].items() <= found.items()
 
 
 @pytest.mark.parametrize("name", ["imagenet", "openood", "registers", "cifar10", "finetune"])
