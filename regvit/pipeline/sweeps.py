@@ -120,10 +120,10 @@ def _words(run: str | None) -> dict[str, str]:
     return dict(zip(PLACEHOLDERS, words, strict=True))
 
 
-def table(sweep: Sweep) -> Table:
-    """A row an experiment, a column a figure; a dash where an experiment has none, as where a backbone has no outliers."""
+def table(sweep: Sweep, known: Mapping[str, Mapping]) -> Table:
+    """A row for each of `experiments`, a column a figure; a dash where one has none, as where a backbone has no outliers."""
     rows = []
-    for name, experiment in experiments(sweep).items():
+    for name, experiment in known.items():
         setting = [_shown(experiment, parameter) for parameter in sweep.vary] or [name.removeprefix(f"{sweep.name}-")]
         cells = []
         for stage, columns in sweep.stages.items():
@@ -142,9 +142,9 @@ def experiments(sweep: Sweep) -> dict[str, Mapping]:
     return {name: known[name] for name in names if name in known}
 
 
-def unfinished(sweep: Sweep) -> Iterator[str]:
+def unfinished(known: Mapping[str, Mapping]) -> Iterator[str]:
     """A line for what failed, one for what waits, one for what runs."""
-    states = {name: experiment.get("State") for name, experiment in experiments(sweep).items()}
+    states = {name: experiment.get("State") for name, experiment in known.items()}
     for state, more in (("Failed", "; `dvc queue logs <name>` says why"), ("Queued", ""), ("Running", "")):
         if names := [name for name, each in states.items() if each == state]:
             yield f"{state.lower()}: {', '.join(names)}{more}"
@@ -217,11 +217,12 @@ def main() -> None:
         print("`python -m regvit.pipeline.sweeps start` works the queue off, and `table` shows what is done")
     else:
         sweep = read_sweep(given.name, given.slow, given.run)
-        shown = table(sweep)
+        known = experiments(sweep)
+        shown = table(sweep, known)
         print(
             shown.text() if shown else f"no experiment of sweep {given.name} belongs to this commit: `queue` it first"
         )
-        for line in unfinished(sweep):
+        for line in unfinished(known):
             print(line)
 
 

@@ -139,7 +139,7 @@ def test_every_sweep_has_a_table_of_such_a_backbone(measured, name, tmp_path, mo
         return (tmp_path / ("identify" if "backbones" in path else Path(path).parent.name)).open()
 
     monkeypatch.setattr(sweeps.dvc.api, "open", opened)
-    shown = sweeps.table(sweep)
+    shown = sweeps.table(sweep, sweeps.experiments(sweep))
     assert len(shown.frame) == len(points) and shown.text()
     row = shown.frame.map(str).iloc[0]
     expected = {"outlier patches, %": "0.000", "register neurons": "6", "CLS cosine": "–", "val top1 cls": "0.5"}

@@ -108,7 +108,8 @@ def experiments(folder, monkeypatch):
 
 
 def test_the_table_has_a_row_an_experiment_in_the_order_of_the_values(experiments):
-    rows = sweeps.table(sweeps.read_sweep("varied")).frame.map(str).values.tolist()
+    sweep = sweeps.read_sweep("varied")
+    rows = sweeps.table(sweep, sweeps.experiments(sweep)).frame.map(str).values.tolist()
     assert rows == [["1", "zero", "–", "–"], ["4", "zero", "0.950 [0.940–0.960]", "–"]]
 
 
