@@ -4,6 +4,9 @@ import os
 import time
 from collections.abc import Callable, Iterator
 
+# Before torch is imported: a process of tests for each core, and none waits for the threads of another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import hub_server  # before what reads where the hub is
 import pytest
 import torch

@@ -1,17 +1,14 @@
 """A repository of its own, with this one's pipeline and small parameters: what tests of the real `dvc repro` are made on.
 
 Folders of drawings and a weights file are its sources, so that nothing is fetched. Importing torch and timm takes a stage
-longer than its work here; so `python` is a few lines that hand a script or a module to a process which has imported the
-large packages, and forks (`warm_python`). `dvc` and `regvit` are the same with their modules.
+longer than its work here; so `python`, `dvc` and `regvit` are those of `warm_python(**WARM)`.
 """
 
 import os
 import re
 import shutil
 import subprocess
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +18,8 @@ import torch
 from PIL import Image
 from ruamel.yaml import YAML
 from safetensors.torch import save_file
+
+from regvit.pipeline.warm_python import LARGE
 
 ROOT = Path(__file__).parent.parent
 YAML_FILE = YAML(typ="safe", pure=True)
@@ -36,85 +35,8 @@ TRACKED = (
     "requirements-test.txt",
     "pyproject.toml",
 )
-SERVER = """
-import json, os, runpy, signal, socket, sys, traceback
-import dvc.cli, dvc.repo, matplotlib.figure, scipy.ndimage, sklearn.datasets, sklearn.linear_model, timm, torch, zarr
-
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-server = socket.socket(socket.AF_UNIX)
-server.bind(sys.argv[1])
-server.listen(64)
-print("ready", flush=True)
-while True:
-    caller, _ = server.accept()
-    message, streams, _, _ = socket.recv_fds(caller, 1 << 20, 3)
-    if os.fork():
-        caller.close()
-        for each in streams:
-            os.close(each)
-        continue
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or a child of the child has no exit code
-    for number, stream in enumerate(streams):
-        os.dup2(stream, number)
-    sys.stdout.reconfigure(line_buffering=os.isatty(1))
-    sys.executable, folder, environment, sys.argv = json.loads(message)
-    os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(environment)
-    code, how = 0, sys.argv[0]
-    try:
-        if how == "-m":
-            sys.path[:1] = [folder]
-            del sys.argv[0]
-            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-        else:  # a script; the library is that of the folder it runs in
-            sys.path[:1] = [os.path.join(folder, os.path.dirname(how)), folder]
-            runpy.run_path(how, run_name="__main__")
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else int(error.code is not None)
-        if isinstance(error.code, str):
-            print(error.code, file=sys.stderr)
-    except BaseException:
-        code = 1
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    caller.sendall(bytes([code % 256]))
-    os._exit(code % 256)
-"""
-CALLER = """
-import json, os, socket, sys
-caller = socket.socket(socket.AF_UNIX)
-caller.connect({socket!r})
-message = [{python!r}, os.getcwd(), dict(os.environ), sys.argv[1:]]
-socket.send_fds(caller, [json.dumps(message).encode()], [0, 1, 2])
-sys.exit(int.from_bytes(caller.recv(1) or bytes([1])))
-"""
-
-
-@contextmanager
-def warm_python(folder: Path) -> Iterator[Path]:
-    """`folder` with programs `python`, `dvc` and `regvit` that fork a process in which the large packages are imported.
-
-    The library that they run is that of the working directory.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    socket, python = folder / "socket", folder / "python"
-    (folder / "call.py").write_text(CALLER.format(socket=str(socket), python=str(python)))
-    run = f'exec "{sys.executable}" -I -S "{folder}/call.py"'
-    plain = f'case "$1" in -m) ;; -*) exec "{sys.executable}" "$@" ;; esac\n'  # `python -c` and the like
-    for name, words in {"python": f"{plain}{run}", "dvc": f"{run} -m dvc", "regvit": f"{run} -m regvit"}.items():
-        (folder / name).write_text(f'#!/bin/sh\n{words} "$@"\n')
-        (folder / name).chmod(0o755)
-    alone = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SERVER, str(socket)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=alone, text=True) as server:
-        assert server.stdout.readline() == "ready\n"
-        try:
-            yield folder
-        finally:
-            server.terminate()
-            socket.unlink()
+# What tests run in forks, beside stages.
+WARM = {"modules": (*LARGE, "dvc.cli", "dvc.repo", "sklearn.datasets"), "programs": ("dvc", "regvit")}
 
 
 @dataclass

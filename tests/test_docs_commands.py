@@ -18,7 +18,7 @@ import timm
 from documented import DRAWN, ROOT, blocks, calls, commands, iterate, pages, read
 from PIL import Image
 from ruamel.yaml import YAML
-from small_pipeline import lay_out, small_parameters, warm_python
+from small_pipeline import WARM, lay_out, small_parameters
 
 import regvit
 
@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT / "stages"))
 
 from regvit.pipeline.params import faults_of
 from regvit.pipeline.runtime import Runtime
+from regvit.pipeline.warm_python import warm_python
 
 YAML_FILE = YAML(typ="safe", pure=True)
 
@@ -178,7 +179,7 @@ def project(tmp_path_factory) -> Iterator[Project]:
     (folder / "guard.yaml").write_text(
         "".join(line for line in rules if "metric: top1" in line or line.startswith("#"))
     )
-    with warm_python(folder.with_name("bin")) as programs:
+    with warm_python(**WARM) as programs:
         environment(folder, programs)
         built = Project(folder)
         built.shell("git add --all && git commit --quiet --message parameters && make repro")

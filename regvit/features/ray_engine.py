@@ -128,10 +128,15 @@ class RayEngine:
             num_gpus=self.gpus_per_worker if self.device == "cuda" else 0,
             fn_constructor_args=(ray.put(job), writer, setting),
         )
+        bundles = answers.iter_internal_ref_bundles()  # `iter_rows` asks Ray from threads of its own, also after Ctrl-C
         try:
-            yield from answers.iter_rows()
+            for bundle in bundles:
+                for block in bundle.block_refs:
+                    yield from ray.get(block).to_pylist()
         except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
             raise EngineError(f"workers could not start: {' '.join(str(error).split())[-600:]}") from error
+        finally:
+            del bundles  # this ends the execution; the traceback of an interruption would keep it
 
     @contextmanager
     def _connected(self, ray: ModuleType, size: int) -> Iterator[None]:
@@ -155,10 +160,9 @@ class RayEngine:
         try:
             yield
         finally:
-            for (
-                thread
-            ) in threading.enumerate():  # one that asks Ray for something after its end has it end this process
-                if thread.name.startswith("StreamingExecutor"):
+            # A thread that asks Ray for something after its end has it end this process.
+            for thread in threading.enumerate():
+                if thread.name.startswith(("StreamingExecutor", "ray-data")):
                     thread.join(STOPPING)
             ray.shutdown()
 

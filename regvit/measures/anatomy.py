@@ -99,14 +99,14 @@ def norm_table(anatomy: Anatomy) -> pd.DataFrame:
     for layer, norms in enumerate(anatomy.norms.swapaxes(0, 1)):
         logs = np.log(norms.ravel().clip(min=SMALLEST))
         spread = logs.min() < logs.max()
-        outlier = np.median(norms[mask]) if mask.any() else np.nan
+        outlier, other = (np.median(norms[kind]) if kind.any() else np.nan for kind in (mask, ~mask))
         rows.append(
             {
                 "layer": layer,
                 **dict(zip(("min", "median", "q99", "max"), np.quantile(norms, (0, 0.5, 0.99, 1)), strict=True)),
                 "over_threshold": np.nan if detection is None else (norms > detection.threshold).mean(),
                 "outlier_median": outlier,
-                "ratio": outlier / np.median(norms[~mask]),
+                "ratio": outlier / other,
                 "otsu_separation": otsu(logs).separation if spread else np.nan,
                 "ashman_d": ashman_d(logs) if spread else np.nan,
             }

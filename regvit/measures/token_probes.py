@@ -33,6 +33,7 @@ from regvit.measures.tables import image_means
 
 RIDGE = 1e-2  # of the mean diagonal: on images held out of a training split better than 1e-4 by a sixth (pixels), a
 # quarter (position); tokens of one image resemble each other, so there are fewer of them than it seems
+ALIKE = 1e-12  # of the mean square of a token: a variance within places that is nothing but rounding
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def fit_patch_probes(seen: Iterable[tuple[Float[Tensor, "b p d"], Float[Tensor, 
     Args:
         seen: tokens and pixels in float64, gone through once; nothing is kept but sums.
     Raises:
-        ValueError: there are fewer than two images (the places would have no covariance).
+        ValueError: there are fewer than two images, or all are alike (the places would have no covariance).
     """
     images = 0
     for x, y in seen:
@@ -118,6 +119,11 @@ def fit_patch_probes(seen: Iterable[tuple[Float[Tensor, "b p d"], Float[Tensor, 
     weight = torch.linalg.solve(centred + ridge * eye, xy - torch.outer(x_sum.sum(0), y_sum / tokens)).T  # (m, d)
     pixels = Affine(weight, y_sum / tokens - weight @ mean)
     within = (xx - images * means.T @ means) / (tokens - len(means))
+    if within.trace() <= ALIKE * xx.trace() / tokens:
+        raise ValueError(
+            f"the tokens of all {images} training images are alike, place by place: they cannot teach where a patch lies; "
+            "give images that differ"
+        )
     within = within + RIDGE * within.diagonal().mean() * eye
     discriminant = torch.linalg.solve(within, (means - mean).T).T  # (p, d); a shift of all means shifts all scores
     position = Affine(discriminant, -((means + mean) * discriminant).sum(1) / 2)

@@ -2,7 +2,7 @@
 
 Arguments go to `dvc repro`. The exit code is that of `dvc repro` if it failed, 130 after Ctrl-C, else 1 if params.yaml has a
 fault, classes do not meet or a self-check failed. Parameters come first, as DVC makes commands of the names in params.yaml,
-and a shell runs them.
+and a shell runs them. Stages run in forks of one process that has imported torch and timm, see `warm_python`.
 """
 
 import os
@@ -17,6 +17,7 @@ from regvit.pipeline.checks.classes import downloaded, unmet_classes
 from regvit.pipeline.checks.source_changes import changed_sources
 from regvit.pipeline.command import show_anything
 from regvit.pipeline.params import ParamsError, check_params
+from regvit.pipeline.warm_python import warm_python
 
 
 def main(*arguments: str) -> int:
@@ -26,7 +27,8 @@ def main(*arguments: str) -> int:
         sys.exit(f"make repro: {error}")
     if not sys.stderr.isatty():  # a log: progress bars of the stages say how far they are every ten seconds
         os.environ.setdefault("TQDM_MININTERVAL", "10")
-    with _interrupts() as interrupts:
+    with warm_python() as programs, _interrupts() as interrupts:
+        os.environ["PATH"] = f"{programs}{os.pathsep}{os.environ['PATH']}"
         code = 0 if arguments or downloaded(params) else _dvc_repro("download")
         if code == 0 and not arguments and (faults := list(unmet_classes(params))):
             sys.exit("make repro: the data sets' classes do not meet\n" + "\n".join(f"  - {fault}" for fault in faults))

@@ -10,7 +10,9 @@ import subprocess
 from collections.abc import Iterator
 
 import pytest
-from small_pipeline import YAML_FILE, Pipeline, commit, lay_out, warm_python
+from small_pipeline import WARM, YAML_FILE, Pipeline, commit, lay_out
+
+from regvit.pipeline.warm_python import warm_python
 
 RUNS = ("original", "cured")
 AFTER_PROBES = {"compare", "report", *(f"{stage}@{run}" for stage in ("evaluate", "summary") for run in RUNS)}
@@ -23,7 +25,7 @@ def built(tmp_path_factory) -> Iterator[Pipeline]:
     """The pipeline, run once."""
     folder = tmp_path_factory.mktemp("pipeline")
     lay_out(folder, {})
-    with warm_python(tmp_path_factory.mktemp("python")) as python:
+    with warm_python(**WARM) as python:
         pipeline = Pipeline(folder, python)
         ran, restored = pipeline.repro()
         stages = set(YAML_FILE.load(folder / "dvc.yaml")["stages"]) - UNUSED
