@@ -66,10 +66,11 @@ def warm_python(modules: Sequence[str] = LARGE, programs: Sequence[str] = ()) ->
         cold = (
             f'case "$1" in -m) ;; -*|"") exec {shlex.quote(sys.executable)} "$@" ;; esac\n'  # `python -c` and the like
         )
-        for name, words in {"python": f"{cold}{run}"} | {name: f"{run} -m {name}" for name in programs}.items():
+        for name in ("python", *programs):
+            words = f"{cold}{run}" if name == "python" else f"{run} -m {name}"
             (folder / name).write_text(f'#!/bin/sh\n{words} "$@"\n')
             (folder / name).chmod(0o755)
-        command = [sys.executable, __file__, str(path), *modules]
+        command = [sys.executable, "-P", __file__, str(path), *modules]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
             server.stdout.readline()  # it listens
             try:
@@ -121,11 +122,11 @@ def _run(
     sys.executable, sys.argv = python, words
     try:
         if words[0] == "-m":
-            sys.path[:1] = [folder]
+            sys.path[:0] = [folder]
             del sys.argv[0]
             runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         else:
-            sys.path[:1] = [os.path.join(folder, os.path.dirname(words[0])), folder]
+            sys.path[:0] = [os.path.join(folder, os.path.dirname(words[0])), folder]
             runpy.run_path(words[0], run_name="__main__")
         code = 0
     except SystemExit as error:
