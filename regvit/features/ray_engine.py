@@ -110,7 +110,7 @@ class RayEngine:
     ) -> Generator[Mapping, None, None]:
         """What workers say of each unit, see `_Worker`."""
         cpus, workers = self._share(ray)
-        setting = _Setting(self.device, self.threads or torch.get_num_threads(), cpus, software())
+        setting = _Setting(self.device, self.threads or torch.get_num_threads(), cpus, software(), ATTEMPTS)
         pool = ray.data.ActorPoolStrategy(
             min_size=1,
             initial_size=min(workers, len(missing)),
@@ -190,12 +190,14 @@ class RayEngine:
 
 @dataclass(frozen=True)
 class _Setting:
-    """How a worker computes: device, torch's threads, decoding threads with a GPU, and the software of the driver."""
+    """How a worker computes: device, torch's threads, decoding threads with a GPU, the software of the driver, and how many
+    workers may die over a unit."""
 
     device: str
     threads: int
     decoders: int
     software: dict[str, str]
+    attempts: int
 
 
 class _Worker:
@@ -226,9 +228,9 @@ class _Worker:
         self._writer.check_place()
         with open(self._writer.partial / "attempts" / str(unit), "ab") as begun:
             begun.write(b".")
-            if begun.tell() > ATTEMPTS:
+            if begun.tell() > (most := self._setting.attempts):
                 raise EngineError(
-                    f"{ATTEMPTS} workers died with unit {unit} in hand; if it lacks memory, put fewer workers on a node "
+                    f"{most} workers died with unit {unit} in hand; if it lacks memory, put fewer workers on a node "
                     "(cpus_per_worker, gpus_per_worker) or take smaller batches"
                 )
 

@@ -79,8 +79,22 @@ def warm_python(modules: Sequence[str] = LARGE, programs: Sequence[str] = ()) ->
                 server.terminate()
 
 
+ending: list = []  # in a fork: who is told, and with what status it ends
+
+
+def _tell() -> None:
+    """The last thing that a fork does; without taking down, module by module, what it never needed."""
+    if ending:
+        caller, status = ending
+        sys.stdout.flush()
+        sys.stderr.flush()
+        caller.sendall(bytes([status % 256]))
+        os._exit(0)
+
+
 def _serve(path: str, *modules: str) -> None:
     """Forks for every caller, until it is ended."""
+    atexit.register(_tell)  # before any library's, so that it comes after them
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
     server = socket.socket(socket.AF_UNIX)
@@ -109,8 +123,7 @@ def _run(
     Raises:
         SystemExit: when it has ended.
     """
-    code = 1
-    atexit.register(lambda: caller.sendall(bytes([code % 256])))  # after what libraries do at their end
+    ending[:] = [caller, 1]
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number, stream in enumerate(streams):
@@ -128,16 +141,16 @@ def _run(
         else:
             sys.path[:0] = [os.path.join(folder, os.path.dirname(words[0])), folder]
             runpy.run_path(words[0], run_name="__main__")
-        code = 0
+        ending[1] = 0
     except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        ending[1] = error.code if isinstance(error.code, int) else int(error.code is not None)
         if isinstance(error.code, str):
             print(error.code, file=sys.stderr)
     except KeyboardInterrupt:
-        code = 130
+        ending[1] = 130
     except BaseException:
         traceback.print_exc()
-    sys.exit(code)
+    sys.exit()
 
 
 if __name__ == "__main__":

@@ -183,9 +183,9 @@ def test_an_interrupted_run_goes_on_with_the_units_that_are_missing(
 def test_a_unit_that_kills_every_worker_ends_the_run_and_is_named(
     tmp_path, cluster, node, backbone, dataset, monkeypatch
 ):
-
+    monkeypatch.setattr(ray_engine, "ATTEMPTS", 2)
     engine = Watching(RayEngine(cluster.address), tmp_path / "log", dies_always=36)
-    with pytest.raises(EngineError, match=r"5 workers died with unit [89] in hand; if it lacks memory, put fewer"):
+    with pytest.raises(EngineError, match=r"2 workers died with unit [89] in hand; if it lacks memory, put fewer"):
         run(tmp_path, backbone, dataset, engine=engine)
 
 

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from dense_example import dense_set
@@ -86,6 +88,13 @@ def test_without_outliers_what_needs_them_has_no_value():
     for name in ("appears_in_layer", "peak_layer", "neighbour_similarity_outlier", "outlier_on_border"):
         assert found[name] is None, name
     assert np.isnan(found["norm_ratio"])
+
+
+@pytest.mark.filterwarnings("error")
+def test_where_every_patch_is_an_outlier_there_is_no_other_to_compare_with():
+    made = made_anatomy()
+    everywhere = dataclasses.replace(made, outliers=np.ones_like(made.outliers))
+    assert np.isnan(norm_table(everywhere)["ratio"]).all() and values(everywhere)["outlier_on_border"] is not None
 
 
 def test_outliers_that_registers_took_away_are_counted_in_the_untreated_model_alone():

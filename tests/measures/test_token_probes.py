@@ -50,6 +50,14 @@ def test_pixels_are_read_by_ridge_regression_without_a_penalty_on_the_bias():
     assert np.allclose(probes.mean_pixels, y.mean(0))
 
 
+def test_training_images_that_are_all_alike_are_refused():
+    tokens, pixels = random_patches(1)
+    with pytest.raises(
+        ValueError, match=r"tokens of all 7 training images are alike, place by place.*give images that"
+    ):
+        fit_patch_probes([(tokens.expand(7, -1, -1), pixels.expand(7, -1, -1))])
+
+
 def test_position_is_read_by_a_linear_discriminant(monkeypatch):
     monkeypatch.setattr(token_probes, "RIDGE", 0.0)
     seen, test = random_patches(60), random_patches(20, seed=1)

@@ -30,12 +30,12 @@ def main(name):
 command(main, "name", interrupted="nothing of {{0}} is kept")
 """
 SETS = {"twemoji": ["a", "b"], "openmoji": ["b", "a"], "digits": ["0"]}
-PIPELINE = f"""
+PIPELINE = """
 stages:
   download:
     matrix:
-      dataset: ${{datasets}}
-    cmd: {sys.executable} stage.py ${{item.dataset}}
+      dataset: ${datasets}
+    cmd: python stage.py ${item.dataset}
 """
 
 
