@@ -63,6 +63,7 @@ ALLOWED = {  # file, what: why
         "regvit/features/ray_engine.py",
         "pickle.loads()",
     ): "of what the driver of the same run has just sent: never of a file",
+    ("regvit/pipeline/warm_python.py", "importlib.import_module()"): "of libraries that its caller names in code",
     ("regvit/pipeline/warm_python.py", "runpy.run_path()"): "the script that a program called `python` is asked to run",
 }
 
