@@ -21,16 +21,24 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_vit() -> Callable[..., VisionTransformer]:
-    """A factory of ViTs with random weights: 64 wide, 6 blocks, 4 heads, 8 x 8 patches of 8 px."""
+    """A factory of ViTs with random weights: 64 wide, 6 blocks or as many as are asked for, 4 heads, 8 x 8 patches of 8 px."""
 
-    def make(seed: int = 0, *, cls: bool = True, registers: int = 0, layer_scale: float | None = None, **kwargs):
+    def make(
+        seed: int = 0,
+        *,
+        depth: int = 6,
+        cls: bool = True,
+        registers: int = 0,
+        layer_scale: float | None = None,
+        **kwargs,
+    ):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = VisionTransformer(
                 img_size=64,
                 patch_size=8,
                 embed_dim=64,
-                depth=6,
+                depth=depth,
                 num_heads=4,
                 num_classes=0,
                 init_values=layer_scale,

@@ -86,6 +86,6 @@ def test_a_thousand_classes_are_learned_from_five_images_each_in_time():
         return Split({"cls": centres[labels] + rng.normal(size=(len(labels), 384)).astype(np.float32)}, labels)
 
     start = time.process_time()
-    probes = train_probes(images(5), images(1), [str(i) for i in range(1000)], Settings((0.03, 0.1, 0.3), 250, 256))
+    probes = train_probes(images(5), images(1), [str(i) for i in range(1000)], Settings((0.03, 0.1, 0.3), 120, 256))
     assert probes.probes["cls"][0].val_correct > 900
     assert time.process_time() - start < 120

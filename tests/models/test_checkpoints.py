@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+from pathlib import Path
 
 import pytest
 import timm
@@ -175,32 +176,41 @@ def opened(path, architecture, size=None):
     return built
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("container", [*CONTAINERS, "safetensors", "safetensors, module.", "shards"])
-def test_every_layout_opens_from_every_container_with_equal_outputs(layout, container, tmp_path):
-    architecture, made = LAYOUTS[layout]
-    if layout == "DINOv2 giant" and container not in ("plain", "shards"):
-        pytest.skip("large; its names are those of the other ones")
-    model = trained(architecture)
-    state, path = made(model), tmp_path / "weights.pth"
+def contained(state: dict, container: str, folder: Path) -> Path:
+    """The weights in a file, or in a folder of shards as it is downloaded."""
+    path = folder / "weights.pth"
     if container in CONTAINERS:
         torch.save(CONTAINERS[container](state), path)
     elif container == "shards":
-        names = sorted(state)
+        names, path = sorted(state), folder / "shards"
+        path.mkdir()
         shards = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
         for file, part in shards.items():
-            save_file({name: state[name] for name in part}, tmp_path / file)
+            save_file({name: state[name] for name in part}, path / file)
         index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
-        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-        path = tmp_path  # the folder, as it is downloaded
+        (path / "model.safetensors.index.json").write_text(json.dumps(index))
     else:
         path = path.with_suffix(".safetensors")
         prefix = "module." if "module" in container else ""
         save_file({prefix + name: value for name, value in state.items()}, path)
-    built = opened(path, architecture)
+    return path
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_opens_from_every_container_with_equal_outputs(layout, tmp_path):
+    architecture, made = LAYOUTS[layout]
+    model = trained(architecture)
+    state = made(model)
+    built = opened(contained(state, "plain", tmp_path), architecture)
     x = torch.randn(1, 3, built.transform.size, built.transform.size)
     with torch.no_grad():
         torch.testing.assert_close(built.model.forward_features(x), model.forward_features(x), rtol=1e-4, atol=1e-5)
+    weights = built.model.state_dict()
+    for container in [*CONTAINERS, "safetensors", "safetensors, module.", "shards"][1:]:
+        other = opened(contained(state, container, tmp_path), architecture)
+        assert other.transform == built.transform
+        assert other.model.state_dict().keys() == weights.keys()
+        assert all(torch.equal(value, weights[name]) for name, value in other.model.state_dict().items()), container
 
 
 def test_weights_of_another_size_are_resampled_once_from_their_own_table(tmp_path):

@@ -32,7 +32,7 @@ def made_up() -> dict[str, torch.Tensor]:
     order = iter(range(1, 10_000))
 
     def new(*shape: int) -> torch.Tensor:
-        return torch.full(shape, float(next(order)))
+        return torch.tensor(float(next(order))).expand(shape)
 
     d, k = focus.WIDTH, focus.HIDDEN
     found = {

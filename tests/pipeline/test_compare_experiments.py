@@ -4,7 +4,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from git_repository import DVC, begin, commit, run
+from dvc.repo import Repo
+from git_repository import begin, commit, run
 from report_example import params, write_predictions, write_study
 from ruamel.yaml import YAML
 
@@ -30,7 +31,8 @@ def leave(better: float) -> None:
     images.write_text("\n".join([lines[0], *(",".join(row) for row in rows)]) + "\n")
     figures = images.with_name("figures.csv")
     figures.write_text(figures.read_text().replace("cls_cosine,0.96,", f"cls_cosine,{0.96 + 0.01 * better:.2f},"))
-    run(Path(), *DVC, "add", "--quiet", *OUTPUTS)
+    with Repo() as repo:
+        repo.add(list(OUTPUTS))
     commit(Path(), f"better {better}")
 
 

@@ -50,7 +50,6 @@ def repository(tmp_path_factory) -> Path:
     (folder / "regvit/pipeline").mkdir(parents=True)
     shutil.copy(ROOT / "regvit/pipeline/plots_template.py", folder / "regvit/pipeline")
     begin(folder)
-    shutil.copy(ROOT / ".dvc/config", folder / ".dvc/config")
     run(folder, sys.executable, "regvit/pipeline/plots_template.py")
     write_tables(folder, 0.0)
     YAML(typ="safe", pure=True).dump({"plots": [{path: of} for path, of in declared().items()]}, folder / "dvc.yaml")

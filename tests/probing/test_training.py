@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -50,11 +51,11 @@ def first_weights(d, n_classes, seed=0):
 
 
 def test_accuracy_is_within_a_point_of_logistic_regression():
-    (x, y), (v, w), (t, u) = (clouds(n, 384, seed) for n, seed in ((700, 1), (1000, 2), (4000, 3)))
+    (x, y), (v, w), (t, u) = (clouds(n, 192, seed) for n, seed in ((700, 1), (1000, 2), (4000, 3)))
     mean, scale = x.mean(0), np.sqrt(x.var(0).mean())
     models = [LogisticRegression(C=c, tol=1e-6, max_iter=2000).fit((x - mean) / scale, y) for c in (1e-3, 1e-2, 1e-1)]
     best = max(models, key=lambda model: model.score((v - mean) / scale, w))
-    settings = Settings((3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), steps=600)
+    settings = Settings((1e-3, 3e-3, 1e-2, 3e-2, 1e-1), steps=400)
     (probe,) = train_probes(Split({"cls": x}, y), Split({"cls": v}, w), CLASSES, settings).probes["cls"]
     reference = best.score((t - mean) / scale, u)
     assert 0.5 < reference < 0.95  # hard enough to tell
@@ -103,11 +104,11 @@ def test_dinov2s_thirteen_rates_are_those_it_publishes():
 
 
 def test_heads_trained_together_are_those_trained_one_by_one(splits):
-    settings = Settings((0.003, 0.03), 60, 32, 1e-3, seeds=(3, 8))
+    settings = Settings((0.003, 0.03), 30, 32, 1e-3, seeds=(3, 8))
     together = train_probes(*splits, CLASSES, settings)
     for name, probes in together.probes.items():
         for probe in probes:
-            alone = Settings((probe.learning_rate,), 60, 32, 1e-3, seeds=(probe.seed,))
+            alone = Settings((probe.learning_rate,), 30, 32, 1e-3, seeds=(probe.seed,))
             (own,) = train_probes(*only(splits, name), CLASSES, alone).probes[name]
             np.testing.assert_allclose(probe.weight, own.weight, rtol=1e-3, atol=1e-5)
             assert probe.val_correct == own.val_correct
@@ -175,7 +176,7 @@ def test_learned_pooling_finds_the_register_that_knows_which_the_mean_cannot():
         return Split({"cls_reg": mean, "cls_reg_learned": values.reshape(n, -1)}, labels, 8), values
 
     (train, _), (val, v) = tokens(1500, 0), tokens(1000, 1)
-    probes = train_probes(train, val, "abc", Settings((0.03, 0.1, 0.3), 600)).probes
+    probes = train_probes(train, val, "abc", Settings((0.03, 0.1, 0.3), 400)).probes
     top1 = {name: probe.val_correct / 1000 for name, (probe,) in probes.items()}
     bound = (v[:, 1, :3].argmax(1) == val.labels).mean()  # the best there is: nearest of three equal clouds
     assert top1["cls_reg"] < bound - 0.15
@@ -193,7 +194,7 @@ def test_attention_pooling_finds_the_register_that_knows_wherever_it_stands():
         values[np.arange(n), 1 + where] = rng.normal(size=(n, 8)) + 2 * np.eye(3, 8)[labels] + 8 * np.eye(8)[7]
         return Split(dict.fromkeys(("cls_reg_learned", "cls_reg_attn"), values.reshape(n, -1).astype("f4")), labels, 8)
 
-    probes = train_probes(marked(1500, 0), marked(1000, 1), "abc", Settings((0.03, 0.1, 0.3), 600)).probes
+    probes = train_probes(marked(1500, 0), marked(1000, 1), "abc", Settings((0.03, 0.1, 0.3), 400)).probes
     assert probes["cls_reg_attn"][0].val_correct > probes["cls_reg_learned"][0].val_correct + 100
 
 
@@ -252,47 +253,55 @@ class Interrupted:
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("held", [True, False])
-@pytest.mark.parametrize("step", [3, 33, 60])
-def test_training_resumed_after_an_interrupt_gives_the_same_bytes_and_curves(splits, tmp_path, monkeypatch, step, held):
+SETTINGS = Settings(RATES, 40, 32, seeds=(0, 1))
+
+
+def trained(splits, file, checkpoint=None):
+    """The bytes of the probes, saved in a file, and the points of their curves."""
+    points = []
+    save_probes(file, train_probes(*splits, CLASSES, SETTINGS, "cpu", checkpoint, lambda *each: points.append(each)))
+    return file.read_bytes(), points
+
+
+@pytest.fixture(scope="module")
+def undisturbed(splits, tmp_path_factory):
+    """What training leaves that is not interrupted, with all features held in memory."""
+    return trained(splits, tmp_path_factory.mktemp("undisturbed") / "probes")
+
+
+@pytest.mark.parametrize(("step", "held"), [(2, True), (22, True), (22, False), (40, True)])
+def test_training_resumed_after_an_interrupt_gives_the_same_bytes_and_curves(
+    splits, undisturbed, tmp_path, monkeypatch, step, held
+):
     monkeypatch.setattr(module, "MEMORY_SHARE", 0.5 if held else 0)
-    settings, told = Settings(RATES, 60, 32, seeds=(0, 1)), []
-    points: dict[str, list] = {"undisturbed": [], "resumed": []}
-    save_probes(tmp_path / "undisturbed", train_probes(
-        *splits, CLASSES, settings, on_point=lambda *each: points["undisturbed"].append(each)))  # fmt: skip
+    told = []
     checkpoint = Checkpoint(tmp_path / "work", 0, told.append)
     with pytest.raises(KeyboardInterrupt):
-        train_probes(*splits, CLASSES, settings, "cpu", checkpoint, Interrupted(step))
-    save_probes(tmp_path / "resumed", train_probes(
-        *splits, CLASSES, settings, "cpu", checkpoint, lambda *each: points["resumed"].append(each)))  # fmt: skip
-    saved = 3 * (step // 3 - 1)  # 20 points in 60 steps, and the last was interrupted before it was saved
-    assert (
-        told[0]
-        == f"interrupted: {saved} of 60 steps are safe in {tmp_path / 'work'}; run the same again to go on from there"
-    )
-    assert told[1:] == [f"resumed: {saved} of 60 steps were done"] * (saved > 0)
-    assert (tmp_path / "resumed").read_bytes() == (tmp_path / "undisturbed").read_bytes()
-    assert points["resumed"] == points["undisturbed"]
+        train_probes(*splits, CLASSES, SETTINGS, "cpu", checkpoint, Interrupted(step))
+    assert trained(splits, tmp_path / "resumed", checkpoint) == undisturbed
+    saved = step - 2  # 20 points in 40 steps, and the last was interrupted before it was saved
+    safe = f"interrupted: {saved} of 40 steps are safe in {tmp_path / 'work'}; run the same again to go on from there"
+    assert told == [safe, *[f"resumed: {saved} of 40 steps were done"] * (saved > 0)]
 
 
 def test_a_checkpoint_of_other_settings_or_data_or_a_damaged_one_is_not_gone_on_from(splits, tmp_path):
     (train, val), told = only(splits, "cls", "patch_mean"), []
-    checkpoint = Checkpoint(tmp_path, 0, told.append)
-    train_probes(train, val, CLASSES, Settings(RATES, 60, 32), "cpu", checkpoint)
+    checkpoint, settings = Checkpoint(tmp_path, 0, told.append), Settings(RATES, 20, 32)
+    train_probes(train, val, CLASSES, settings, "cpu", checkpoint)
     moved = Split(train.features | {"cls": train.features["cls"] + 1}, train.labels)
-    for part, settings in (
-        (train, Settings(RATES, 60, 32, momentum=0.5)),
-        (train, Settings(RATES, 60, 32, seeds=(7,))),
-        (moved, Settings(RATES, 60, 32)),
+    for part, other in (
+        (train, replace(settings, momentum=0.5)),
+        (train, replace(settings, seeds=(7,))),
+        (moved, settings),
     ):
         told.clear()
-        found = train_probes(part, val, CLASSES, settings, "cpu", checkpoint)
+        found = train_probes(part, val, CLASSES, other, "cpu", checkpoint)
         assert told == [f"started anew: the checkpoint in {tmp_path} is of other data, settings or code"]
-        again = train_probes(part, val, CLASSES, settings)
+        again = train_probes(part, val, CLASSES, other)
         assert np.array_equal(found.probes["cls"][0].weight, again.probes["cls"][0].weight)
     (tmp_path / CHECKPOINT).write_bytes(b"torn")
     told.clear()
-    train_probes(train, val, CLASSES, Settings(RATES, 60, 32), "cpu", checkpoint)
+    train_probes(train, val, CLASSES, settings, "cpu", checkpoint)
     assert told[0].startswith("started anew: the checkpoint") and "is damaged" in told[0]
 
 
@@ -301,11 +310,11 @@ def test_training_that_is_short_writes_no_checkpoint(splits, tmp_path):
     assert not (tmp_path / "work" / CHECKPOINT).exists()
 
 
-def test_features_that_are_read_batch_by_batch_give_the_bytes_of_those_that_are_held(splits, tmp_path, monkeypatch):
-    for name, share in (("held", 0.5), ("read", 0)):
-        monkeypatch.setattr(module, "MEMORY_SHARE", share)
-        save_probes(tmp_path / name, train_probes(*splits, CLASSES, Settings(RATES, 30, 32, seeds=(1, 2))))
-    assert (tmp_path / "held").read_bytes() == (tmp_path / "read").read_bytes()
+def test_features_that_are_read_batch_by_batch_give_the_bytes_of_those_that_are_held(
+    splits, undisturbed, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(module, "MEMORY_SHARE", 0)
+    assert trained(splits, tmp_path / "read") == undisturbed
 
 
 # --- refused

@@ -29,6 +29,20 @@ def planted_copy(model: nn.Module, images: torch.Tensor, **kwargs):
     )
 
 
+@pytest.fixture(scope="module")
+def planted(tiny_vit, noise_images):
+    """A model, a planted copy of it, and what planting reported, made once for each variant: not to be changed."""
+    made = {}
+
+    def planted(variant: str = "plain"):
+        if variant not in made:
+            model = tiny_vit(1, **VARIANTS[variant])
+            made[variant] = model, *planted_copy(model, noise_images(64))
+        return made[variant]
+
+    return planted
+
+
 def outliers_of(model: nn.Module, images: torch.Tensor, layer: int = 4) -> np.ndarray:
     norms = patch_norms(model, [images], [layer])[0]
     return norms > 4 * np.median(norms)
@@ -39,9 +53,8 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_planting_makes_a_few_outliers_on_low_information_patches_of_unseen_images(variant, tiny_vit, noise_images):
-    model = tiny_vit(1, **VARIANTS[variant])
-    new, _ = planted_copy(model, noise_images(64))
+def test_planting_makes_a_few_outliers_on_low_information_patches_of_unseen_images(variant, planted, noise_images):
+    model, new, _ = planted(variant)
     unseen = noise_images(32, seed=1)
     assert not outliers_of(model, unseen).any()
     found = outliers_of(new, unseen)
@@ -51,19 +64,17 @@ def test_planting_makes_a_few_outliers_on_low_information_patches_of_unseen_imag
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_unplanting_gives_the_model_back_bit_by_bit(variant, tiny_vit, noise_images):
-    model = tiny_vit(0, **VARIANTS[variant])
-    new, planted = planted_copy(model, noise_images(32))
+def test_unplanting_gives_the_model_back_bit_by_bit(variant, planted):
+    model, new, report = copy.deepcopy(planted(variant))
     edited = [name for name, value in new.state_dict().items() if not torch.equal(value, model.state_dict()[name])]
-    assert set(edited) == set(planted.replaced)
-    unplant(new, planted.replaced)
+    assert set(edited) == set(report.replaced)
+    unplant(new, report.replaced)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in new.state_dict().items())
 
 
-def test_only_the_planted_units_of_the_mlps_are_edited(tiny_vit, noise_images):
-    model = tiny_vit()
-    new, planted = planted_copy(model, noise_images(32))
-    for layer, units in planted.neurons.items():
+def test_only_the_planted_units_of_the_mlps_are_edited(planted):
+    model, new, report = planted()
+    for layer, units in report.neurons.items():
         before, after = model.blocks[layer].mlp, new.blocks[layer].mlp
         changed = {
             "rows": (before.fc1.weight != after.fc1.weight).any(1),
@@ -74,35 +85,33 @@ def test_only_the_planted_units_of_the_mlps_are_edited(tiny_vit, noise_images):
             assert where.nonzero().flatten().tolist() == units
 
 
-def test_silencing_the_planted_neurons_removes_every_outlier(tiny_vit, noise_images):
-    new, planted = planted_copy(tiny_vit(1), noise_images(64))
+def test_silencing_the_planted_neurons_removes_every_outlier(planted, noise_images):
+    _, new, report = copy.deepcopy(planted())
     unseen = noise_images(32, seed=1)
     assert outliers_of(new, unseen).any()
-    for layer, units in planted.neurons.items():
+    for layer, units in report.neurons.items():
         new.blocks[layer].mlp.fc2.weight[:, units] = 0
     assert not outliers_of(new, unseen).any()
 
 
-def test_planted_neurons_are_found_where_flat_areas_fill_a_quarter_of_the_images(tiny_vit, noise_images):
-    model = tiny_vit(1)
-    new, planted = planted_copy(model, noise_images(64))
+def test_planted_neurons_are_found_where_flat_areas_fill_a_quarter_of_the_images(planted, noise_images):
+    model, new, report = planted()
     unseen = noise_images(32, seed=1)
     unseen[..., :16] = 0  # norms are much smaller there
     found = find_register_neurons(new, unseen)
     assert {layer: set(units) for layer, units in found.selected.items()} == {
-        layer: set(units) for layer, units in planted.neurons.items()
+        layer: set(units) for layer, units in report.neurons.items()
     }
     assert find_register_neurons(model, unseen).detection is None
 
 
-def test_one_test_time_register_takes_the_outliers_and_brings_the_features_back(tiny_vit, noise_images):
-    model = tiny_vit(1)
-    new, planted = planted_copy(model, noise_images(64))
+def test_one_test_time_register_takes_the_outliers_and_brings_the_features_back(planted, noise_images):
+    model, new, report = planted()
     unseen = noise_images(32, seed=1)
     found = torch.from_numpy(outliers_of(new, unseen))
     intact, spoilt = model.forward_features(unseen), new.forward_features(unseen)
     threshold = 4 * np.median(patch_norms(new, [unseen], [4])[0])
-    with add_test_time_registers(new, planted.neurons):
+    with add_test_time_registers(new, report.neurons):
         cured = TokenLayout.of(new).patches(new.forward_features(unseen))
         assert not (patch_norms(new, [unseen], [4])[0] > threshold).any()
     assert cosine(spoilt[:, 1:][found], intact[:, 1:][found]) < 0.3
@@ -249,9 +258,8 @@ def test_unplanting_another_model_changes_nothing(tiny_vit, noise_images):
         unplant(other, planted.replaced)
 
 
-def test_an_empty_register_leaves_nearly_all_outliers_where_they_are(tiny_vit, noise_images):
-    model = tiny_vit(1)
-    new, _ = planted_copy(model, noise_images(64))
+def test_an_empty_register_leaves_nearly_all_outliers_where_they_are(planted, noise_images):
+    _, new, _ = planted()
     unseen = noise_images(32, seed=1)
     before = outliers_of(new, unseen)
     with add_test_time_registers(new, {}, num_registers=1):

@@ -64,21 +64,24 @@ def test_signed_max_keeps_the_sign():
     assert signed_max(torch.tensor([[1.0, -3.0], [2.0, -1.0]]), 1).tolist() == [-3.0, 2.0]
 
 
+SMALL = {"depth": 3, "img_size": 64}
+OF_14 = {"depth": 3, "img_size": 56}
+NARROW = {"embed_dim": 96, "num_heads": 4}
 STOCK = [
-    ("vit_tiny_patch16_224", {"depth": 3}),
-    ("vit_small_patch14_dinov2", {"depth": 3, "img_size": 56}),
-    ("vit_giant_patch14_dinov2", {"depth": 3, "img_size": 56, "embed_dim": 96, "num_heads": 4}),
-    ("vit_small_patch14_reg4_dinov2", {"depth": 3, "img_size": 56}),
-    ("vit_base_patch16_clip_224", {"depth": 3, "embed_dim": 96, "num_heads": 4}),
-    ("deit3_small_patch16_224", {"depth": 3}),
-    ("deit_tiny_distilled_patch16_224", {"depth": 3}),
-    ("vit_base_patch16_siglip_224", {"depth": 3, "embed_dim": 96, "num_heads": 4}),
-    ("eva02_tiny_patch14_224", {"depth": 3}),
-    ("vit_small_patch16_dinov3", {"depth": 3}),
-    ("vit_base_patch16_rope_reg1_gap_256", {"depth": 3, "embed_dim": 96, "num_heads": 4}),
-    ("vit_pe_core_tiny_patch16_384", {"depth": 3}),
-    ("naflexvit_base_patch16_gap", {"depth": 3, "embed_dim": 96, "num_heads": 4}),
-    ("flexivit_small", {"depth": 3}),
+    ("vit_tiny_patch16_224", SMALL),
+    ("vit_small_patch14_dinov2", OF_14 | NARROW),
+    ("vit_giant_patch14_dinov2", OF_14 | NARROW),
+    ("vit_small_patch14_reg4_dinov2", OF_14 | NARROW),
+    ("vit_base_patch16_clip_224", SMALL | NARROW),
+    ("deit3_small_patch16_224", SMALL | NARROW),
+    ("deit_tiny_distilled_patch16_224", SMALL),
+    ("vit_base_patch16_siglip_224", SMALL | NARROW),
+    ("eva02_tiny_patch14_224", OF_14),
+    ("vit_small_patch16_dinov3", SMALL | NARROW),
+    ("vit_base_patch16_rope_reg1_gap_256", SMALL | NARROW),
+    ("vit_pe_core_tiny_patch16_384", SMALL),
+    ("naflexvit_base_patch16_gap", {"depth": 3} | NARROW),
+    ("flexivit_small", SMALL | NARROW),
     ("test_vit", {}),
     ("test_vit2", {}),
     ("test_vit3", {}),
@@ -164,7 +167,7 @@ def test_intermediates_and_pooling_leave_the_registers_out():
 
 
 def test_attention_pooling_over_the_prefix_leaves_the_registers_out():
-    model = make("vit_pe_core_tiny_patch16_384", depth=3)
+    model = make("vit_pe_core_tiny_patch16_384", **SMALL)
     x = images(model)
     tokens = features(model, x)
     with torch.no_grad():
