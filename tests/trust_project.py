@@ -9,12 +9,12 @@ at exactly the n-th of them.
 import encodings.utf_8_sig  # noqa: F401  a user without rights to the standard library could not import it later
 import errno
 import fcntl
+import gc
 import json
 import os
 import re
 import resource
 import runpy
-import shutil
 import signal
 import subprocess
 import sys
@@ -194,10 +194,11 @@ def results(folder: Path) -> dict[str, bytes]:
 
 @dataclass(frozen=True)
 class Moment:
-    """A copy of a project as it was before a stage: its folder, the results in it, those that the stage is to leave there,
-    and how it ended undisturbed."""
+    """A copy of a project as it was before a stage: its folder and what is in it, the results among that, those that the
+    stage is to leave there, and how it ended undisturbed."""
 
     folder: Path
+    there: frozenset[Path]
     start: dict[str, bytes]
     finished: dict[str, bytes]
     ended: Ended
@@ -206,10 +207,11 @@ class Moment:
 class Undisturbed:
     """A project whose stages ran to their end one after another, nothing disturbing them."""
 
-    def __init__(self, stages: Stages, folder: Path, order: tuple[tuple[str, ...], ...] = ORDER):
-        self.folder, self.order = make_project(folder), order
+    def __init__(self, stages: Stages, folder: Path):
+        self.folder = make_project(folder)
+        self.given = tree(folder)
         self.outputs, self.ended, before = {}, {}, results(folder)
-        for stage in order:
+        for stage in ORDER:
             self.ended[stage] = stages.finish(folder, *stage)
             after = results(folder)
             self.outputs[stage] = {name: after[name] for name in after if before.get(name) != after[name]}
@@ -217,16 +219,14 @@ class Undisturbed:
 
     def before(self, stage: tuple[str, ...], folder: Path) -> Moment:
         """Makes a copy without what the stage and those after it left."""
-        shutil.copytree(self.folder, folder)
-        shutil.rmtree(folder / "work", ignore_errors=True)
-        for later in self.order[self.order.index(stage) :]:
-            for name in self.outputs[later]:
-                (folder / name).unlink()
-        for path in sorted(folder.rglob("*"), reverse=True):
-            if path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
+        files = dict(self.given)
+        for earlier in ORDER[: ORDER.index(stage)]:
+            files |= self.outputs[earlier]
+        for name, content in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
         start = results(folder)
-        return Moment(folder, start, start | self.outputs[stage], self.ended[stage])
+        return Moment(folder, frozenset(folder.rglob("*")), start, start | self.outputs[stage], self.ended[stage])
 
 
 # The process that runs stages.
@@ -308,6 +308,7 @@ def _serve() -> None:
     relief.render = lambda generator: draw(generator, 48)
     store.SMALLEST_UNIT = 4  # many units of few images
     checkpoints.SAVE_EVERY = 0.0  # seconds: a checkpoint at every point of the curves
+    gc.freeze()  # else the first collection of every fork would copy all of this process's memory
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     first = []
     for line in sys.stdin:

@@ -111,9 +111,9 @@ def test_every_exif_orientation_is_turned_upright(tmp_path, orientation):
 
 
 def text_bomb():
-    """A PNG whose compressed comment unpacks to 200 MB."""
+    """A PNG whose compressed comment unpacks to 80 MB, of which Pillow reads 1."""
     info = PngImagePlugin.PngInfo()
-    info.add_text("comment", "a" * 200_000_000, zip=True)
+    info.add_text("comment", "a" * 80_000_000, zip=True)
     return encoded(noise(), "PNG", pnginfo=info)
 
 
