@@ -10,6 +10,7 @@ import encodings.utf_8_sig  # noqa: F401  a user without rights to the standard 
 import errno
 import fcntl
 import gc
+import importlib
 import json
 import os
 import re
@@ -303,6 +304,9 @@ def _serve() -> None:
     sys.path.insert(0, str(STAGES))
     for stage in {stage for stage, *_ in ORDER if (STAGES / f"{stage}.py").exists()}:  # imports once what they import
         runpy.run_path(str(STAGES / f"{stage}.py"), run_name="imported")
+    for name in ("dvc.repo", "dvclive", "pandas.io.formats.csvs", "pandas.io.formats.string", "pyarrow.pandas_compat"):
+        importlib.import_module(name)  # and what they would import as they run
+    Image.init()
     relief.COUNTS = {"train": 8, "val": 4, "test": 4}
     draw = relief.render
     relief.render = lambda generator: draw(generator, 48)
