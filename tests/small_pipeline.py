@@ -65,6 +65,10 @@ class Pipeline:
         said = self.run("dvc", "repro", **environment).stdout
         return set(re.findall(r"Running stage '(.+)':", said)), set(re.findall(r"Stage '(.+)' is cached", said))
 
+    def would_run(self) -> set[str]:
+        """Names of the stages of which something changed; those that only follow are not among them."""
+        return set(re.findall(r"Running stage '(.+)':", self.run("dvc", "repro", "--dry").stdout))
+
     def change(self, *path: str | int, to: object) -> None:
         """Sets the parameter at a path of keys."""
         file = self.folder / "params.yaml"
