@@ -30,7 +30,7 @@ test: .venv/.tests
 	@ruff check .
 	@ruff format --check .
 	@lint-imports --no-logo
-	@python -m pytest -n 2 --dist loadfile  # by file: those of a built pipeline build it once
+	@python -m pytest -n 2 --dist loadfile --no-loadscope-reorder  # by file, longest first: a built pipeline is built once
 
 check: env
 	@python -m regvit.pipeline.params

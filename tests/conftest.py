@@ -13,6 +13,22 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 
+# Files that take longest: begun first, so that in the end no process works alone.
+LONG = (
+    "test_caching",
+    "test_every_choice",
+    "test_docs_commands",
+    "test_trust_kills",
+    "test_ray_engine",
+    "test_stages_extract",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "network: may fetch a package once, through the package client")
     # Ray has its workers yield to all others (15): on a busy machine these tests would wait for them for many minutes.
