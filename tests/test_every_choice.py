@@ -42,7 +42,7 @@ RUNS = {  # of choices whose other runs are like these, on other backbones or wi
     "zero_shot": ["laion", "laion_test_time"],
     "anatomy": ["dino_small", "dinov2_large"],
     "dense": ["original", "test_time_reg", "trained_reg"],
-    "finetune": ["frozen", "tokens_1", "tuned_0", "tuned_1"],
+    "finetune": ["frozen", "tuned_0", "tuned_1"],
     "cures": ["original", "test_time_reg", "recursive", "ablate", "mask_attention", "interpolate", "interpolate_lof",
               "clip_norm", "remove_singular", "average_views", "prefix_kv", "registers_mean"],
 }  # fmt: skip
@@ -85,8 +85,8 @@ def small(found: dict, runs: list[str]) -> dict:
         found[stage] |= less
     for kept in found["extract_dense"]["datasets"].values():
         kept["img_size"] = kept["img_size"] and SIZE
-    if "relief" in found["scenes"]:
-        found["scenes"]["relief"]["images"] = {"train": 4, "val": 2, "test": 3}
+    for made in {"scenes", "relief"} & set(found["scenes"]):
+        found["scenes"][made]["images"] = {"train": 4, "val": 2, "test": 2}
     found["runs"] = {run: found["runs"][run] for run in runs}
     entries = {}
     for run in found["runs"].values():

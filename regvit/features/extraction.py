@@ -326,8 +326,9 @@ def _explained(forward: Forward, dataset: Dataset, error: UnstorableFeature, dev
 def _resume_key(device: torch.device, batch_size: int, engine: Engine | None) -> dict:
     """What decides features, or their last bits, and is not in the attributes: digest of our own code that is loaded,
     library versions, kind of device and batch size."""
-    code = {name: digest for name, digest in software().items() if name.startswith("regvit")}
-    key = {name: found for name, found in software().items() if name not in code}
+    made_with = software()
+    code = {name: digest for name, digest in made_with.items() if name.startswith("regvit")}
+    key = {name: found for name, found in made_with.items() if name not in code}
     key |= {"code_sha256": fingerprint(code), "device": device.type, "batch_size": batch_size}
     if device.type == "cuda" and engine is None:  # of others the engine keeps account
         key["gpu"] = torch.cuda.get_device_name(device)

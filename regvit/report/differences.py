@@ -72,14 +72,20 @@ def paired_mean(first: pd.DataFrame, second: pd.DataFrame, metric: str, seed: in
     if metric not in first or metric not in second:
         return None
     weight = f"{metric}_weight"
-    columns = ["image_id", metric, *([weight] if weight in first and weight in second else [])]
-    both = first[columns].merge(second[columns], on="image_id", suffixes=("", "_other")).dropna()
-    if weight not in both:
-        return paired_mean_difference(both[metric].to_numpy(float), both[f"{metric}_other"].to_numpy(float), seed=seed)
-    weights = both[weight].to_numpy(float)
-    if not np.array_equal(weights, both[f"{weight}_other"]) or not weights.sum():  # counted on other patches: no pair
+    names = [metric, weight] if weight in first and weight in second else [metric]
+    a, b = (table.set_index("image_id")[names] for table in (first, second))
+    if not a.index.equals(b.index):
+        shared = a.index[a.index.isin(b.index)]
+        a, b = a.loc[shared], b.loc[shared]
+    a, b = a.to_numpy(float), b.to_numpy(float)
+    known = ~np.isnan(np.hstack([a, b])).any(1)
+    a, b = a[known], b[known]
+    if len(names) == 1:
+        return paired_mean_difference(a[:, 0], b[:, 0], seed=seed)
+    weights = a[:, 1]
+    if not np.array_equal(weights, b[:, 1]) or not weights.sum():  # counted on other patches: no pair
         return None
-    gained = (both[metric] - both[f"{metric}_other"]).to_numpy(float)
+    gained = a[:, 0] - b[:, 0]
     return _weighted_mean(gained[weights > 0], weights[weights > 0], seed)
 
 

@@ -2,15 +2,16 @@
 
 import dataclasses
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pandas as pd
 import pytest
-from report_example import NAME, params, write_study
+from report_example import MEASURED, NAME, params, write_study
 
-from regvit.report.page import LONG, MOST_PANES, prose, report
+from regvit.report.page import prose, report
 from regvit.report.results import Results
-from regvit.report.study import Study, all_figures
+from regvit.report.study import all_figures
 
 PARTS = [
     "Before and after", "What registers change", "Self-checks", "What was run", "Outliers and their neurons", "Attention",
@@ -59,6 +60,20 @@ def bare(results: Results, *kept: str) -> Results:
     return dataclasses.replace(results, study=dataclasses.replace(results.study, measured=measured))
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Results:
+    """The study with the run alone whose backbone has no outliers."""
+    of = params()
+    of |= {"runs": {"intact": of["runs"]["intact"]}, "backbones": {"plain": of["backbones"]["plain"]}}
+    study = write_study(tmp_path_factory.mktemp("plain"), of=of)
+    return Results.of(study, all_figures(study))
+
+
+@pytest.fixture(scope="module")
+def unmeasured(plain) -> str:
+    return report(bare(plain))
+
+
 def test_the_page_is_well_formed_loads_nothing_and_runs_no_script_but_its_own(page):
     parsed = Parsed(page)
     assert parsed.open == [] and parsed.addresses == [] and parsed.handlers == [] and parsed.scripts == 1
@@ -86,15 +101,17 @@ def test_every_part_is_there_and_in_the_contents(page):
     ("stage", "title"),
     [("attention", "Attention"), ("tokens", "What single tokens know"), ("discover", "Object discovery"), ("depth", "Depth")],
 )  # fmt: skip
-def test_a_measurement_brings_its_own_part_and_what_was_not_measured_has_none(results, stage, title):
-    assert set(headings(report(bare(results, stage)))) - set(headings(report(bare(results)))) == {title}
+def test_a_measurement_brings_its_own_part_and_what_was_not_measured_has_none(plain, unmeasured, stage, title):
+    assert set(headings(report(bare(plain, stage)))) - set(headings(unmeasured)) == {title}
 
 
-def test_without_pictures_there_is_no_part_for_them(tmp_path):
-    study = write_study(tmp_path)
+def test_without_pictures_there_is_no_part_for_them(plain, unmeasured, tmp_path):
+    shown = bare(plain, "attention", "discover")
+    assert "Before and after" in headings(unmeasured) and "data:image/webp" in unmeasured
+    shutil.copytree(plain.study.folder, tmp_path, dirs_exist_ok=True)
     for picture in [*tmp_path.rglob("*.png"), *tmp_path.rglob("*.jpg")]:
         picture.unlink()
-    text = report(Results.of(study, all_figures(study)))
+    text = report(dataclasses.replace(shown, study=dataclasses.replace(shown.study, folder=tmp_path)))
     assert "Before and after" not in headings(text) and "data:image/webp" not in text
 
 
@@ -110,14 +127,16 @@ def test_the_cured_run_is_shown_first_beside_its_reference(page):
     assert panes == ["intact", "intact → original", "original → cured", "intact → cured"]
 
 
-def test_the_attention_of_each_head_is_shown_and_registers_are_held_against_each_other(tmp_path):
-    study = write_study(tmp_path)
+def test_the_attention_of_each_head_is_shown_and_registers_are_held_against_each_other(results, tmp_path):
+    shutil.copytree(results.study.folder, tmp_path, dirs_exist_ok=True)
+    shown = bare(results, "attention")
+    study = dataclasses.replace(shown.study, folder=tmp_path)
     ends = {
         f"{name}{end}": [value] for name, value in (("overlap", 0.25), ("cosine", None)) for end in ("", "_lo", "_hi")
     }
     pairs = pd.DataFrame({"register": [0], "other": [2]} | ends)
     pairs.to_csv(study.path("cured", "attention", "scenes", "registers.csv"), index=False)
-    text = report(Results.of(study, all_figures(study)))
+    text = report(dataclasses.replace(shown, study=study))
     assert "Attention by head, scenes" in text and 'id="attention-scenes-heads-2"' in text
     table = text[text.index("Registers against each other, scenes") :]
     assert "cured 0 and 2 25.0 " in " ".join(re.sub("<[^>]*>", " ", table).split())
@@ -126,7 +145,7 @@ def test_the_attention_of_each_head_is_shown_and_registers_are_held_against_each
 def test_the_verdict_of_the_checks_stands_at_the_top(results, page):
     assert '<p class="pass">All 12 self-checks hold.</p>' in page
     spoilt = {key: value for key, value in results.figures.items() if key[1].metric != "precision"}
-    text = report(dataclasses.replace(results, figures=spoilt))
+    text = report(dataclasses.replace(bare(results), figures=spoilt))
     assert '<p class="fail">1 of 12 self-checks failed.</p>' in text and '<li class="fail">FAIL' in text
 
 
@@ -146,22 +165,22 @@ def test_rows_of_one_run_belong_together(page):
     assert kinds[:2] == ["first", "again"]
 
 
-def test_many_runs_fold_long_tables_and_name_what_there_is_no_room_for(tmp_path):
-    study = write_study(tmp_path, extra=MOST_PANES)
+def test_many_runs_fold_long_tables_and_name_what_there_is_no_room_for(tmp_path, monkeypatch):
+    long, most_panes = 6, 3  # with the page's own limits it would take many runs
+    monkeypatch.setattr("regvit.report.page.LONG", long)
+    monkeypatch.setattr("regvit.report.page.MOST_PANES", most_panes)
+    of = params(most_panes)
+    of |= {stage: {"datasets": []} for stage in MEASURED if stage != "discover"}
+    study = write_study(tmp_path, of=of)
     text = report(Results.of(study, all_figures(study)))
     rows = [int(count) for count in re.findall(r"<summary>(\d+) rows</summary>", text)]
-    assert rows and min(rows) > LONG
-    assert "Not shown for want of room: " in text and f"run_{MOST_PANES - 1}" in text
-    assert len(re.findall(r'name="attention-scenes"', text)) == MOST_PANES
+    assert rows and min(rows) > long
+    assert "Not shown for want of room: " in text and f"run_{most_panes - 1}" in text
+    assert len(re.findall(r'name="discover-scenes"', text)) == most_panes
 
 
-def test_without_a_planted_backbone_it_says_that_there_is_no_truth(tmp_path):
-    plain = params()
-    plain["runs"] = {"intact": plain["runs"]["intact"]}
-    plain["backbones"] = {"plain": plain["backbones"]["plain"]}
-    write_study(tmp_path)
-    study = Study.of(plain, tmp_path)
-    assert "no ground truth" in report(Results.of(study, all_figures(study)))
+def test_without_a_planted_backbone_it_says_that_there_is_no_truth(unmeasured):
+    assert "no ground truth" in unmeasured
 
 
 def test_code_is_marked_and_the_rest_escaped():
