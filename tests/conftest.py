@@ -12,7 +12,6 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-
 # Files that take longest: begun first, so that in the end no process works alone.
 LONG = (
     "test_caching",
