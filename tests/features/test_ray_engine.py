@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from extracting import backbone_of, noise, run, tree, with_registers
+from warm_ray import warm_ray
 
 from regvit.data.decoding import UnreadableImage
 from regvit.features import ray_engine
@@ -35,7 +36,8 @@ def cluster():
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, places))
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     cluster = Cluster(initialize_head=True, head_node_args=NODE | {"num_cpus": 0})
-    yield cluster
+    with warm_ray():
+        yield cluster
     cluster.shutdown()
     for name, value in before.items():
         os.environ.pop(name)
@@ -219,13 +221,17 @@ def test_devices_of_two_kinds_do_not_share_a_store(tmp_path, cluster, node, back
         run(tmp_path, backbone, dataset, engine=Begun())
 
 
-def test_without_an_address_it_starts_and_ends_ray_on_this_machine_where_a_worker_fits(
-    tmp_path, backbone, dataset, in_process
-):
-    with pytest.raises(EngineError, match=r"this machine has no room for a worker of 700 CPUs on cpu: it has \d+ CPUs"):
-        run(tmp_path, backbone, dataset, engine=RayEngine(cpus_per_worker=700))
-    assert tree(run(tmp_path, backbone, dataset, engine=RayEngine()).path) == in_process
-    assert not ray.is_initialized()
+def test_what_the_program_has_joined_is_used_and_kept(tmp_path, cluster, node, backbone, dataset, in_process):
+    ray.init(cluster.address, log_to_driver=False)
+    try:
+        with pytest.raises(
+            EngineError, match="this machine has no room for a worker of 700 CPUs on cpu: it has 0 CPUs"
+        ):
+            run(tmp_path, backbone, dataset, engine=RayEngine(cpus_per_worker=700))
+        assert tree(run(tmp_path, backbone, dataset, engine=RayEngine()).path) == in_process
+        assert ray.is_initialized()
+    finally:
+        ray.shutdown()
 
 
 def test_a_cluster_that_is_not_there_is_named(tmp_path, backbone, dataset):

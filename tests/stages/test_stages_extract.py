@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 from trust_project import STAGES, Stages, make_project, results
+from warm_ray import warm_ray
 
 BEFORE = (("download", "home"), ("backbone", "tiny"), ("identify", "tiny"), ("compose", "cured"))
 EXTRACT = ("extract", "cured", "home")
@@ -101,8 +102,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def start(folder, engine="ray"):
-    """`python stages/extract.py cured home`, on Ray, in a process of its own."""
+def start(folder, engine):
+    """`python stages/extract.py cured home` in a process of its own."""
     knobs = {"ENGINE": engine, "DEVICE": "cpu", "THREADS": "1", "BATCH_SIZE": "4"}
     environment = {name: value for name, value in os.environ.items() if name != "DVC_ROOT"}
     environment |= {f"REGVIT_{name}": value for name, value in knobs.items()} | {"OMP_NUM_THREADS": "1"}
@@ -114,52 +115,47 @@ def records(folder):
     return list(folder.glob("work/*.partial/done/*"))
 
 
-def is_alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def workers_of(pid):
-    """Every worker among the processes that this one has started, directly or not. (Ray has agents besides, which
-    compute nothing and take a minute or two to see that they are alone.)"""
-    parents, titles = {}, {}
+def workers():
+    """Processes in which Ray computes. (Its agents compute nothing and take a minute or two to see that they are alone.)"""
+    found = set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            titles[int(folder.name)] = (folder / "cmdline").read_bytes()
+            zombie = (folder / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+            if not zombie and b"MapWorker" in (folder / "cmdline").read_bytes():
+                found.add(int(folder.name))
         except (FileNotFoundError, ProcessLookupError):  # it has just ended
             continue
-    found = {pid}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return [pid for pid in found if is_alive(pid) and b"MapWorker" in titles.get(pid, b"")]
+    return found
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
-def test_a_driver_of_ray_that_is_stopped_leaves_no_worker_and_its_work_is_gone_on_with(
-    composed, extracted, tmp_path, how
-):
-    pytest.importorskip("ray", reason="the engine needs the extra `cluster`")
-    folder = shutil.copytree(composed, tmp_path / "project")
-    first = start(folder)
-    while first.poll() is None and len(records(folder)) < 2:
+def stop(driver, folder, how):
+    """Sends it a signal once it has recorded two units more, waits for it and for all workers; what it said."""
+    before, others = len(records(folder)), workers()
+    while driver.poll() is None and len(records(folder)) < before + 2:
         time.sleep(0.02)
-    workers = workers_of(first.pid)
-    assert workers
-    first.send_signal(how)
-    _, said = first.communicate()
-    assert first.returncode == (-how if how == signal.SIGKILL else 130), said
-    assert 2 <= len(records(folder)) < 11
-    if how == signal.SIGINT:
-        assert "of 11 units are safe in" in said
+    begun = workers() - others
+    assert begun
+    driver.send_signal(how)
+    _, said = driver.communicate()
     patience = time.monotonic() + 60
-    while left := [pid for pid in workers if is_alive(pid)]:
+    while left := begun & workers():
         assert time.monotonic() < patience, f"workers {left} outlived their driver by a minute"
         time.sleep(0.1)
-    again = start(folder, "ray" if how == signal.SIGKILL else "local")  # on Ray, or without it
-    _, said = again.communicate()
-    assert again.returncode == 0, said
-    assert "resumed: " in said
+    assert before + 2 <= len(records(folder)) < 11
+    return said
+
+
+def test_a_driver_of_ray_that_is_stopped_leaves_no_worker_and_its_work_is_gone_on_with(composed, extracted, tmp_path):
+    pytest.importorskip("ray", reason="the engine needs the extra `cluster`")
+    folder = shutil.copytree(composed, tmp_path / "project")
+    with warm_ray():
+        driver = start(folder, "ray")
+        said = stop(driver, folder, signal.SIGKILL)
+        assert driver.returncode == -signal.SIGKILL, said
+        driver = start(folder, "ray")
+        said = stop(driver, folder, signal.SIGINT)
+        assert driver.returncode == 130 and "resumed: " in said and "of 11 units are safe in" in said
+    driver = start(folder, "local")
+    _, said = driver.communicate()
+    assert driver.returncode == 0 and "resumed: " in said
     assert results(folder) == results(extracted)
