@@ -224,9 +224,7 @@ def test_devices_of_two_kinds_do_not_share_a_store(tmp_path, cluster, node, back
 def test_what_the_program_has_joined_is_used_and_kept(tmp_path, cluster, node, backbone, dataset, in_process):
     ray.init(cluster.address, log_to_driver=False)
     try:
-        with pytest.raises(
-            EngineError, match="this machine has no room for a worker of 700 CPUs on cpu: it has 0 CPUs"
-        ):
+        with pytest.raises(EngineError, match=r"no room for a worker of 700 CPUs on cpu: it has \d CPUs"):
             run(tmp_path, backbone, dataset, engine=RayEngine(cpus_per_worker=700))
         assert tree(run(tmp_path, backbone, dataset, engine=RayEngine()).path) == in_process
         assert ray.is_initialized()
