@@ -54,7 +54,7 @@ class DatasetBuilder:
         quiet: whether progress is not shown.
         rows: one per image, in the order of the manifest.
         rejected: images that cannot be used.
-        left_out: how many files of the source are no images, by suffix or kind.
+        left_out: how much of the source is not taken, by its suffix or the reason.
         classes: class names, in the order of the label indices.
         about: source, licence and attribution.
         root: where the paths of the rows start, from `folder`.
@@ -119,7 +119,9 @@ class DatasetBuilder:
         rows = [row if row.label == names[row.label] else replace(row, label=names[row.label]) for row in rows]
         if self._choice is not None:
             self._choice.check(names.values())
-            rows = [row for row in rows if row.label in self._choice.new_names]
+            chosen = [row for row in rows if row.label in self._choice.new_names]
+            self._leave_out("images of other classes", len(rows) - len(chosen))
+            rows = chosen
         new_names = self._choice.new_names.values() if self._choice else names.values()
         alike: dict[str, str] = {}
         for name in sorted(new_names):
@@ -135,7 +137,9 @@ class DatasetBuilder:
         if not self.entry.images:
             return list(rows)
         self.about["at_most"] = {"images": dict(self.entry.images), "seed": self.seed}
-        return limit_splits(rows, self.entry.images, self.seed)
+        taken = limit_splits(rows, self.entry.images, self.seed)
+        self._leave_out("images beyond `images`", len(rows) - len(taken))
+        return taken
 
     def refuse_classes(self) -> None:
         """For sets whose masks number their classes.
@@ -228,6 +232,10 @@ class DatasetBuilder:
         path = f"images/{row.image_id}{suffix}"
         (self.folder / path).write_bytes(content)
         self._append(replace(row, path=path, sha256=hashlib.sha256(content).hexdigest()))
+
+    def _leave_out(self, reason: str, count: int) -> None:
+        if count:
+            self.left_out[reason] += count
 
     def _append(self, row: Row) -> None:
         self.rows.append(row if self._choice is None else replace(row, label=self._choice.new_names[row.label]))

@@ -25,7 +25,7 @@ def taken(*pairs: tuple[str, str]) -> dict[str, str]:
 
 
 SUFFIXES = [f"x/{i}{suffix}" for i, suffix in enumerate((".jfif", ".avif", ".jp2", ".tga", ".webp", ".PNG", ".Gif"))]
-AGAIN = "links to folders that are read anyway"
+AGAIN = "links to folders that are here anyway"
 BEHIND_LINKS = {
     "linked folders and files": 4,
     "two links to one folder": 3,
@@ -118,7 +118,16 @@ def test_every_file_of_a_tree_is_an_image_or_rejected_or_counted(make, photos, k
     assert made.left_out == left_out
     assert BEHIND_LINKS.get(kind, len(files)) == len(rows) + len(made.rejected) + made.left_out.total()
     if left_out:
-        assert f"  {sum(left_out.values())} files are no images: " in made.notes()
+        assert f"  {sum(left_out.values())} not taken: " in made.notes()
+
+
+def test_images_of_classes_that_are_not_chosen_and_beyond_the_number_are_counted(make, photos):
+    files = [f"{split}/{name}/{i}.png" for split in ("train", "test") for name in ("cat", "car") for i in range(4)]
+    made = make(f"folder:{photos(*files)}", classes=["cat"], images={"test": 1})
+    assert made.left_out == {"images of other classes": 8, "images beyond `images`": 3}
+    assert len(made.dataset) == 5 and made.notes() == (
+        "  11 not taken: images of other classes 8, images beyond `images` 3"
+    )
 
 
 @pytest.mark.parametrize(

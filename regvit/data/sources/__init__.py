@@ -103,10 +103,10 @@ class Made:
         )
 
     def notes(self) -> str:
-        """What is not among the images: files of other kinds, counted in a line, and the most frequent reasons of
-        rejection, a line each; "" where there is nothing."""
+        """What is not among the images: what was not taken, counted in a line, and the most frequent reasons of rejection,
+        a line each; "" where there is nothing."""
         kinds = ", ".join(f"{kind} {n}" for kind, n in self.left_out.most_common())
-        lines = [f"  {self.left_out.total()} files are no images: {kinds}"] if kinds else []
+        lines = [f"  {self.left_out.total()} not taken: {kinds}"] if kinds else []
         if self.rejected:
             lines += [
                 f"  rejected images and why: {self.dataset.name}/rejected.csv; most frequent:",

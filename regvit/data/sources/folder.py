@@ -8,7 +8,7 @@
 | `<list>.csv`, `.tsv`, `.txt` | `path,label[,split]` a line, as above where no split is given |
 
 An image outside of a class folder has no label. No file vanishes: each is an image, stands in `rejected.csv` with its
-reason, or is counted by its suffix among those that are no images.
+reason, or is counted among those that are not taken.
 """
 
 import os
@@ -87,7 +87,7 @@ class Survey:
 
 
 def survey(root: Path) -> Survey:
-    """Every file under a folder; links are followed, but not to what is read anyway."""
+    """Every file under a folder; links are followed, but not to what is here anyway."""
     found, suffixes = Survey(), image_suffixes()
     top = os.path.realpath(root)
     visited = {top}
@@ -101,7 +101,7 @@ def survey(root: Path) -> Survey:
             real = os.path.realpath(os.path.join(folder, name))
             again = os.path.islink(os.path.join(folder, name)) and os.path.commonpath((real, top)) in (real, top)
             if again or real in visited:
-                found.others["links to folders that are read anyway"] += 1
+                found.others["links to folders that are here anyway"] += 1
             else:
                 kept.append(name)
                 visited.add(real)
