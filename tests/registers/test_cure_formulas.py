@@ -10,14 +10,14 @@ from torch.nn import functional as F
 from regvit import TokenLayout, add_test_time_registers
 from regvit.models.attention import prefix_attention, watch_attention
 from regvit.models.hooks import watch_outputs
-from regvit.registers.cures.average_views import View, _moved_back, _view
+from regvit.registers.cures.average_views import View, _view
 from regvit.registers.cures.cure import add_cure
 from regvit.registers.cures.given import Given
 from regvit.registers.cures.interpolate import interpolated
 from regvit.registers.cures.interpolate_lof import largest, local_outlier_factor
 from regvit.registers.cures.mask_attention import both, visible
 from regvit.registers.cures.remove_direction import linearised, singular_direction
-from regvit.registers.neurons import RegisterNeurons, find_register_neurons
+from regvit.registers.neurons import find_register_neurons
 from regvit.registers.outliers import Detection, patch_norms
 from regvit.registers.planting import plant
 
@@ -204,20 +204,13 @@ def test_patches_have_nothing_left_along_the_removed_direction_and_prefix_tokens
     assert torch.equal(seen[0][:, 0], seen[1][:, 0])
 
 
-def test_a_view_is_moved_and_flipped_and_its_grid_moved_back():
+def test_a_view_is_moved_and_flipped():
     x = torch.arange(36.0).reshape(1, 1, 6, 6)
     moved = _view(x, 2, 0, False)
     assert torch.equal(moved[..., 2:, :], x[..., :-2, :])
     assert torch.equal(moved[..., :2, :], x[..., :1, :].expand(-1, -1, 2, -1))
     assert torch.equal(_view(x, -2, 4, True).flip(-1)[..., :4, 4:], x[..., 2:, :2])
     assert View(0.6, -1, False).within(2) == (1, -2)
-    for down, right, flipped in ((1, -1, True), (-1, 2, False), (0, 0, True)):  # patches of 2 px
-        grid = _view(x, 2 * down, 2 * right, flipped)[:, 0, ::2, ::2, None]
-        grid = grid.flip(2) if flipped else grid
-        back, shown = _moved_back(grid, down, right), _moved_back(torch.ones_like(grid), down, right)
-        corner = x[:, 0, ::2, ::2, None] if not flipped else x[:, 0, ::2, 1::2, None]
-        assert torch.equal(back, corner * shown)
-        assert shown.sum() == (3 - abs(down)) * (3 - abs(right))
 
 
 def test_views_of_a_model_that_sees_each_patch_alone_average_to_what_it_says_of_the_image(tiny_vit):
@@ -226,11 +219,7 @@ def test_views_of_a_model_that_sees_each_patch_alone_average_to_what_it_says_of_
         block.attn.proj.weight.zero_()
         block.attn.proj.bias.zero_()
     model.pos_embed.zero_()
-    x = (
-        torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-        .repeat_interleave(8, 3)
-        .repeat_interleave(8, 2)
-    )
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).kron(torch.ones(8, 8))
     plain = features(model, x)
     with add_cure(model, "average_views", views=6):
         assert torch.allclose(features(model, x), plain, atol=1e-5)
@@ -258,8 +247,3 @@ def test_registers_hold_what_was_measured_of_all_images_in_every_block(content):
         assert float(z.std()) == pytest.approx(1, abs=0.1)
     else:
         assert any(torch.allclose(found, held[:, i], atol=1e-6) for i in range(8))
-
-
-def test_a_detection_layer_that_the_model_lacks_is_refused(tiny_vit):
-    with pytest.raises(ValueError, match="layer 9 is out of range: the model has 6 blocks"):
-        add_cure(tiny_vit(), "clip_norm", RegisterNeurons(Detection(9, 1.0, 1.0), ()))

@@ -8,7 +8,6 @@ import torch
 from stock_models import features, images, make
 
 from regvit.registers.cures.cure import FILES, add_cure, remove_cure
-from regvit.registers.cures.given import from_json, to_json
 from regvit.registers.cures.options import CURES, parse_cure
 from regvit.registers.export import TokenOutputs
 from regvit.registers.neurons import RegisterNeurons, find_register_neurons
@@ -16,9 +15,10 @@ from regvit.registers.outliers import Detection
 from regvit.registers.planting import plant
 from regvit.registers.test_time import add_test_time_registers, remove_test_time_registers
 
-GRAPHS = [*CURES, {"name": "mask_attention", "queries": "cls"}, {"name": "interpolate", "at": "output"}]
-EVERY = [  # those of one graph with other numbers in it too
-    *GRAPHS,
+EVERY = [
+    *CURES,
+    {"name": "mask_attention", "queries": "cls"},
+    {"name": "interpolate", "at": "output"},
     {"name": "remove_direction", "direction": "outliers"},
     {"name": "prefix_kv", "tokens": 3},
     {"name": "constant_registers", "content": "noise"},
@@ -31,7 +31,7 @@ EACH = pytest.mark.parametrize("cure", EVERY, ids=str)
 @pytest.fixture(scope="module")
 def planted(tiny_vit, noise_images):
     """A model with outliers in nearly all of these images, and what a search finds in it."""
-    model, x = tiny_vit(3, depth=4), noise_images(24)
+    model, x = tiny_vit(3, depth=3), noise_images(16)
     plant(model, x, seed_layer=0, amplifier_layer=1, edit_keys=True)
     return model, x, find_register_neurons(model, x)
 
@@ -113,7 +113,7 @@ def test_copies_and_pickles_are_cured_too(planted, cured_once, cure):
     assert half.isfinite().all()
 
 
-@pytest.mark.parametrize("cure", GRAPHS, ids=str)
+@pytest.mark.parametrize("cure", CURES)
 def test_compiled_models_are_cured_too(planted, cured_once, cure):
     model, x = cured_once(cure), planted[1][:3]
     torch.compiler.reset()
@@ -176,13 +176,9 @@ def test_cures_work_on_the_families_of_vision_transformers(name):
         (3, "cure is 3; Expected one of recursive, ablate"),
         ({"name": "clip_norm", "at": "output"}, "cure clip_norm has no option 'at': it has none"),
         ({"name": "interpolate", "at": "end"}, "at of cure interpolate is 'end'; expected detection or output"),
-        ({"name": "prefix_kv", "tokens": 0}, "tokens of cure prefix_kv is 0; expected a whole number of 1 or more"),
-        (
-            {"name": "average_views", "shift": 1.5},
-            "shift of cure average_views is 1.5; expected a share over 0 and below 1",
-        ),
+        ({"name": "average_views", "shift": 1.5}, "shift of cure average_views is 1.5; expected a share over 0 and below 1"),
     ],
-)
+)  # fmt: skip
 def test_an_unknown_cure_or_option_is_named(cure, message):
     with pytest.raises(ValueError, match=message):
         parse_cure(cure)
@@ -200,7 +196,7 @@ def test_what_a_cure_cannot_treat_is_said_by_name(planted, tiny_vit):
         add_cure(tiny_vit(), "prefix_kv", found)
     with pytest.raises(ValueError, match="63 patches form no square grid"):
         features_of = cured(planted, "interpolate_lof")
-        features_of.blocks[2](torch.randn(1, 64, 64))
+        features_of.blocks[1](torch.randn(1, 64, 64))
     once = cured(planted, "clip_norm")
     with pytest.raises(ValueError, match="has the cure clip_norm already; call remove_cure"):
         add_cure(once, "ablate", found)
@@ -221,9 +217,3 @@ def test_where_a_search_found_no_outliers_a_cure_of_outliers_changes_nothing_and
     with pytest.warns(UserWarning, match="the model has no outliers, so interpolate changes nothing"):
         add_cure(model, "interpolate", RegisterNeurons(None, ()))
     assert torch.equal(features(model, x), plain)
-
-
-def test_what_was_measured_survives_a_json_file_to_the_bit():
-    values = {"a": torch.randn(2, 3), "b": torch.tensor([[1.0, 1 / 3]])}
-    read = from_json(to_json(values))
-    assert all(torch.equal(read[name], values[name]) for name in values)

@@ -46,7 +46,6 @@ def test_published_tables_and_our_own_files_are_read(tmp_path, document, options
         ("{", "", r"holds no neurons \(Expecting"),
         ('{"weights": "x"}', "", r"holds no neurons \(invalid literal .*expected what `regvit neurons` writes"),
         ("[3, 4]", "", "holds no neurons"),
-        ("7", "", "holds no neurons"),
     ],
 )
 def test_what_is_no_table_is_refused(tmp_path, text, options, said):

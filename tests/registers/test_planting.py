@@ -85,15 +85,6 @@ def test_only_the_planted_units_of_the_mlps_are_edited(planted):
             assert where.nonzero().flatten().tolist() == units
 
 
-def test_silencing_the_planted_neurons_removes_every_outlier(planted, noise_images):
-    _, new, report = copy.deepcopy(planted())
-    unseen = noise_images(32, seed=1)
-    assert outliers_of(new, unseen).any()
-    for layer, units in report.neurons.items():
-        new.blocks[layer].mlp.fc2.weight[:, units] = 0
-    assert not outliers_of(new, unseen).any()
-
-
 def test_planted_neurons_are_found_where_flat_areas_fill_a_quarter_of_the_images(planted, noise_images):
     model, new, report = planted()
     unseen = noise_images(32, seed=1)
@@ -212,7 +203,6 @@ def test_what_differs_in_its_last_digits_plants_the_same_weights(tiny_vit, noise
     [
         ({"seed_layer": 3}, "seed_layer 3 and amplifier_layer 3 must satisfy"),
         ({"amplifier_layer": 5}, "amplifier_layer 5 must satisfy .* < 5"),
-        ({"cls_share": 1.0}, "cls_share 1.0 must lie in"),
         ({"fraction": 0.0}, "fraction 0.0 in"),
         ({"num_seeds": 0}, "it has 256 neurons, 0 were to be overwritten"),
         ({"edit_keys": False}, "length .* where 1 is the most; lower cls_share, or edit_keys=True"),
@@ -249,20 +239,5 @@ def test_featureless_images_are_refused_and_the_model_is_left_as_it_was(tiny_vit
     with pytest.raises(ValueError, match=r"no patch stands out|cannot tell"):
         plant(model, torch.ones(4, 3, 64, 64), seed_layer=2, amplifier_layer=3, edit_keys=True)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_unplanting_another_model_changes_nothing(tiny_vit, noise_images):
-    _, planted = planted_copy(tiny_vit(), noise_images(16))
-    other = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="is not a parameter of this Sequential"):
-        unplant(other, planted.replaced)
-
-
-def test_an_empty_register_leaves_nearly_all_outliers_where_they_are(planted, noise_images):
-    _, new, _ = planted()
-    unseen = noise_images(32, seed=1)
-    before = outliers_of(new, unseen)
-    with add_test_time_registers(new, {}, num_registers=1):
-        after = outliers_of(new, unseen)
-    assert (after & before).sum() >= 0.9 * before.sum()
-    assert after.sum() <= 1.1 * before.sum()
+    with pytest.raises(ValueError, match="is not a parameter of this VisionTransformer"):
+        unplant(model, {"of another model": torch.zeros(2)})

