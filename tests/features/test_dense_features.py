@@ -64,15 +64,6 @@ def test_what_a_model_lacks_is_left_out_and_strange_groups_are_refused(tiny_vit,
         mean_embedding(tiny_vit(), [])
 
 
-def test_a_reader_is_told_how_tokens_stand_and_outliers_were_found(tiny_vit):
-    about = DenseArrays(("inside",), 2, Detection(3, 2.5, 0.0)).about(tiny_vit(registers=2))
-    assert about == {
-        "layout": {"cls": 1, "trained": 2, "test_time": 0},
-        "inside_layers": [4, 5],
-        "detection": {"layer": 3, "threshold": 2.5},
-    }
-
-
 def test_a_run_opens_beside_its_backbone_with_whole_images_at_the_size_asked_for(tmp_path):
     torch.manual_seed(0)
     args = {"num_classes": 0, "dynamic_img_size": True}

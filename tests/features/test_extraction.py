@@ -1,8 +1,8 @@
 import dataclasses
-import hashlib
 import json
 import pickle
 import re
+import shutil
 import threading
 
 import numpy as np
@@ -24,6 +24,7 @@ from PIL import Image
 
 from regvit.data.decoding import ChangedImage, UnreadableImage
 from regvit.data.manifest import read_dataset, write_dataset
+from regvit.data.packages import file_sha256
 from regvit.data.transform import Transform
 from regvit.features import extraction
 from regvit.features.extraction import Job, Options, extract, fill_store
@@ -127,17 +128,14 @@ def test_a_store_holds_whatever_a_function_makes_of_a_batch(tmp_path, dataset):
     np.testing.assert_array_equal(store.read("largest"), store.read("norms").argmax(1))
 
 
-def test_attributes_say_what_made_the_features(tmp_path, dataset):
+def test_attributes_say_what_made_the_features_and_nothing_of_this_machine(tmp_path, dataset):
     backbone = backbone_of()
     attributes = run(tmp_path, backbone, dataset).attributes
-    assert attributes["backbone"] == "test_vit" and attributes["weights_sha256"] == "w" * 64
-    assert attributes["architecture"] == "test_vit"
-    assert attributes["run"] == "original" and attributes["precision"] == "float32"
-    assert attributes["dataset"] == "noise" and attributes["manifest_sha256"] == dataset.digest
+    expected = {"backbone": "test_vit", "weights_sha256": "w" * 64, "architecture": "test_vit", "run": "original",
+                "precision": "float32", "dataset": "noise", "manifest_sha256": dataset.digest}  # fmt: skip
+    assert expected.items() <= attributes.items()
     assert Transform.from_dict(attributes["transform"]) == backbone.transform
     assert str(tmp_path) not in json.dumps(attributes)
-    other = dataclasses.replace(backbone, transform=dataclasses.replace(backbone.transform, resizing="torch"))
-    assert run(tmp_path / "torch", other, dataset).attributes["transform"]["resizing"] == "torch"
 
 
 # Machines and interruptions leave the bytes alone
@@ -149,15 +147,14 @@ def test_workers_and_engines_do_not_change_a_byte(tmp_path, dataset, cured, opti
     assert tree(again.path) == tree(cured.path)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 99])
+@pytest.mark.parametrize("batch_size", [1, 99])
 def test_batch_size_changes_no_feature_by_more_than_rounding(tmp_path, dataset, cured, batch_size):
     other = run(tmp_path, with_registers(backbone_of(), 1), dataset, batch_size=batch_size)
     for name in cured.arrays:  # matrix products on several threads may differ by 1e-6, which can tip a float16
         np.testing.assert_allclose(other.read(name), cured.read(name), rtol=2**-10, atol=1e-5)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize(("after", "units"), [(2, 0), (6, 1), (10, 2)])
+@pytest.mark.parametrize(("after", "units", "workers"), [(2, 0, 2), (6, 1, 0), (10, 2, 2)])
 def test_an_interrupted_extraction_goes_on_and_ends_in_the_same_bytes(
     tmp_path, dataset, cured_by_twos, capsys, monkeypatch, after, units, workers
 ):
@@ -285,13 +282,8 @@ def test_features_that_cannot_be_stored_name_the_image_and_the_array(tmp_path, d
 def test_a_picture_that_changed_since_the_manifest_was_made_stops_by_name_and_records_nothing(tmp_path, dataset):
     files = [dataset.image_path(row) for row in range(len(dataset))]
     root = tmp_path / "data"
-    (root / "images").mkdir(parents=True)
-    for file in files:
-        (root / "images" / file.name).write_bytes(file.read_bytes())
-    rows = [
-        dataclasses.replace(row, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
-        for row, file in zip(dataset.rows, files, strict=True)
-    ]
+    shutil.copytree(files[0].parent, root / "images")
+    rows = [dataclasses.replace(row, sha256=file_sha256(file)) for row, file in zip(dataset.rows, files, strict=True)]
     write_dataset(root, "noise", rows, ["noise"], {})
     here = read_dataset(root)
     whole = run(tmp_path / "whole", backbone_of(), here)
@@ -314,19 +306,6 @@ def test_an_unreadable_image_stops_with_its_path(tmp_path, dataset):
     with pytest.raises(UnreadableImage, match=r"images/gone.png"):
         run(tmp_path, backbone_of(), dataclasses.replace(dataset, rows=rows))
     run(tmp_path, backbone_of(), dataset)  # the lock is free
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"precision": "int8"}, "precision is 'int8'; expected one of float32, float32_medium, bfloat16, float16"),
-        ({"batch_size": 0}, "batch_size is 0; expected 1 or more"),
-        ({"workers": -1}, "workers is -1; expected 0 or more"),
-    ],
-)
-def test_settings_out_of_range_are_refused(tmp_path, dataset, change, message):
-    with pytest.raises(ValueError, match=message):
-        run(tmp_path, backbone_of(), dataset, **change)
 
 
 def test_a_model_that_returns_no_tokens_and_an_empty_data_set_are_refused(tmp_path, dataset):

@@ -19,14 +19,13 @@ from regvit.features.store import (
     InvalidStore,
     Layout,
     default_rows_per_unit,
-    fingerprint,
 )
 from regvit.features.store_writer import StoreWriter, write_store
 
 # Reading back
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(rows=st.integers(1, 40), per_unit=st.integers(1, 45))
 def test_what_was_written_is_read_back_for_any_number_of_rows_and_size_of_unit(rows, per_unit):
     with tempfile.TemporaryDirectory() as folder:
@@ -175,11 +174,3 @@ def test_a_store_of_another_manifest_is_refused(tmp_path):
     FeatureStore.open(final, "m1")
     with pytest.raises(InvalidStore, match=r"from a manifest with SHA-256 m1, and the data set at hand has m2"):
         FeatureStore.open(final, "m2")
-
-
-def test_a_fingerprint_is_that_of_json_in_any_order():
-    assert fingerprint({"a": 1, "b": {"c": 2, "d": 3}}) == fingerprint({"b": {"d": 3, "c": 2}, "a": 1})
-    with pytest.raises(TypeError):
-        fingerprint({"a": Path("x")})
-    with pytest.raises(ValueError, match="Out of range float"):
-        fingerprint({"a": float("nan")})

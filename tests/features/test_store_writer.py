@@ -29,7 +29,7 @@ def recorded(folder):
 
 
 def kill_writers(folder):
-    """Starts writers of 100 units and kills each at a random moment, fourteen times; then lets one come to its end.
+    """Starts writers of 60 units and kills each at a random moment, fourteen times; then lets one come to its end.
 
     Every other one is given time to finish a unit first, so that there is work done also where disks are slow.
 
@@ -39,7 +39,7 @@ def kill_writers(folder):
     for kill in range(15):
         writer = os.fork()
         if writer == 0:
-            with writer_of(folder, 400, 4) as store:
+            with writer_of(folder, 240, 4) as store:
                 (folder / "at work").touch()
                 fill(store)
                 store.finish()
@@ -59,19 +59,19 @@ def kill_writers(folder):
 
 
 def test_a_store_killed_at_random_moments_ends_in_the_same_bytes(tmp_path):
-    undisturbed = make(tmp_path / "undisturbed", 400, 4)
+    undisturbed = make(tmp_path / "undisturbed", 240, 4)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # the helpers of the tests
     done = subprocess.run(
         [sys.executable, __file__, tmp_path], check=True, capture_output=True, text=True, env=environment
     )
     units_done = [int(count) for count in done.stdout.split()[:-1]]
     assert len(units_done) == 14 and units_done == sorted(units_done)  # what is recorded is never lost
-    assert units_done[7] > 0 and units_done[-1] < 100  # half of them at least were killed with work done, all with more
+    assert units_done[7] > 0 and units_done[-1] < 60  # half of them at least were killed with work done, all with more
     assert tree(tmp_path / "made.zarr") == tree(undisturbed)
     assert not (tmp_path / "made.partial").exists()
 
 
-@pytest.mark.parametrize("after", range(9))
+@pytest.mark.parametrize("after", range(0, 9, 2))
 def test_a_kill_after_any_chunk_loses_only_the_unit_it_was_in(tmp_path, after, monkeypatch):
     """The process stops dead after a given number of chunk writes; nothing is cleaned up."""
     written = []
@@ -97,12 +97,6 @@ def test_a_kill_after_any_chunk_loses_only_the_unit_it_was_in(tmp_path, after, m
     assert tree(tmp_path / "made.zarr") == tree(make(tmp_path / "undisturbed"))
 
 
-def test_temporary_files_of_a_killed_writer_are_swept(tmp_path):
-    interrupted(tmp_path)
-    (tmp_path / "made.partial/store/cls/c.2.0123.partial").write_bytes(b"half a chunk")
-    assert tree(make(tmp_path)) == tree(make(tmp_path / "undisturbed"))
-
-
 def test_a_stop_between_marking_complete_and_renaming_is_resumed(tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
@@ -124,9 +118,10 @@ def test_records_of_units_that_there_are_not_do_not_pass_for_work_that_is_done(t
         assert writer.missing_units() == [1, 2]
 
 
-@pytest.mark.parametrize("lost", ["store/zarr.json", "store/cls/zarr.json", "store/cls", "store/cls/c.0.0", "done"])
+@pytest.mark.parametrize("lost", ["store/zarr.json", "store/cls", "store/cls/c.0.0", "done"])
 def test_a_store_that_lost_a_part_is_never_completed_without_it(tmp_path, lost):
     interrupted(tmp_path)
+    (tmp_path / "made.partial/store/cls/c.2.0123.partial").write_bytes(b"half a chunk of a killed writer")
     path = tmp_path / "made.partial" / lost
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert tree(make(tmp_path)) == tree(make(tmp_path / "undisturbed"))
@@ -137,16 +132,11 @@ def test_a_store_that_lost_a_part_is_never_completed_without_it(tmp_path, lost):
     [
         ({"rows": 11}, "rows"),
         ({"per_unit": 5}, "rows_per_unit"),
-        ({"arrays": {"cls": ArraySpec((8,))}}, "far, registers, arrays"),
         ({"arrays": ARRAYS | {"cls": ArraySpec((9,))}}, "cls"),
         ({"arrays": ARRAYS | {"cls": ArraySpec((8,), "float32")}}, "cls"),
-        ({"attributes": MADE_BY | {"backbone": "other"}}, "backbone"),
-        ({"attributes": MADE_BY | {"transform": {"size": 64, "crop_pct": 1.0}}}, "size"),
-        ({"attributes": MADE_BY | {"neurons_sha256": "cd"}}, "neurons_sha256"),
-        ({"resume_key": {"torch": "2.7"}}, "torch"),
     ],
 )
-def test_a_change_of_format_attributes_or_code_starts_anew_and_says_why(tmp_path, change, reason):
+def test_a_change_of_shape_starts_anew_and_says_why(tmp_path, change, reason):
     same = {"rows": 10, "per_unit": 4, "arrays": ARRAYS, "attributes": MADE_BY, "resume_key": {"torch": "2.6"}}
     interrupted(tmp_path, **same)
     with writer_of(tmp_path, **(same | change)) as writer:
@@ -188,7 +178,7 @@ def test_a_second_writer_is_told_who_holds_the_store_and_the_first_is_not_distur
 # What is refused when writing
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 65520.0, -1e30])
+@pytest.mark.parametrize("value", [np.nan, -np.inf, 65520.0])
 def test_a_value_that_float16_cannot_hold_is_refused_with_its_array_and_row(tmp_path, value):
     with writer_of(tmp_path) as writer:
         unit = features(10, *writer.layout.unit_rows(1))
@@ -238,7 +228,6 @@ def test_an_unfinished_store_gets_no_final_name_and_a_finished_one_is_never_over
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"attributes": {"rows": 3}}, r"attribute 'rows' is the store's own"),
         ({"attributes": {"complete": True}}, r"attribute 'complete' is the store's own"),
         ({"attributes": {"x": float("nan")}}, "not JSON compliant"),
         ({"resume_key": {"x": float("inf")}}, "not JSON compliant"),

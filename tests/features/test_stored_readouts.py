@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from made_stores import READOUTS, of_two_classes
 
-from regvit.features import stored_readouts as module
-from regvit.features.readouts import InMemory, readout
+from regvit.features.readouts import readout
 from regvit.features.store import FeatureStore, InvalidStore
 from regvit.features.stored_readouts import StoredReadout, blocks, stored_readouts
 
@@ -32,11 +31,6 @@ def test_a_projected_control_differs_by_rounding_only(store):
     np.testing.assert_allclose(some[np.array([70, 3])], readout(store, "cls_random")[[70, 3]], rtol=1e-6, atol=1e-7)
 
 
-def test_arrays_in_memory_stay_arrays(store):
-    held = InMemory({"cls": store.read("cls")})
-    assert isinstance(stored_readouts(held, ["cls"], np.arange(3))["cls"], np.ndarray)
-
-
 def test_a_pass_reads_each_unit_once_for_all_readouts(store, monkeypatch):
     read, plain = [], FeatureStore.read_rows
     monkeypatch.setattr(FeatureStore, "read_rows", lambda *a: read.append(a[1:]) or plain(*a))
@@ -46,12 +40,6 @@ def test_a_pass_reads_each_unit_once_for_all_readouts(store, monkeypatch):
             each[part]
     assert sorted(read) == sorted((array, u, min(u + 16, 100)) for array in ("cls", "patch_mean")
                                   for u in range(0, 100, 16))  # fmt: skip
-
-
-def test_a_pass_goes_in_blocks_of_the_size_that_the_module_says_now(monkeypatch):
-    monkeypatch.setattr(module, "ROWS_AT_ONCE", 3)
-    assert list(blocks(7)) == [slice(0, 3), slice(3, 6), slice(6, 7)]
-    assert list(blocks(7, 5)) == [slice(0, 5), slice(5, 7)]
 
 
 def test_rows_out_of_order_are_refused(store):

@@ -88,14 +88,6 @@ def test_features_come_in_the_order_asked_for_and_leave_no_trace(tiny_vit, noise
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_the_last_layers_of_a_model(tiny_vit):
-    assert last_layers(tiny_vit(), 2, ["k", "v"]) == (("k", 4), ("k", 5), ("v", 4), ("v", 5))
-    assert len(last_layers(tiny_vit(), 99)) == 4 * 6
-    assert str(Feature("token", 11)) == "token11"
-    with pytest.raises(ValueError, match="count of layers is 0"):
-        last_layers(tiny_vit(), 0)
-
-
 def test_what_cannot_be_read_is_refused(tiny_vit):
     for feature, message in (
         (Feature("x", 0), "feature kind is 'x'; expected one of k, q, v, token"),

@@ -39,13 +39,3 @@ def test_registers_are_never_counted_as_patches(name, cls, trained):
     assert TokenLayout.of(model) == TokenLayout(cls, trained, 0)
     add_test_time_registers(model, {}, 3)
     assert TokenLayout.of(model) == TokenLayout(cls, trained, 3)
-
-
-def test_model_without_class_token_says_so():
-    with pytest.raises(ValueError, match="no CLS token"):
-        TokenLayout(cls=0, trained=1).cls_token(torch.zeros(1, 4, 2))
-
-
-def test_model_without_prefix_count_is_refused():
-    with pytest.raises(ValueError, match="ResNet has no num_prefix_tokens"):
-        TokenLayout.of(timm.create_model("resnet18", pretrained=False))
