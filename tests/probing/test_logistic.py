@@ -73,13 +73,6 @@ def test_a_class_without_training_images_is_never_predicted_and_stays_finite():
     assert logits[:, 1].max() < -1000
 
 
-@pytest.mark.parametrize("grid", [[], [0.1, 0.1], [0.0], [float("inf")]])
-def test_a_grid_that_is_none_is_refused(grid):
-    x, y = clouds(20, 1)
-    with pytest.raises(ValueError, match="expected at least one finite number above 0, each once"):
-        fit_logistic("cls", split(x, y), split(x, y), CLASSES, grid)
-
-
 def test_unusable_images_are_refused():
     x, y = clouds(20, 1)
     with pytest.raises(ValueError, match="all 20 training images are of class 0"):

@@ -91,11 +91,6 @@ def test_what_was_not_predicted_is_named(predictions):
         predictions.correct("home", "a_mean", "knn")
 
 
-def test_the_same_name_has_the_same_key_and_others_have_others():
-    keys = image_keys(["a", "b", "a"])
-    assert keys.dtype == np.int64 and keys[0] == keys[2] != keys[1]
-
-
 def test_what_holds_no_predictions_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="run the evaluate stage"):
         open_predictions(tmp_path / "none")
