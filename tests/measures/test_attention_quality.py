@@ -34,10 +34,8 @@ def random_maps(*shape: int, seed: int = 0) -> torch.Tensor:
     return maps / maps.sum(-1, keepdim=True)
 
 
-def test_entropy_of_an_even_map_is_the_logarithm_of_its_patches_and_of_a_single_peak_zero():
-    assert entropy(torch.full((16,), 1 / 16, dtype=torch.float64)).item() == pytest.approx(np.log(16))
-    assert entropy(torch.eye(16)[3]).item() == 0
-    maps = random_maps(3, 25)
+def test_entropy_is_scipys():
+    maps = torch.cat([random_maps(3, 25), torch.eye(25)[3:4].double()])
     assert np.allclose(entropy(maps), scipy_entropy(maps.numpy(), axis=1))
 
 
@@ -50,12 +48,6 @@ def test_morans_i_is_that_of_its_definition():
                 near = abs(i // side - j // side) + abs(i % side - j % side) == 1
                 pairs, weights = pairs + near * x[i] * x[j], weights + near
         assert found.item() == pytest.approx(25 / weights * pairs / (x**2).sum())
-
-
-def test_morans_i_is_minus_one_on_a_chessboard_and_near_one_on_a_slope():
-    i, j = np.divmod(np.arange(256), 16)
-    assert morans_i(torch.from_numpy(1.0 * ((i + j) % 2))).item() == pytest.approx(-1)
-    assert morans_i(torch.from_numpy(1.0 * (i + j))).item() > 0.9
     assert morans_i(torch.full((16,), 1 / 16)).isnan()
 
 
@@ -69,12 +61,6 @@ def test_distance_correlation_is_pearsons_over_all_patches_but_the_peak():
         i, j = np.divmod(np.arange(36), 6)
         distance = np.hypot(i - i[peak], j - j[peak])
         assert found[place].item() == pytest.approx(pearsonr(values[others], distance[others])[0])
-
-
-def test_attention_that_falls_off_in_a_straight_line_correlates_perfectly_with_distance():
-    i, j = np.divmod(np.arange(49), 7)
-    cone = torch.from_numpy(10 - np.hypot(i - 2, j - 5))
-    assert distance_correlation(cone).item() == pytest.approx(-1)
 
 
 def test_object_auroc_is_that_of_the_pixels_with_ties_counted_half():
@@ -124,11 +110,8 @@ def test_what_an_image_lacks_is_nan_and_nothing_else_is():
     assert undefined.pop("on_registers") == undefined.pop("register_overlap") == [True, True]
     assert all(undefined.pop(name) == [False, True] for name in METRICS if name.startswith("object"))
     assert not np.array(list(undefined.values())).any()
-
-
-def test_a_mask_without_objects_has_no_auroc():
-    found = qualities(random_maps(1, 1, 1, 1, 17), TokenLayout(1, 0), torch.zeros(1, 16).bool(), torch.zeros(1, 16))
-    assert found["object_auroc"].isnan().all()
+    nothing = qualities(random_maps(1, 1, 1, 1, 17), layout, outliers[:1], torch.zeros(1, 16))
+    assert nothing["object_auroc"].isnan().all()
 
 
 def test_attention_is_measured_image_by_image_in_the_places_of_the_untreated_models_outliers(tmp_path):

@@ -20,7 +20,6 @@ from regvit.measures.dense.dense_heads import (
     at_pixels,
     batches,
     best_head,
-    on_grid,
     pixels_of_patches,
     schedule,
     statistics,
@@ -45,20 +44,14 @@ def test_rows_of_a_split_come_in_order_whatever_units_they_lie_in(tmp_path):
     assert len(tokens) == 4 and tokens.side == 2
 
 
-def test_the_number_of_patches_must_be_a_square(tmp_path):
+def test_what_gives_no_tokens_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"has 6 patches an image, expected a square"):
-        PatchTokens(patch_store(tmp_path, np.zeros((4, 6, 2))), [0])
-
-
-def test_a_store_without_patches_is_refused_by_what_it_holds(tmp_path):
+        PatchTokens(patch_store(tmp_path / "six", np.zeros((4, 6, 2))), [0])
+    with pytest.raises(ValueError, match="no rows of"):
+        PatchTokens(patch_store(tmp_path / "whole", numbered(4)), [])
     write_store(tmp_path / "made.zarr", {"cls": np.zeros((2, 3))}, {})
     with pytest.raises(KeyError, match="holds cls and no patches"):
         PatchTokens(FeatureStore.open(tmp_path / "made.zarr"), [0])
-
-
-def test_a_split_without_images_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no rows of"):
-        PatchTokens(patch_store(tmp_path, numbered(4)), [])
 
 
 def test_statistics_are_those_of_all_patches_of_the_rows(tmp_path):
@@ -145,10 +138,8 @@ def test_heads_trained_side_by_side_are_those_trained_alone():
 
 
 def test_a_step_is_adamw_with_the_scheduled_rate():
-    x, plain = (
-        torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0)),
-        Statistics(torch.zeros(5), torch.ones(5)),
-    )
+    x = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    plain = Statistics(torch.zeros(5), torch.ones(5))
     heads = DenseHeads(plain, 2, DenseTraining([0.1], [0.2], 4, 1))
     reference = torch.nn.Linear(5, 2)
     reference.weight.data, reference.bias.data = heads.weights[0].data.T.clone(), heads.biases[0].data.clone()
@@ -181,26 +172,7 @@ def test_a_head_that_diverged_is_not_chosen():
         best_head(heads, [math.nan] * 3, "depth")
 
 
-@pytest.mark.parametrize(
-    ("rates", "decays", "steps", "message"),
-    [
-        ([], [0.0], 1, r"learning_rates are \[\]"),
-        ([0.1, 0.1], [0.0], 1, "each once"),
-        ([0.1], [-1.0], 1, r"weight_decays are \[-1\.0\]"),
-        ([0.1], [0.0], 0, "steps is 0"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(rates, decays, steps, message):
-    with pytest.raises(ValueError, match=message):
-        DenseTraining(rates, decays, steps, 1)
-
-
 # The grid and the pixels
-
-
-def test_patches_stand_row_by_row_on_the_grid():
-    x = torch.arange(8.0).reshape(1, 4, 2)  # patch p holds 2 p and 2 p + 1
-    assert on_grid(x).tolist() == [[[[0, 2], [4, 6]], [[1, 3], [5, 7]]]]
 
 
 @settings(max_examples=30, deadline=None)

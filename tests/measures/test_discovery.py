@@ -7,9 +7,7 @@ from scipy.ndimage import gaussian_filter
 from regvit.data.manifest import Row
 from regvit.measures.dense.discovery import (
     Discovered,
-    Setting,
     attention_boxes,
-    boxes_around,
     choose,
     discover,
     feature_table,
@@ -32,14 +30,6 @@ def structured(count, grid, d=16, seed=0):
     return torch.from_numpy((field - field.mean((1, 2), keepdims=True)).reshape(count, -1, d)).float()
 
 
-def test_a_batch_gives_what_its_images_give_alone():
-    matrix = similarity(structured(9, (8, 8)), normalised=True)
-    whole = lost(matrix, (8, 8), -0.1)
-    for i in range(9):
-        alone = lost(matrix[i : i + 1], (8, 8), -0.1)
-        assert alone.boxes[0].tolist() == whole.boxes[i].tolist() and alone.seeds[0] == whole.seeds[i]
-
-
 def test_the_object_is_the_component_of_the_patch_that_few_others_resemble():
     # Background along one axis, an object of 2 x 3 patches along the opposite one, and an equal but separate patch.
     features = torch.tensor([1.0, 0.0]).repeat(5, 6, 1)
@@ -49,18 +39,6 @@ def test_the_object_is_the_component_of_the_patch_that_few_others_resemble():
     assert found.seeds.tolist() == [8]  # row 1, column 2: first in reading order of the seven of lowest degree
     assert found.boxes.tolist() == [[2, 1, 5, 3]]
     assert found.masks[0].sum() == 6 and not found.isolated[0]
-
-
-def test_diagonal_neighbours_do_not_connect():
-    features = torch.tensor([1.0, 0.0]).repeat(4, 4, 1)
-    features[1, 1] = features[2, 2] = torch.tensor([-1.0, 0.0])
-    found = lost(similarity(features.reshape(1, 16, 2), normalised=True), (4, 4))
-    assert found.boxes.tolist() == [[1, 1, 2, 2]]
-
-
-def test_equal_degrees_are_taken_in_reading_order():
-    found = lost(torch.ones(2, 9, 9), (3, 3))
-    assert found.seeds.tolist() == [0, 0] and found.boxes.tolist() == [[0, 0, 3, 3]] * 2
 
 
 @pytest.mark.parametrize("bias", [0.0, -1.0])
@@ -80,12 +58,6 @@ def test_the_bias_separates_features_that_are_all_positively_correlated():
     matrix = similarity(features.reshape(1, 16, 2), normalised=True)
     assert lost(matrix, (4, 4), 0.0).boxes.tolist() == [[0, 0, 4, 4]]
     assert lost(matrix, (4, 4), -0.95).boxes.tolist() == [[1, 1, 3, 3]]
-
-
-def test_a_bias_means_the_same_at_any_scale_of_unnormalised_features():
-    features = structured(20, (8, 8)) + 0.3
-    boxes = [lost(similarity(scale * features, normalised=False), (8, 8), -0.4).boxes for scale in (1.0, 64.0)]
-    assert boxes[0].tolist() == boxes[1].tolist()
 
 
 def test_the_bias_is_measured_by_the_median_patch():
@@ -121,22 +93,10 @@ def test_the_last_of_the_components_counts_as_well():
     assert attention_boxes(single, (2, 2)).boxes.tolist() == [[1, 1, 2, 2]]
 
 
-def test_boxes_are_tight_around_masks():
-    masks = np.zeros((2, 4, 5), bool)
-    masks[0, 1:3, 2] = masks[1] = True
-    assert boxes_around(masks).tolist() == [[2, 1, 3, 3], [0, 0, 5, 4]]
-
-
 def test_most_hits_win_then_the_larger_overlap_then_the_first():
     assert choose(np.array([[0.9, 0.1], [0.5, 0.5], [0.6, 0.5], [0.6, 0.5]])) == 2
     with pytest.raises(ValueError, match="nothing can be chosen from 3 settings on 0 images"):
         choose(np.zeros((3, 0)))
-
-
-def test_settings_of_a_feature_stand_together():
-    made = settings([Feature("k", 1), Feature("v", 0)], [True, False], [0.0, -0.5])
-    assert len(made) == 8 and made[0] == Setting(Feature("k", 1), True, 0.0) and made[3].bias == -0.5
-    assert [one.feature.kind for one in made] == ["k"] * 4 + ["v"] * 4
 
 
 @pytest.fixture

@@ -48,24 +48,24 @@ def own_boxes(features, grid, k):
 
 @pytest.mark.parametrize("k", [100, 9])
 def test_where_no_tie_decides_every_box_is_the_published_one(k):
-    features = structured(500)
+    features = structured(300)
     found = [published_lost(one, GRID, k) for one in features]
     clear = [i for i, one in enumerate(found) if not one.tie_decides]
-    assert len(clear) > 50
+    assert len(clear) > 30
     assert own_boxes(features[clear], GRID, k) == [found[i].box for i in clear]
-    assert len({found[i].box for i in clear}) > 30  # the boxes differ, so that equality says something
+    assert len({found[i].box for i in clear}) > 20  # the boxes differ, so that equality says something
 
 
 @pytest.mark.parametrize("k", [100, 9])
 def test_where_ties_decide_every_box_is_the_published_one_with_a_stable_sort(k):
-    features = structured(300)
+    features = structured(150)
     reading, reverse = (
         [published_lost(one, GRID, k, equal).box for one in features] for equal in ("reading", "reverse")
     )
     tied = [published_lost(one, GRID, k).tie_decides for one in features]
     assert own_boxes(features, GRID, k) == reading
     different = np.array([a != b for a, b in zip(reading, reverse, strict=True)])
-    assert different.sum() > 5 and (different <= tied).all()  # ties make boxes differ, and nothing else does
+    assert different.sum() > 3 and (different <= tied).all()  # ties make boxes differ, and nothing else does
 
 
 @pytest.mark.parametrize("kind", KINDS)

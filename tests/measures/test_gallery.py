@@ -8,8 +8,6 @@ from regvit.measures import gallery
 from regvit.measures.feature_colours import fit_palette
 from regvit.measures.gallery import (
     Maps,
-    attention_colours,
-    draw_attention,
     draw_heads,
     draw_maps,
     norm_colours,
@@ -51,12 +49,6 @@ def test_under_each_map_stands_its_scale_and_the_attention_on_outliers(tmp_path,
     assert "cyan: outliers, norm over 20" in figures[0].texts[0].get_text().replace("\n", " ")
 
 
-def test_attention_has_a_scale_an_image():
-    drawn = attention_colours(np.array([[[0.1, 0.2]], [[0.2, 0.4]], [[0.0, 0.0]]]), np.array([0.2, 0.4, 0.0]))
-    assert np.array_equal(drawn[0], drawn[1])
-    assert np.allclose(drawn[2], matplotlib.colormaps["viridis"](0.0)[:3])
-
-
 def test_models_share_one_scale_on_which_outliers_do_not_count():
     features, norms = np.zeros((1, 1, 2, 3)), np.array([[[1.0, 50.0]]])
     before = Maps(norms, np.array([[[0.1, 0.9]]]), features)
@@ -77,26 +69,6 @@ def test_a_strip_has_its_tiles_side_by_side_enlarged(tmp_path):
     pixels = np.asarray(Image.open(tmp_path / "new" / "a.png"))
     assert pixels.shape == (6, 12, 3)
     assert (pixels[:3, 6:9] == (255, 128, 0)).all() and pixels[:, :6].max() == 0 and pixels[3:].max() == 0
-
-
-def test_the_picture_has_a_row_an_image_and_the_same_bytes_each_time(tmp_path):
-    rng = np.random.default_rng(1)
-    maps = {"original": Maps(rng.uniform(1, 20, (2, 10, 10)), rng.random((2, 10, 10)), rng.random((2, 10, 10, 4)))}
-    for name in ("a.png", "b.png"):
-        draw_maps(tmp_path / name, np.random.default_rng(0).random((2, 16, 16, 3)), maps, 10.0)
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    width, height = Image.open(tmp_path / "a.png").size
-    assert 1.0 < width / height < 1.3  # three columns, two rows, titles and scales
-
-
-def test_attention_is_drawn_with_a_column_a_map_and_the_same_bytes_each_time(tmp_path):
-    rng = np.random.default_rng(0)
-    images, columns = rng.random((2, 8, 8, 3)), {name: rng.random((2, 4, 4)) for name in ("cls", "register_0")}
-    for name in ("a.png", "b.png"):
-        draw_attention(tmp_path / name, images, columns)
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    width, height = Image.open(tmp_path / "a.png").size
-    assert 1.2 < width / height < 1.6  # three columns, two rows and a title
 
 
 def test_each_head_has_a_column_and_each_query_of_an_image_a_row_with_the_image_beside_it(tmp_path, monkeypatch):

@@ -2,24 +2,12 @@
 
 import numpy as np
 import pytest
-import torch
 from dense_example import dense_set
 
 from regvit.measures.attention_quality import head_maps
-from regvit.measures.register_pairs import pairwise_cosine, pairwise_overlap, register_pairs
+from regvit.measures.register_pairs import register_pairs
 
 THREE = {"cls": 1, "trained": 3, "test_time": 0}
-
-
-def test_each_pair_of_maps_shares_what_is_least_of_both_in_the_order_of_the_pairs():
-    maps = torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]])
-    assert pairwise_overlap(maps).tolist() == [0.5, 0.5, 0.25]  # 0 and 1, 0 and 2, 1 and 2
-    assert pairwise_overlap(maps[:1]).shape == (0,)
-
-
-def test_the_cosine_of_each_pair_is_that_of_its_definition():
-    tokens = torch.tensor([[[1.0, 0.0], [3.0, 3.0], [0.0, -2.0]]])
-    assert pairwise_cosine(tokens)[0].tolist() == pytest.approx([0.5**0.5, 0, -(0.5**0.5)], abs=1e-6)
 
 
 def made(folder, **arrays):

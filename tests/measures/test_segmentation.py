@@ -59,15 +59,6 @@ def test_classes_that_patches_tell_are_learned_and_the_better_rate_is_chosen(tmp
     assert accuracy(shuffled).value < 0.5
 
 
-def test_the_same_seed_gives_the_same_layer_and_another_seed_another(tmp_path):
-    patches, masks = world(32)
-    layers = []
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        (tmp_path / name).mkdir()
-        layers.append(learned(tmp_path / name, masks, patches, seed, steps=5)[0].layer.weight)
-    assert torch.equal(layers[0], layers[1]) and not torch.equal(layers[0], layers[2])
-
-
 def test_ignored_pixels_neither_teach_nor_count(tmp_path):
     patches, masks = world(32)
     masks = masks.copy()

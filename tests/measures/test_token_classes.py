@@ -79,13 +79,13 @@ def test_the_similarity_of_registers_is_the_mean_cosine_of_all_pairs():
 
 def test_a_thousand_classes_are_learned_from_five_images_each_in_time():
     rng = np.random.default_rng(0)
-    centres = rng.normal(size=(1000, 384)).astype(np.float32)
+    centres = rng.normal(size=(1000, 128)).astype(np.float32)
 
     def images(each: int) -> Split:
         labels = np.repeat(np.arange(1000), each)
-        return Split({"cls": centres[labels] + rng.normal(size=(len(labels), 384)).astype(np.float32)}, labels)
+        return Split({"cls": centres[labels] + rng.normal(size=(len(labels), 128)).astype(np.float32)}, labels)
 
     start = time.process_time()
     probes = train_probes(images(5), images(1), [str(i) for i in range(1000)], Settings((0.03, 0.1, 0.3), 120, 256))
     assert probes.probes["cls"][0].val_correct > 900
-    assert time.process_time() - start < 120
+    assert time.process_time() - start < 60
