@@ -4,7 +4,7 @@ import torch
 from dense_example import dense_set
 
 from regvit.data.manifest import Row, read_dataset
-from regvit.features.dense_set import DenseSet, drawn_images, grid_side
+from regvit.features.dense_set import DenseSet, drawn_images
 from regvit.features.store import InvalidStore
 
 SPLITS = ["train", "val", "test"]
@@ -64,9 +64,3 @@ def test_a_store_of_other_images_is_refused(tmp_path):
     made(tmp_path / "other", 12)
     with pytest.raises(InvalidStore):
         DenseSet.open(tmp_path / "other", tmp_path / "set/made.zarr")
-
-
-def test_patches_that_make_no_square_are_refused():
-    assert grid_side(49) == 7
-    with pytest.raises(ValueError, match="50 patches make no square grid"):
-        grid_side(50)

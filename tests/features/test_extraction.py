@@ -22,7 +22,7 @@ from extracting import (
 )
 from PIL import Image
 
-from regvit.data.decoding import ChangedImage, UnreadableImage
+from regvit.data.decoding import ChangedImage
 from regvit.data.manifest import read_dataset, write_dataset
 from regvit.data.packages import file_sha256
 from regvit.data.transform import Transform
@@ -31,7 +31,6 @@ from regvit.features.extraction import Job, Options, extract, fill_store
 from regvit.features.forward import Forward, Readouts
 from regvit.features.store import FeatureStore
 from regvit.features.store_writer import UnitWriter
-from regvit.models.nan_check import BadFeatures
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -74,16 +73,6 @@ def test_row_i_holds_the_features_of_the_image_in_row_i_of_the_manifest(tmp_path
         np.testing.assert_allclose(store.read("patch_mean")[row], tokens[3:].mean(0), atol=2e-3)
     rows = store.read("cls")
     assert np.abs(rows[:, None] - rows[None]).max(2)[~np.eye(11, dtype=bool)].min() > 0.02  # no two rows are alike
-
-
-def test_a_model_without_cls_has_no_cls_array_and_its_register_is_no_patch(tmp_path, dataset):
-    backbone = backbone_of("test_vit2")
-    store = run(tmp_path, backbone, dataset)
-    assert store.arrays == {"patch_mean": (64,), "registers": (1, 64)}
-    tokens = tokens_of(backbone, 3)[0].numpy()  # register, then 4 patches
-    assert len(tokens) == 5
-    np.testing.assert_allclose(store.read("registers")[3, 0], tokens[0], atol=2e-3)
-    np.testing.assert_allclose(store.read("patch_mean")[3], tokens[1:].mean(0), atol=2e-3)
 
 
 def test_patches_are_stored_row_by_row_where_they_are_asked_for_also_of_larger_images(tmp_path, dataset):
@@ -147,13 +136,6 @@ def test_workers_and_engines_do_not_change_a_byte(tmp_path, dataset, cured, opti
     assert tree(again.path) == tree(cured.path)
 
 
-@pytest.mark.parametrize("batch_size", [1, 99])
-def test_batch_size_changes_no_feature_by_more_than_rounding(tmp_path, dataset, cured, batch_size):
-    other = run(tmp_path, with_registers(backbone_of(), 1), dataset, batch_size=batch_size)
-    for name in cured.arrays:  # matrix products on several threads may differ by 1e-6, which can tip a float16
-        np.testing.assert_allclose(other.read(name), cured.read(name), rtol=2**-10, atol=1e-5)
-
-
 @pytest.mark.parametrize(("after", "units", "workers"), [(2, 0, 2), (6, 1, 0), (10, 2, 2)])
 def test_an_interrupted_extraction_goes_on_and_ends_in_the_same_bytes(
     tmp_path, dataset, cured_by_twos, capsys, monkeypatch, after, units, workers
@@ -181,13 +163,6 @@ def test_an_interrupted_extraction_goes_on_and_ends_in_the_same_bytes(
     said = capsys.readouterr().err
     assert f"resumed: {units} of 3 units were done" in said and "11/11" in said
     assert tree(resumed.path) == tree(cured_by_twos.path) and not partial.exists()
-
-
-def test_what_an_engine_left_is_gone_on_with_here(tmp_path, dataset, plain):
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, backbone_of(), dataset, engine=Interrupting(2))
-    (tmp_path / "noise.zarr.partial/done/0").unlink()  # as if units had been finished in another order
-    assert tree(run(tmp_path, backbone_of(), dataset).path) == tree(plain.path)
 
 
 def test_batches_of_another_size_are_not_mixed_with_what_there_is(tmp_path, dataset, capsys):
@@ -248,37 +223,6 @@ def test_a_job_computes_any_units_in_any_order_in_another_process(dataset):
 # What is refused
 
 
-class Broken(torch.nn.Module):
-    """A model that goes wrong on one image: `value` in one channel of its CLS token."""
-
-    def __init__(self, model, image, value):
-        super().__init__()
-        self.model, self.image, self.value, self.num_prefix_tokens = model, torch.from_numpy(image), value, 1
-
-    def forward_features(self, x):
-        tokens = self.model.forward_features(x).clone()
-        wrong = ((self.image.permute(2, 0, 1) / 255 - 0.5) / 0.5 - x).abs().flatten(1).amax(1) < 1e-3
-        tokens[wrong, 0, 5] = self.value
-        return tokens
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(np.nan, "nan is not a finite number; it begins after the last norm"), (-7e4, "-70000 is beyond float16")],
-)
-@pytest.mark.parametrize("engine", [None, Backwards()])
-def test_features_that_cannot_be_stored_name_the_image_and_the_array(tmp_path, dataset, capsys, value, text, engine):
-    backbone = backbone_of()
-    broken = dataclasses.replace(backbone, model=Broken(backbone.model, image_of(6), value))
-    expected = rf"image 'id 09' \(images/09.png\): array 'cls', row 6: {text}.* take the image out"  # 7 * 6 mod 11 = 9
-    with pytest.raises(BadFeatures, match=expected):
-        run(tmp_path, broken, dataset, engine=engine)
-    run(
-        tmp_path, backbone, dataset, label="extract"
-    )  # the unit before it is kept, and the one after it where it was done
-    assert re.search(r"resumed: [12] of 3 units were done", capsys.readouterr().err)
-
-
 def test_a_picture_that_changed_since_the_manifest_was_made_stops_by_name_and_records_nothing(tmp_path, dataset):
     files = [dataset.image_path(row) for row in range(len(dataset))]
     root = tmp_path / "data"
@@ -299,13 +243,6 @@ def test_a_picture_that_changed_since_the_manifest_was_made_stops_by_name_and_re
     assert not (tmp_path / "noise.zarr").exists()
     changed.write_bytes(before)
     assert tree(run(tmp_path, backbone_of(), here).path) == tree(whole.path)
-
-
-def test_an_unreadable_image_stops_with_its_path(tmp_path, dataset):
-    rows = (*dataset.rows[:9], dataclasses.replace(dataset.rows[9], path="images/gone.png"), *dataset.rows[10:])
-    with pytest.raises(UnreadableImage, match=r"images/gone.png"):
-        run(tmp_path, backbone_of(), dataclasses.replace(dataset, rows=rows))
-    run(tmp_path, backbone_of(), dataset)  # the lock is free
 
 
 def test_a_model_that_returns_no_tokens_and_an_empty_data_set_are_refused(tmp_path, dataset):
@@ -331,22 +268,6 @@ def test_lower_precision_stays_close_and_leaves_torch_as_it_was(tmp_path, datase
     assert cosine.min() > 0.999
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
     assert not torch.is_autocast_enabled("cpu")
-
-
-def test_float32_does_not_depend_on_the_callers_matmul_setting(tmp_path, dataset):
-    backbone, seen = backbone_of(), []
-    handle = backbone.model.blocks[0].register_forward_pre_hook(
-        lambda *_: seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
-    )
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        run(tmp_path, backbone, dataset)
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision(before)
-        handle.remove()
-    assert set(seen) == {("highest", False)}
 
 
 @needs_gpu

@@ -60,12 +60,6 @@ def test_the_bias_separates_features_that_are_all_positively_correlated():
     assert lost(matrix, (4, 4), -0.95).boxes.tolist() == [[1, 1, 3, 3]]
 
 
-def test_the_bias_is_measured_by_the_median_patch():
-    features = torch.tensor([[1.0], [2.0], [3.0]])[None]
-    assert similarity(features, normalised=False)[0].diagonal().tolist() == pytest.approx([0.25, 1.0, 2.25])
-    assert similarity(features, normalised=True)[0].diagonal().tolist() == [1.0, 1.0, 1.0]
-
-
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="similarities of 9 patches do not fit a grid of 2 x 4"):
         lost(torch.ones(1, 9, 9), (2, 4))

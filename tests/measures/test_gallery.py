@@ -12,7 +12,6 @@ from regvit.measures.gallery import (
     draw_maps,
     norm_colours,
     normal_range,
-    save_strip,
     tile_colours,
 )
 
@@ -60,15 +59,6 @@ def test_models_share_one_scale_on_which_outliers_do_not_count():
     assert np.allclose(drawn["attention", "a"][0, 0, 1], bright)  # the outlier is beyond the end
     assert np.allclose(drawn["attention", "a"][0, 0, 0], matplotlib.colormaps["viridis"](0.5)[:3], atol=0.01)
     assert np.array_equal(drawn["norms", "a"][0, 0, 0], drawn["norms", "b"][0, 0, 0])
-
-
-def test_a_strip_has_its_tiles_side_by_side_enlarged(tmp_path):
-    tiles = np.zeros((2, 2, 2, 3))
-    tiles[1, 0, 0] = (1.0, 0.5, 0.0)
-    save_strip(tmp_path / "new" / "a.png", tiles, enlarged=3)
-    pixels = np.asarray(Image.open(tmp_path / "new" / "a.png"))
-    assert pixels.shape == (6, 12, 3)
-    assert (pixels[:3, 6:9] == (255, 128, 0)).all() and pixels[:, :6].max() == 0 and pixels[3:].max() == 0
 
 
 def test_each_head_has_a_column_and_each_query_of_an_image_a_row_with_the_image_beside_it(tmp_path, monkeypatch):

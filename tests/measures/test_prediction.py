@@ -107,42 +107,26 @@ def test_neighbours_are_looked_for_on_the_device_that_is_given(probes, sets, mon
     assert set(devices) == {"cuda:1"}
 
 
-class Unreadable:
-    """Features that fail the test if anything is read from them."""
-
-    def __init__(self):
-        self.arrays = {"cls": (6,)}
-
-    def read(self, name):
-        raise AssertionError("features were read before the check")
-
-
-def refused(probes, sets):
-    unreadable = {name: dataclasses.replace(each, features=Unreadable()) for name, each in sets.items()}
-    predict("original", *probes, unreadable, Detectors(("msp",)))
-
-
 def test_faults_are_told_before_any_features_are_read(probes, sets):
-    def with_rows(name, change):
-        dataset = sets[name].dataset
-        return sets | {name: dataclasses.replace(sets[name], dataset=change(dataset))}
+    def refused(name, said, **changes):
+        unreadable = {key: dataclasses.replace(each, features=None) for key, each in sets.items()}
+        dataset = dataclasses.replace(sets[name].dataset, **changes)
+        with pytest.raises(ValueError, match=said):
+            predict(
+                "r",
+                *probes,
+                unreadable | {name: dataclasses.replace(unreadable[name], dataset=dataset)},
+                Detectors(("msp",)),
+            )
 
-    empty = with_rows("alien", lambda d: dataclasses.replace(d, rows=()))
-    with pytest.raises(ValueError, match="data set 'alien' has no images in its test split; give some of them split"):
-        refused(probes, empty)
-    no_train = with_rows("home", lambda d: d.subset("test"))
-    with pytest.raises(ValueError, match="data set 'home' has no images in its train split"):
-        refused(probes, no_train)
-    unlabelled = with_rows(
-        "away", lambda d: dataclasses.replace(d, rows=(*d.rows[:-1], dataclasses.replace(d.rows[-1], label="")))
-    )
-    with pytest.raises(ValueError, match="data set 'away' has 1 images without a label in the test split"):
-        refused(probes, unlabelled)
-    strange = with_rows("far", lambda d: dataclasses.replace(d, classes=("cat", "ant", "yak")))
-    with pytest.raises(ValueError, match=r"data set 'far': 1 of 3 classes are unknown to the probe \('yak'\)"):
-        refused(probes, strange)
+    rows = sets["away"].dataset.rows
+    refused("alien", "data set 'alien' has no images in its test split; give some of them split", rows=())
+    refused("home", "data set 'home' has no images in its train split", rows=sets["home"].dataset.subset("test").rows)
+    unlabelled = (*rows[:-1], dataclasses.replace(rows[-1], label=""))
+    refused("away", "data set 'away' has 1 images without a label in the test split", rows=unlabelled)
+    refused("far", r"data set 'far': 1 of 3 classes are unknown to the probe \('yak'\)", classes=("cat", "ant", "yak"))
+    with pytest.raises(ValueError, match=r"0 data sets have the role id \(none\); expected one"):
+        predict("r", *probes, {"alien": sets["alien"]}, Detectors(("msp",)))
     single = sets | {"far": made_set("far", "ood", {"test": 3}, classes=("cat",))}
     with pytest.raises(ValueError, match="data set 'far' has the single class 'cat'; only the classes that a set has"):
-        refused(probes, single)
-    with pytest.raises(ValueError, match=r"0 data sets have the role id \(none\); expected one"):
-        refused(probes, {"alien": sets["alien"]})
+        predict("r", *probes, single, Detectors(("msp",)))

@@ -138,21 +138,12 @@ def test_a_model_without_cls_has_norms_and_features_and_its_picture_no_attention
     assert 1.1 < width / height < 1.4  # two columns and a title: no attention
 
 
-def test_each_part_of_the_picture_is_a_strip_with_a_tile_an_image(folder):
-    draw_verification(folder / "out", "cured", opened(folder, "cured"), read_dataset(folder), 2)
-    found = {path.name: Image.open(path).size for path in (folder / "out").iterdir()}
-    models = ("intact", "original", "cured")
-    names = {f"{what}-{model}.png" for what in ("norms", "attention", "features") for model in models}
-    assert found.keys() == names | {"images.jpg", "maps.png"}
-    assert found["images.jpg"] == (2 * 128, 128)  # twice 64 pixels
-    assert {found[name] for name in names} == {(2 * 224, 224)}  # 8 patches of 28 pixels
-
-
 def test_colours_are_those_of_the_backbone_before_planting_in_every_run(folder):
     for run in ("plain", "cured"):
         draw_verification(folder / run, run, opened(folder, run), read_dataset(folder), 2)
     plain, cured = ((folder / run / "features-intact.png").read_bytes() for run in ("plain", "cured"))
     assert plain == cured
+    assert Image.open(folder / "cured/features-cured.png").size == (2 * 224, 224)  # two images of 8 patches of 28 px
     original, untreated = folder / "cured/features-original.png", folder / "plain/features-plain.png"
     assert original.read_bytes() == untreated.read_bytes()  # one model, under two names
     widths = {run: Image.open(folder / run / "maps.png").size[0] for run in ("plain", "cured")}

@@ -4,9 +4,7 @@ import torch
 from timm.models.eva import Eva
 
 from regvit.models.hooks import blocks
-from regvit.models.token_features import Feature, last_layers, patch_features, watch_patch_features
-from regvit.models.tokens import TokenLayout
-from regvit.registers.test_time import add_test_time_registers
+from regvit.models.token_features import Feature, patch_features, watch_patch_features
 
 
 class Mixing(torch.nn.Module):
@@ -39,19 +37,6 @@ def test_tokens_are_normed_block_outputs_as_timm_gives_them(tiny_vit, noise_imag
     found = patch_features(model, images, [Feature("token", 2), Feature("token", 5)])
     for layer, tokens in zip((2, 5), expected, strict=True):
         assert torch.allclose(found[Feature("token", layer)], tokens, atol=1e-6)
-
-
-def test_test_time_registers_are_left_out(tiny_vit, noise_images):
-    model, images = tiny_vit(), noise_images(2)
-    wanted = last_layers(model, 6)
-    plain = patch_features(model, images, wanted)
-    with add_test_time_registers(model, {3: (5,)}, 4):
-        treated = patch_features(model, images, wanted)
-        assert TokenLayout.of(model).prefix == 5
-    for feature in wanted:
-        assert treated[feature].shape == plain[feature].shape == (2, 64, 64)
-    # Before the block where the neuron is moved, the zero tokens only take a little attention away.
-    assert torch.allclose(treated[Feature("k", 0)], plain[Feature("k", 0)], atol=1e-6)
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -61,23 +61,20 @@ def test_saved_probes_and_baselines_come_back_as_they_were(tmp_path):
     assert np.array_equal(loaded.probes["cls_reg_attn"][0].pool, pool)
 
 
-def test_files_that_hold_no_probes_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        (None, "holds something else of format None; expected a file of probes of format 3"),
+        ({"kind": "probes", "format_version": 9}, "holds probes of format 9; expected .* of format 3; run the probe stage again"),
+        ({"kind": "baselines", "format_version": 3}, "holds baselines of format 3; expected a file of probes"),
+    ],
+)  # fmt: skip
+def test_files_that_hold_no_probes_are_refused(tmp_path, metadata, said):
     with pytest.raises(FileNotFoundError, match="run the probe stage"):
-        load_probes(tmp_path / "none.safetensors")
-    (tmp_path / "text").write_text("hello")
+        load_probes(tmp_path / "made")
+    (tmp_path / "made").write_text("hello")
     with pytest.raises(InvalidProbes, match="is no safetensors file"):
-        load_probes(tmp_path / "text")
-    save_file({"w": np.zeros(2)}, tmp_path / "other")
-    with pytest.raises(
-        InvalidProbes, match="holds something else of format None; expected a file of probes of format 3"
-    ):
-        load_probes(tmp_path / "other")
-    described = json.dumps({"kind": "probes", "format_version": 9})
-    save_file({"w": np.zeros(2)}, tmp_path / "later", metadata={"regvit": described})
-    with pytest.raises(
-        InvalidProbes, match=r"holds probes of format 9; expected .* of format 3; run the probe stage again"
-    ):
-        load_probes(tmp_path / "later")
-    save_baselines(tmp_path / "baselines", Baselines({}, {}, ("a",), 1, 1))
-    with pytest.raises(InvalidProbes, match="holds baselines of format 3; expected a file of probes"):
-        load_probes(tmp_path / "baselines")
+        load_probes(tmp_path / "made")
+    save_file({"w": np.zeros(2)}, tmp_path / "made", metadata=metadata and {"regvit": json.dumps(metadata)})
+    with pytest.raises(InvalidProbes, match=said):
+        load_probes(tmp_path / "made")

@@ -7,7 +7,6 @@ from made_stores import READOUTS, of_two_classes
 from regvit.features.readouts import readout
 from regvit.features.stored_readouts import stored_readouts
 from regvit.probing import training
-from regvit.probing.checkpoints import Checkpoint
 from regvit.probing.neighbours import Labelled, choose_neighbours
 from regvit.probing.probes import save_probes
 from regvit.probing.splits import Split
@@ -35,22 +34,6 @@ def test_probes_have_the_same_bytes_wherever_the_features_are(store, available, 
     save_probes(tmp_path / "expected", train_probes(*parts, "ab", SETTINGS))
     monkeypatch.setattr(training, "available", lambda device: available)
     save_probes(tmp_path / "found", train_probes(*from_store(store), "ab", SETTINGS))
-    assert (tmp_path / "found").read_bytes() == (tmp_path / "expected").read_bytes()
-
-
-def test_an_interrupted_training_from_a_store_goes_on_to_the_same_probes(store, tmp_path, monkeypatch):
-    def stop(step, accuracies):
-        if step > 20:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(training, "available", lambda device: 0)
-    told = []
-    checkpoint = Checkpoint(tmp_path / "w", 0, told.append)
-    save_probes(tmp_path / "expected", train_probes(*from_store(store), "ab", SETTINGS))
-    with pytest.raises(KeyboardInterrupt):
-        train_probes(*from_store(store), "ab", SETTINGS, "cpu", checkpoint, stop)
-    save_probes(tmp_path / "found", train_probes(*from_store(store), "ab", SETTINGS, "cpu", checkpoint))
-    assert told[1] == "resumed: 20 of 30 steps were done"
     assert (tmp_path / "found").read_bytes() == (tmp_path / "expected").read_bytes()
 
 

@@ -113,7 +113,10 @@ def test_copies_and_pickles_are_cured_too(planted, cured_once, cure):
     assert half.isfinite().all()
 
 
-@pytest.mark.parametrize("cure", CURES)
+LIKE_ANOTHER = {"recursive", "remove_direction", "interpolate"}  # compiled as test-time registers, or clip_norm
+
+
+@pytest.mark.parametrize("cure", sorted(CURES.keys() - LIKE_ANOTHER))
 def test_compiled_models_are_cured_too(planted, cured_once, cure):
     model, x = cured_once(cure), planted[1][:3]
     torch.compiler.reset()
@@ -122,7 +125,7 @@ def test_compiled_models_are_cured_too(planted, cured_once, cure):
         assert torch.allclose(compiled(x), features(model, x), atol=1e-5)
 
 
-@pytest.mark.parametrize("cure", CURES)
+@pytest.mark.parametrize("cure", sorted(CURES.keys() - LIKE_ANOTHER))
 def test_a_graph_of_a_cured_model_gives_what_the_model_gives(planted, cured_once, cure):
     outputs, x = TokenOutputs(cured_once(cure)).eval(), planted[1]
     with torch.no_grad():

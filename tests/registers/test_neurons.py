@@ -12,67 +12,38 @@ from stock_models import make
 from regvit import add_test_time_registers, find_register_neurons
 from regvit.registers.neurons import Neuron, RegisterNeurons, SearchOptions, read_selected
 from regvit.registers.outliers import Detection, patch_norms
+from regvit.registers.planting import plant
 
 SPARSE_BELOW = 0.02  # half of this model's activations are about as large
-UNITS = {1: (5,), 2: (11, 40)}  # block 1 unit 5 fires on a marked patch; block 2's units on what it wrote
-
-
-def noise(count: int, seed: int = 0) -> torch.Tensor:
-    """Noise images of 160 px in each of which one patch of 16 px is bright."""
-    rng = torch.Generator().manual_seed(seed)
-    x = torch.randn(count, 3, 160, 160, generator=rng)
-    for image, patch in enumerate(torch.randint(0, 100, (count,), generator=rng).tolist()):
-        row, column = divmod(patch, 10)
-        x[image, :, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16] = 4.0
-    return x
-
-
-@torch.no_grad()
-def make_fire(
-    model: torch.nn.Module, x: torch.Tensor, layer: int, unit: int, hot: torch.Tensor, write: torch.Tensor
-) -> None:
-    """Unit `unit` gets the activation 5 or so where `hot`, about 0 elsewhere, and adds 5 * `write` to the residual."""
-    seen = []
-    mlp = model.blocks[layer].mlp
-    handle = mlp.fc1.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    model.forward_features(x)
-    handle.remove()
-    h, prefix = seen[0], model.num_prefix_tokens
-    patches = h[:, prefix:]
-    w = patches[hot].mean(0) - patches[~hot].mean(0)
-    z = h @ w
-    cold = torch.cat([z[:, prefix:][~hot], z[:, :prefix].flatten()]).max()
-    t = (cold + z[:, prefix:][hot].min()) / 2
-    gain = 5 / (z[:, prefix:][hot].mean() - t)
-    mlp.fc1.weight[unit], mlp.fc1.bias[unit] = gain * w, -gain * t
-    mlp.fc2.weight[:, unit] = write
 
 
 @pytest.fixture(scope="module")
-def planted():
-    """timm's `test_vit` with three register neurons put in by hand, and the images on which they fire."""
-    model, x = make(), noise(24)
-    hot = torch.nn.functional.avg_pool2d(x.mean(1), 16).flatten(1) > 2
-    direction = torch.nn.functional.normalize(torch.randn(64), dim=0)
-    make_fire(model, x, 1, 5, hot, 2.0 * direction)
-    for unit, size in zip(UNITS[2], (6.0, 4.0), strict=True):
-        make_fire(model, x, 2, unit, hot, size * direction)
+def planted(tiny_vit, noise_images):
+    """A model with known register neurons, and the images on which they fire."""
+    model, x = tiny_vit(3), noise_images(24)
+    plant(model, x, seed_layer=1, amplifier_layer=2, edit_keys=True)
     return model, x
 
 
-def test_the_planted_neurons_are_found_and_nothing_else(planted):
+@pytest.fixture(scope="module")
+def units(tiny_vit, noise_images):
+    """The neurons of `planted`, by layer."""
+    found = plant(tiny_vit(3), noise_images(24), seed_layer=1, amplifier_layer=2, edit_keys=True).neurons
+    return {layer: tuple(sorted(each)) for layer, each in found.items()}
+
+
+def test_the_planted_neurons_are_found_and_nothing_else(planted, units):
     model, x = planted
     found = find_register_neurons(model, x)
-    assert found.selected == UNITS
+    assert found.selected == units
     assert found.detection.layer >= 2
-    assert found.outlier_fraction.mean() == pytest.approx(0.01)
     assert found.explained > 0.9
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("what", ["the model", "its blocks", "blocks", "forward_features"])
 def test_a_compiled_model_is_searched_as_the_eager_one(what):
-    eager, x = make(depth=2), noise(4)
+    eager, x = make(depth=2), torch.randn(4, 3, 160, 160, generator=torch.Generator().manual_seed(0))
     options = {"layer": 0, "threshold": float(np.quantile(patch_norms(eager, [x], [0]), 0.9)), "top_k": 3}
     expected = find_register_neurons(eager, x, **options)
     model = searched = copy.deepcopy(eager)
@@ -117,9 +88,11 @@ def published_scores(model, x, layer, threshold, cls_counts=False, sparsity_filt
 @pytest.mark.parametrize("options", [{}, {"cls_counts": True}, {"cls_counts": True, "sparsity_filter": True}])
 def test_published_settings_rank_as_the_published_search_does(planted, options, monkeypatch):
     model, x = copy.deepcopy(planted[0]), planted[1]
-    model.cls_token.data.fill_(3.0)  # its norm is above the threshold in some images
+    model.cls_token.data.fill_(3.0)  # its norm is above the threshold
     monkeypatch.setattr("regvit.registers.search.SPARSE_BELOW", SPARSE_BELOW)
-    threshold = float(np.median(patch_norms(model, [x])[-2])) * 1.1  # several outliers in some images, none in others
+    norms = patch_norms(model, [x])[-2]
+    threshold = float(np.quantile(norms, 0.97))
+    assert (norms > threshold).sum(1).min() == 0 and (norms > threshold).sum(1).max() > 2  # by image
     expected = published_scores(model, x, 4, threshold, **options)
     if options:
         assert not torch.allclose(expected, published_scores(model, x, 4, threshold))
@@ -134,12 +107,12 @@ def test_published_settings_rank_as_the_published_search_does(planted, options, 
     }  # fmt: skip
 
 
-def test_a_threshold_may_be_given_in_standard_deviations(planted):
+def test_a_threshold_may_be_given_in_standard_deviations(planted, units):
     model, x = planted
     norms = patch_norms(model, [x], [3])[0]
     found = find_register_neurons(model, x.split(5), sigma=4.0, layer=3)
     assert found.detection.threshold == pytest.approx(norms.mean() + 4 * norms.std(), rel=1e-5)
-    assert found.selected == UNITS
+    assert found.selected == units
 
 
 def test_cls_and_trained_registers_never_count():
@@ -162,9 +135,9 @@ def test_a_model_without_outliers_selects_none_and_says_so():
     assert read_selected(found.to_json()) == (None, {})
 
 
-def test_a_model_with_test_time_registers_is_refused(planted):
+def test_a_model_with_test_time_registers_is_refused(planted, units):
     model, x = planted
-    with add_test_time_registers(model, UNITS), pytest.raises(ValueError, match="remove them before the search"):
+    with add_test_time_registers(model, units), pytest.raises(ValueError, match="remove them before the search"):
         find_register_neurons(model, x)
 
 
@@ -206,10 +179,10 @@ def test_the_share_that_a_published_search_explains_is_that_of_the_neurons_which
 
 @pytest.mark.parametrize("score", ["attribution", "activation"])
 def test_a_percentile_selects_the_neurons_that_score_above_it_among_those_that_may_be_selected(planted, score):
-    percentile, count = 99.0, 10
-    found = find_register_neurons(*planted, layer=4, max_layer=4, percentile=percentile, score=score, keep=960)
-    scores = np.array([getattr(neuron, score) for neuron in found.neurons])  # 5 blocks of 192 neurons
-    assert len(scores) == 960 and found.num_selected == count
+    percentile, count = 99.0, 13
+    found = find_register_neurons(*planted, layer=4, max_layer=4, percentile=percentile, score=score, keep=1280)
+    scores = np.array([getattr(neuron, score) for neuron in found.neurons])  # 5 blocks of 256 neurons
+    assert len(scores) == 1280 and found.num_selected == count
     best = {(neuron.layer, neuron.neuron) for neuron in found.neurons[:count]}
     assert best == {(layer, unit) for layer, units in found.selected.items() for unit in units}
     if len(set(scores[: count + 1])) == count + 1:  # no ties
@@ -222,11 +195,11 @@ def share_of(found, neuron):
 
 
 @pytest.mark.parametrize("precision", ["float32_medium", "bfloat16"])
-def test_a_faster_precision_selects_the_same_neurons_and_is_named_in_the_file(planted, precision):
+def test_a_faster_precision_selects_the_same_neurons_and_is_named_in_the_file(planted, units, precision):
     model, x = planted
     before = torch.get_float32_matmul_precision()
     found = find_register_neurons(model, x, precision=precision)
-    assert found.selected == UNITS
+    assert found.selected == units
     assert json.loads(found.to_json(backbone="tiny"))["precision"] == precision
     assert "precision" not in json.loads(find_register_neurons(model, x).to_json())
     assert torch.get_float32_matmul_precision() == before and not torch.is_autocast_enabled("cpu")
@@ -261,8 +234,8 @@ def test_a_text_that_lacks_a_key_is_refused_and_the_key_named():
         read_selected(json.dumps(document))
 
 
-@pytest.mark.parametrize("last", [0, 2])
-def test_no_neuron_after_the_last_layer_is_listed_and_each_listed_list_is_sorted(planted, last):
+def test_no_neuron_after_the_last_layer_is_listed_and_each_listed_list_is_sorted(planted):
+    last = 2
     found = find_register_neurons(*planted, layer=4, top_k=3, max_layer=last, keep=1000)
     width = planted[0].blocks[0].mlp.fc2.in_features
     assert len(found.active) == len(found.neurons) == min(1000, (last + 1) * width)

@@ -32,6 +32,7 @@ def test_detection_finds_the_layer_and_a_threshold_between_the_modes():
     found = detect(_norms())
     assert found.layer == 2
     assert 1.5 < found.threshold < 30
+    assert detect(_norms()[:3]) is None  # the last layer does not count
 
 
 @pytest.mark.parametrize("norms", [_norms(outlier=1.0), _norms(share=0.2)])
@@ -56,10 +57,6 @@ def test_the_tail_of_one_population_beside_another_is_no_outlier():
     norms = np.random.default_rng(0).lognormal(0.0, 0.5, size=(4, 20, 200))  # the largest has 5 median norms
     norms[:, :, :100] *= 0.05
     assert detect(norms) is None
-
-
-def test_the_last_layer_does_not_count():
-    assert detect(_norms()[:3]) is None
 
 
 def test_given_threshold_and_layer_are_used_as_they_are():

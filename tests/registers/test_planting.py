@@ -10,7 +10,7 @@ from regvit.models.attention import cls_attention
 from regvit.registers.neighbourhood import low_information
 from regvit.registers.outliers import patch_norms
 from regvit.registers.planting import plant, unplant
-from regvit.registers.planting.units import within_image_direction, write_unit
+from regvit.registers.planting.units import within_image_direction
 
 VARIANTS = {
     "plain": {},
@@ -147,21 +147,6 @@ def test_low_information_is_the_mean_cosine_to_the_four_neighbours(tiny_vit):
         values = [e[image, row, column] @ e[image, y, x] for y, x in near if 0 <= y < 8 and 0 <= x < 8]
         found = low_information(model, images, batch_size=2)[image, row * 8 + column].item()
         assert found == pytest.approx(np.mean(values), abs=1e-5)
-
-
-def test_a_written_unit_is_silent_below_its_threshold_and_writes_its_vector_above(tiny_vit):
-    block = tiny_vit(0, layer_scale=0.5).blocks[2]
-    probe, write = torch.zeros(64), torch.zeros(64)
-    probe[3], write[7] = 1.0, 4.0
-    h = torch.zeros(4, 64)
-    h[:, 3] = torch.tensor([0.0, 1.0, 3.0, 3.0])
-    write_unit(block, 5, probe, 2.0, h[2:], write)
-    a = block.mlp.act(block.mlp.fc1(h))[:, 5]
-    assert a[:2].abs().max() < 1e-6
-    assert a[2:].tolist() == pytest.approx([8.0, 8.0], rel=1e-4)
-    added = a[:, None] * block.mlp.fc2.weight[:, 5] * block.ls2.gamma
-    assert added[2, 7].item() == pytest.approx(4.0, rel=1e-4)
-    assert added[2].norm().item() == pytest.approx(4.0, rel=1e-4)
 
 
 def test_the_seeds_direction_is_blind_to_prefix_tokens_and_to_differences_between_images():

@@ -8,7 +8,7 @@ import torch
 from regvit.data.packages import PackageUnavailable
 from regvit.models.sources import build
 from regvit.registers.cures.cure import add_cure
-from regvit.registers.cures.recursive import find_recursively, merged, search_again
+from regvit.registers.cures.recursive import find_recursively, search_again
 from regvit.registers.neurons import find_register_neurons
 from regvit.registers.outliers import patch_norms
 from regvit.registers.planting import plant
@@ -85,7 +85,3 @@ def test_the_recursive_cure_leaves_none_of_either_kind(planted_twice):
         assert len(cure.measured["neurons"]) == 12
     with add_cure(model, "recursive", found, images=images, rounds=1):
         assert largest() > 1.9  # what the second search would have found
-
-
-def test_neurons_of_several_searches_are_joined_by_layer():
-    assert merged({2: (5,)}, {1: (3, 1), 2: (5, 4)}, {}) == {1: (1, 3), 2: (4, 5)}
