@@ -8,18 +8,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from extracting import (
-    SIZE,
-    Backwards,
-    Interrupting,
-    backbone_of,
-    image_of,
-    noise,
-    run,
-    tokens_of,
-    tree,
-    with_registers,
-)
+from extracting import SIZE, Backwards, Interrupting, backbone_of, image_of, noise, run, tokens_of, tree, with_registers
 from PIL import Image
 
 from regvit.data.decoding import ChangedImage

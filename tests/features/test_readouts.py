@@ -16,11 +16,7 @@ class Store:
 
 @pytest.fixture
 def store():
-    return Store(
-        cls=[[1, 2], [3, 4]],
-        registers=[[[10, 60], [20, 40]], [[0, 0], [-4, 8]]],
-        patch_mean=[[5, 6], [7, 8]],
-    )
+    return Store(cls=[[1, 2], [3, 4]], registers=[[[10, 60], [20, 40]], [[0, 0], [-4, 8]]], patch_mean=[[5, 6], [7, 8]])
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_stores import ARRAYS, MADE_BY, features, fill, interrupted, make, writer_of
 
-from regvit.features.store import (
-    ArraySpec,
-    FeatureStore,
-    InvalidStore,
-    Layout,
-    default_rows_per_unit,
-)
+from regvit.features.store import ArraySpec, FeatureStore, InvalidStore, Layout, default_rows_per_unit
 from regvit.features.store_writer import StoreWriter, write_store
 
 # Reading back

@@ -4,14 +4,7 @@ import numpy as np
 import pytest
 from dense_example import dense_set
 
-from regvit.measures.anatomy import (
-    Anatomy,
-    ashman_d,
-    figures,
-    image_columns,
-    norm_table,
-    position_table,
-)
+from regvit.measures.anatomy import Anatomy, ashman_d, figures, image_columns, norm_table, position_table
 from regvit.registers.outliers import Detection
 
 DETECTION = Detection(2, 5.0, 1.0)

@@ -6,17 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from measures.test_zeroshot import ARCHITECTURES, images, save_clip, save_tower
-from sklearn.metrics import average_precision_score
 
 from regvit.measures.training_free.clip_patches import FOILS, attributions, patch_embeddings
-from regvit.measures.training_free.zeroshot_segmentation import (
-    Names,
-    Texts,
-    class_shares,
-    object_ap,
-    object_map,
-    objects_of,
-)
 from regvit.measures.zeroshot import open_text_tower
 from regvit.registers.test_time import add_test_time_registers
 
@@ -138,33 +129,3 @@ def test_registers_are_tokens_that_get_attention_and_are_no_patches(pair):
             assert cured.shape == plain[foil].shape and not torch.allclose(cured, plain[foil])
         after = attributions(backbone.model, clip.projection, x)
     assert after.patches.shape == before.patches.shape and not torch.allclose(after.patches, before.patches)
-
-
-def test_a_class_is_its_nearest_name_and_what_reaches_no_share_is_background():
-    names = Names.of(["cat, kitten", "dog"], ["sky"])
-    assert names.names == ("sky", "cat", "kitten", "dog") and names.owner.tolist() == [0, 1, 1, 2]
-    assert Names.of(["cat"], []).owner.tolist() == [1]
-    texts = torch.eye(4)
-    patches = torch.tensor([[0.1, 0, 1, 0], [0, 0, 0, 1], [1, 0, 0, 0], [0.5, 0.5, 0.5, 0.5]])[None]
-    found = class_shares(patches, Texts(texts, names, 3.0, 0.3))[0].flatten(1).argmax(0)
-    assert found.tolist() == [1, 2, 0, 0]
-    shares = np.exp(3 * patches[0].numpy()) / np.exp(3 * patches[0].numpy()).sum(1, keepdims=True)
-    grid = class_shares(patches, Texts(texts, names, 3.0, 0.0))[0].flatten(1).T
-    np.testing.assert_allclose(grid, np.stack([shares[:, 0], shares[:, 1:3].max(1), shares[:, 3]], axis=1), atol=1e-6)
-
-
-def test_object_maps_are_thresholded_and_ranked_as_published():
-    rng = np.random.default_rng(0)
-    added, texts = (torch.from_numpy(rng.normal(size=shape)).float() for shape in ((16, 8), (5, 8)))
-    heat = (added @ texts.T)[:, 2] - (added @ texts.T).mean(1)
-    up = F.interpolate(heat.reshape(1, 1, 4, 4), scale_factor=8, mode="bilinear")[0, 0]
-    up = torch.clip(up, 0, up.max())
-    up = (up - up.min()) / (up.max() - up.min())
-    found = object_map(added, texts, 2, 32)
-    np.testing.assert_allclose(found, up, atol=1e-6)
-    assert (objects_of(found) == (up.numpy() > up.numpy().mean())).mean() > 0.999
-    truth = (rng.random((32, 32)) < 0.4).astype(np.uint8)
-    one_hot, scores = np.stack([truth == 0, truth == 1]).ravel(), np.stack([1 - up, up]).ravel()
-    assert object_ap(found, truth, np.ones_like(truth, bool)) == pytest.approx(
-        average_precision_score(one_hot, scores), abs=1e-5
-    )

@@ -9,16 +9,7 @@ import torch.nn.functional as F
 from dense_example import patch_store
 
 from regvit.measures.dense.dense_heads import DenseTraining, LinearLayer, PatchTokens
-from regvit.measures.dense.depth import (
-    DepthBins,
-    DepthModel,
-    errors,
-    figures,
-    image_columns,
-    losses,
-    measure,
-    train,
-)
+from regvit.measures.dense.depth import DepthBins, DepthModel, errors, figures, image_columns, losses, measure, train
 
 SIDE = 4
 INDOORS = DepthBins(0.5, 5.0, bins=32)

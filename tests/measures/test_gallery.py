@@ -6,14 +6,7 @@ from PIL import Image
 
 from regvit.measures import gallery
 from regvit.measures.feature_colours import fit_palette
-from regvit.measures.gallery import (
-    Maps,
-    draw_heads,
-    draw_maps,
-    norm_colours,
-    normal_range,
-    tile_colours,
-)
+from regvit.measures.gallery import Maps, draw_heads, draw_maps, norm_colours, normal_range, tile_colours
 
 CYAN = np.array([0, 200, 224]) / 255
 MAGMA = matplotlib.colormaps["magma"]

@@ -101,10 +101,7 @@ class Flipped(torch.utils.data.Dataset):
         return self.x[i].flip(-1) if torch.rand((), generator=self.generator) < 0.5 else self.x[i]
 
 
-LOADERS = {
-    "shuffled": lambda x: DataLoader(x, 5, shuffle=True),
-    "augmented": lambda x: DataLoader(Flipped(x), 5),
-}
+LOADERS = {"shuffled": lambda x: DataLoader(x, 5, shuffle=True), "augmented": lambda x: DataLoader(Flipped(x), 5)}
 
 
 @pytest.mark.parametrize("kind", LOADERS)

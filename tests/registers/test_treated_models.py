@@ -96,11 +96,7 @@ TREATMENTS = (([3, 5], {}), ([1, 9], {"scale": 0.5, "patches": "same"}))
 
 
 @pytest.mark.parametrize(
-    ("name", "compiled"),
-    [
-        *product(["vit_tiny_patch16_224"], COMPILED),
-        ("eva02_tiny_patch14_224", "parts of it"),
-    ],
+    ("name", "compiled"), [*product(["vit_tiny_patch16_224"], COMPILED), ("eva02_tiny_patch14_224", "parts of it")]
 )
 def test_a_compiled_model_gives_what_the_eager_one_gives_treated_alike(name, compiled):
     torch.compiler.reset()
