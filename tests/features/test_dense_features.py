@@ -1,18 +1,13 @@
-import numpy as np
 import pytest
 import torch
-from run_example import write_run
 
-from regvit.data.transform import Transform
-from regvit.features.dense_features import DenseArrays, mean_embedding, open_subject, patch_embeddings
+from regvit.features.dense_features import DenseArrays, mean_embedding, patch_embeddings
 from regvit.features.dense_set import GROUPS
 from regvit.models.attention import prefix_attention
-from regvit.models.backbones import create, save_backbone
 from regvit.models.query_attention import watch_query_attention
 from regvit.models.token_features import Feature, patch_features
 from regvit.registers.neighbourhood import low_information, neighbour_cosine
 from regvit.registers.outliers import Detection, patch_norms
-from regvit.registers.run_files import Variant
 from regvit.registers.test_time import add_test_time_registers
 
 
@@ -62,22 +57,3 @@ def test_what_a_model_lacks_is_left_out_and_strange_groups_are_refused(tiny_vit,
         DenseArrays(("keys",))
     with pytest.raises(ValueError, match="no images to look into"):
         mean_embedding(tiny_vit(), [])
-
-
-def test_a_run_opens_beside_its_backbone_with_whole_images_at_the_size_asked_for(tmp_path):
-    torch.manual_seed(0)
-    args = {"num_classes": 0, "dynamic_img_size": True}
-    save_backbone(
-        tmp_path / "tiny", create("test_vit", args), name="tiny", architecture="test_vit", model_args=args,
-        transform=Transform(160, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), source="random weights", licence="MIT",
-    )  # fmt: skip
-    detection = {"layer": 3, "threshold": 2.5}
-    for name, variant in (("plain", Variant("none", 0)), ("cured", Variant("test_time", 1))):
-        write_run(tmp_path / f"{name}.json", tmp_path / "tiny", variant, {1: (3,)}, detection)
-    plain = open_subject(tmp_path / "plain.json", tmp_path).of_whole_images(96)
-    assert plain.run is plain.untreated
-    cured = open_subject(tmp_path / "cured.json", tmp_path).of_whole_images(96)
-    assert (cured.detection.layer, cured.detection.threshold) == (3, 2.5)
-    assert cured.run.model.num_prefix_tokens == 2 and cured.untreated.model.num_prefix_tokens == 1
-    assert cured.run.transform.size == 96 and cured.run.transform.crop_mode == "squash"
-    assert np.isnan(cured.detection.separation)

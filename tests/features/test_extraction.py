@@ -16,7 +16,7 @@ from regvit.data.manifest import read_dataset, write_dataset
 from regvit.data.packages import file_sha256
 from regvit.data.transform import Transform
 from regvit.features import extraction
-from regvit.features.extraction import Job, Options, extract, fill_store
+from regvit.features.extraction import Job, extract
 from regvit.features.forward import Forward, Readouts
 from regvit.features.store import FeatureStore
 from regvit.features.store_writer import UnitWriter
@@ -80,30 +80,6 @@ def test_arrays_that_are_unknown_or_that_the_model_does_not_have_are_refused(tmp
         run(tmp_path, backbone_of(), dataset, arrays=["patch"])
     with pytest.raises(ValueError, match=r"the model has none of the arrays asked for \(registers\)"):
         run(tmp_path, backbone_of(), dataset, arrays=["registers"])
-
-
-@dataclasses.dataclass(frozen=True)
-class Anatomy:
-    """Arrays of other shapes and types than readouts."""
-
-    threshold: float
-
-    def __call__(self, model, images):
-        norms = model.forward_features(images).norm(dim=2)
-        return {"norms": norms, "far": norms > self.threshold, "largest": norms.argmax(1)}
-
-
-def test_a_store_holds_whatever_a_function_makes_of_a_batch(tmp_path, dataset):
-    backbone = backbone_of()
-    forward = Forward(backbone, Anatomy(7.9), float32=("norms",))
-    store = fill_store(tmp_path / "a.zarr", dataset, forward, {"threshold": 7.9}, Options(batch_size=3))
-    assert {name: spec.dtype for name, spec in store.layout.arrays.items()} == {
-        "norms": "float32", "far": "bool", "largest": "int64",
-    }  # fmt: skip
-    expected = np.stack([tokens_of(backbone, row)[0].norm(dim=1).numpy() for row in range(11)])
-    np.testing.assert_allclose(store.read("norms"), expected, atol=1e-4)
-    np.testing.assert_array_equal(store.read("far"), store.read("norms") > np.float32(7.9))
-    np.testing.assert_array_equal(store.read("largest"), store.read("norms").argmax(1))
 
 
 def test_attributes_say_what_made_the_features_and_nothing_of_this_machine(tmp_path, dataset):

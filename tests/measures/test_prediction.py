@@ -7,7 +7,6 @@ import pytest
 from made_predictions import CLASSES, all_sets, is_test, made_probes, made_set
 
 from regvit.features.readouts import readout
-from regvit.measures import prediction as module
 from regvit.measures.detectors import DETECTORS, Detectors, fit
 from regvit.measures.evaluation import confusion_table
 from regvit.measures.prediction import predict
@@ -96,15 +95,6 @@ def test_predictions_on_disk_are_those_in_memory_in_whatever_blocks(predictions,
         ours, theirs = (each.scores("alien", "cls", detector) for each in (found, predictions))
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
     assert sorted(confusion_table(found).value_counts()) == sorted(confusion_table(predictions).value_counts())
-
-
-def test_neighbours_are_looked_for_on_the_device_that_is_given(probes, sets, monkeypatch):
-    devices, blocks = [], module.knn_logit_blocks
-    monkeypatch.setattr(
-        module, "knn_logit_blocks", lambda *given: devices.append(given[-1]) or blocks(*given[:-1], "cpu")
-    )
-    predict("original", *probes, sets, Detectors(("msp",), device="cuda:1"))
-    assert set(devices) == {"cuda:1"}
 
 
 def test_faults_are_told_before_any_features_are_read(probes, sets):

@@ -150,27 +150,17 @@ def test_colours_are_those_of_the_backbone_before_planting_in_every_run(folder):
     assert widths["cured"] / widths["plain"] == pytest.approx(7 / 5, abs=0.02)  # image, and 3 or 2 models twice
 
 
-def test_the_picture_shows_the_images_with_most_outliers_and_the_parts_the_first_ones(folder, monkeypatch):
-    models, transform, data = opened(folder, "cured"), Transform(64, (0.5,) * 3, (0.5,) * 3), read_dataset(folder)
-    counts = {0: 3, 1: 7}  # of images a and b
-    files = [transform.normalise(transform.load(folder / f"{name}.png")[None]) for name in "ab"]
+def test_the_picture_shows_the_images_with_most_outliers(folder):
+    models, data = opened(folder, "cured"), read_dataset(folder)
+    transform = models.run.transform
+    images = torch.stack([transform(folder / f"{name}.png") for name in "ab"])
+    norms = patch_norms(models.untreated.model, [images], [3])[0]
+    threshold = float(norms.max(1).mean())  # one image alone has outliers
+    more = int(norms.max(1).argmax())
 
-    def norms(model, batches, layers):
-        assert model is models.untreated.model and layers == [3]
-        rows = [
-            [2.0] * counts[next(i for i, x in enumerate(files) if torch.equal(x[0], y))] for b in batches for y in b
-        ]
-        return np.array([[row + [0.0] * (16 - len(row)) for row in rows]])
+    def shown(detection, count):
+        return most_outliers(replace(models, detection=detection), data, transform, count)
 
-    monkeypatch.setattr(verification, "patch_norms", norms)
-    assert most_outliers(models, data, transform, 4) == [1, 0]
-    counts[0] = 7
-    assert most_outliers(models, data, transform, 1) == [0]  # equals in their order
-    assert most_outliers(replace(models, detection=None), data, transform, 4) == [0, 1]
-    chosen = []
-    monkeypatch.setattr(verification, "most_outliers", lambda *_: [1])
-    monkeypatch.setattr(verification, "draw_maps", lambda path, images, maps, threshold: chosen.append(images))
-    draw_verification(folder / "out", "cured", models, data, 2)
-    expected = replace(transform, size=128).load(folder / "b.png").permute(1, 2, 0).numpy() / 255
-    assert np.array_equal(chosen[0], expected[None])
-    assert Image.open(folder / "out/images.jpg").size == (2 * 128, 128)
+    assert shown(replace(models.detection, threshold=threshold), 4) == [more, 1 - more]
+    assert shown(replace(models.detection, threshold=threshold), 1) == [more]
+    assert shown(replace(models.detection, threshold=0.0), 4) == shown(None, 4) == [0, 1]  # equals in their order

@@ -4,7 +4,6 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from timm.data import resolve_data_config
 
 from regvit import add_test_time_registers
 from regvit.data.packages import file_sha256
@@ -135,16 +134,6 @@ def test_source_and_architecture_must_agree(tmp_path):
 def test_an_image_size_that_patches_do_not_fill_is_refused_with_the_nearest_ones(size, cure):
     with pytest.raises(ValueError, match=f"img_size {size} is not a multiple of test_vit's patch size 16; use {cure}"):
         build("file:weights.safetensors", "test_vit", size)
-
-
-def test_size_and_transform_are_timms_own_for_the_pretrained_weights(tmp_path):
-    save_file(small().state_dict(), tmp_path / "mine.safetensors")
-    built = build(f"file:{tmp_path / 'mine.safetensors'}", "test_vit")
-    expected = resolve_data_config({}, model=timm.create_model("test_vit"))
-    names = ("mean", "std", "interpolation", "crop_pct")
-    assert [getattr(built.transform, name) for name in names] == [expected[name] for name in names]
-    assert (3, built.transform.size, built.transform.size) == expected["input_size"] == (3, 160, 160)
-    assert built.about["model_args"] == ARGS
 
 
 def test_pretrained_weights_are_recorded_with_their_tag_and_licence(monkeypatch):

@@ -93,16 +93,6 @@ def test_a_backbone_at_one_size_that_is_measured_at_another_sees_the_trained_tab
         load_backbone(tmp_path)
 
 
-def test_timms_rule_gives_what_timm_gives_at_that_size():
-    state = made().state_dict()
-    theirs = timm.create_model("vit_small_patch14_dinov2", img_size=224, **ARGS).eval()
-    theirs.load_state_dict(timm.models.vision_transformer.checkpoint_filter_fn(dict(state), theirs))
-    ours = made()
-    set_image_size(ours, 224)
-    x = torch.randn(1, 3, 224, 224)
-    assert torch.equal(ours(x), theirs(x))
-
-
 @pytest.mark.parametrize("architecture", ["vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2"])
 def test_a_model_with_test_time_registers_is_resized_as_one_without(architecture):
     plain = Backbone("x", made(architecture), TRANSFORM, "", None, {})

@@ -104,11 +104,7 @@ def test_stock_models_take_registers_and_give_them_back(name, kwargs):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-HIDDEN = [
-    (name, kwargs)
-    for name, kwargs in STOCK
-    if name not in ("naflexvit_base_patch16_gap", "vit_pe_core_tiny_patch16_384")
-]
+HIDDEN = [each for each in STOCK if each[0] not in ("naflexvit_base_patch16_gap", "vit_pe_core_tiny_patch16_384")]
 
 
 @pytest.mark.parametrize(("name", "kwargs"), HIDDEN, ids=[name for name, _ in HIDDEN])

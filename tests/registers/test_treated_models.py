@@ -48,8 +48,7 @@ def test_a_model_that_was_moved_with_its_registers_lies_in_one_place_without_the
     assert left == {("meta", torch.float16)}
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_vit2"])
-@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize(("name", "before"), [("test_vit", True), ("test_vit2", False)])
 def test_a_model_is_fine_tuned_with_its_registers_which_stay_zero(name, before):
     model = make(name, num_classes=5).requires_grad_(True)
     trained = TokenLayout.of(model).trained
