@@ -5,23 +5,24 @@ Shape letters: b image, i row and j column of the patch grid, p patch, q prefix 
 
 from __future__ import annotations
 
+import math
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from jaxtyping import Bool, Float
 from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
-from regvit.files import write_atomic, write_picture
+from regvit.files import write_atomic
 from regvit.measures.feature_colours import Palette
 
 OUTLIER = "#00c8e0"  # of outlier patches: cyan, which neither `magma` nor `viridis` has
+FONT, LINE = 10, 14  # of what is written: size, and from line to line, pixels
 
 
 @dataclass(frozen=True)
@@ -46,41 +47,26 @@ def draw_maps(path: Path, images: Float[np.ndarray, "b h w 3"], maps: Mapping[st
         threshold: norm over which a patch is an outlier.
     """
     untreated = maps.get("original", list(maps.values())[-1])
-    titles = [f"patch norms\n{title}" for title in maps]
-    titles += [f"CLS attention\n{title}" for title, each in maps.items() if each.attention is not None]
-    figure = Figure(figsize=(1.4 * (1 + len(titles)), 1.56 * len(images) + 0.7), layout="constrained")
-    axes = figure.subplots(len(images), 1 + len(titles), squeeze=False)
-    for row, (image, line) in enumerate(zip(images, axes, strict=True)):
+    attended = {title: each.attention for title, each in maps.items() if each.attention is not None}
+    titles = ["image", *(f"patch norms\n{title}" for title in maps), *(f"CLS attention\n{title}" for title in attended)]
+    tiles, notes = [], []
+    for row, image in enumerate(images):
         norms, outliers = [each.norms[row] for each in maps.values()], untreated.norms[row] > threshold
         ends = normal_range(norms, threshold)
-        panels = [({"X": image}, "")]
+        tiles.append([image, *(norm_colours(each, *ends, threshold) for each in norms)])
+        notes.append([""])
         for each in norms:
             count = int((each > threshold).sum())
             above = f", {count} outlier{'s' if count > 1 else ''}" if count else ""
-            panels.append(
-                ({"X": norm_colours(each, *ends, threshold)}, f"{short(ends[0])} to {short(ends[1])}+{above}")
-            )
-        for each in [each.attention[row] for each in maps.values() if each.attention is not None]:
-            note = f"0 to {each.max():.1%}" + (f", {each[outliers].sum():.0%} on outliers" if outliers.any() else "")
-            panels.append(({"X": each, "cmap": "viridis", "vmin": 0, "vmax": each.max() or 1.0}, note))
-        for axis, (panel, note) in zip(line, panels, strict=True):
-            axis.imshow(**panel, interpolation="nearest")
-            axis.set_xlabel(note, fontsize=7, labelpad=2)
-            axis.set(xticks=[], yticks=[], frame_on=False)
-    for axis, title in zip(axes[0], ["image", *titles], strict=True):
-        axis.set_title(title, fontsize=9)
+            notes[row].append(f"{short(ends[0])} to {short(ends[1])}+{above}")
+        for each in attended.values():
+            on = f", {each[row][outliers].sum():.0%} on outliers" if outliers.any() else ""
+            notes[row].append(f"0 to {each[row].max():.1%}{on}")
+            tiles[row].append(attention_colours(each[row], each[row].max()))
     scales = "norms: logarithmic, bright from the 99 % quantile of the patches that are no outliers"
     scales += f"; cyan: outliers, norm over {short(threshold)}" if np.isfinite(threshold) else ""
-    scales += (
-        ".   attention: each map from 0 to its own maximum"
-        if any(m.attention is not None for m in maps.values())
-        else ""
-    )
-    lines = textwrap.wrap(scales, int(17 * figure.get_figwidth()))  # characters of 7 points in an inch
-    figure.text(0.005, 0.005, "\n".join(lines), fontsize=7)
-    below = (0.1 + 0.13 * len(lines)) / figure.get_figheight()
-    figure.get_layout_engine().set(rect=(0, below, 1, 1 - below))
-    write_picture(path, figure, 100)
+    scales += ".   attention: each map from 0 to its own maximum" if attended else ""
+    draw_sheet(path, titles, tiles, 140, notes, below=scales)
 
 
 def draw_attention(
@@ -93,18 +79,8 @@ def draw_attention(
         columns: maps by their title, in the order in which they are drawn.
     Source of the layout: Darcet et al. 2024, arXiv:2309.16588, figure 9.
     """
-    width = 1 + len(columns)
-    figure = Figure(figsize=(1.25 * width, 1.25 * len(images) + 0.35), layout="constrained")
-    axes = figure.subplots(len(images), width, squeeze=False)
-    for row, image in enumerate(images):
-        axes[row, 0].imshow(image, interpolation="nearest")
-        for axis, maps in zip(axes[row, 1:], columns.values(), strict=True):
-            axis.imshow(maps[row], cmap="viridis", vmin=0, interpolation="nearest")
-        for axis in axes[row]:
-            axis.set_axis_off()
-    for axis, title in zip(axes[0], ["image", *columns], strict=True):
-        axis.set_title(title, fontsize=8)
-    write_picture(path, figure, 80)
+    drawn = [attention_colours(maps, maps.max((1, 2), keepdims=True)) for maps in columns.values()]
+    draw_sheet(path, ["image", *columns], list(zip(images, *drawn, strict=True)), 96)
 
 
 def draw_heads(
@@ -117,20 +93,56 @@ def draw_heads(
         maps: by the query's name.
     Source: Caron et al. 2021, arXiv:2104.14294, figure 1.
     """
-    heads, lines = next(iter(maps.values())).shape[1], len(images) * len(maps)
-    figure = Figure(figsize=(0.7 * (1 + heads) + 0.3, 0.7 * lines + 0.3), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01)
-    axes = figure.subplots(lines, 1 + heads, squeeze=False)
-    for line, (image, name) in zip(axes, product(range(len(images)), maps), strict=True):
-        line[0].imshow(images[image], interpolation="nearest")
-        line[0].text(-0.06, 0.5, name, transform=line[0].transAxes, rotation=90, ha="right", va="center", fontsize=6)
-        for axis, attention in zip(line[1:], maps[name][image], strict=True):
-            axis.imshow(attention, cmap="viridis", vmin=0, interpolation="nearest")
-        for axis in line:
-            axis.set_axis_off()
-    for axis, title in zip(axes[0], ["image", *map(str, range(heads))], strict=True):
-        axis.set_title(title, fontsize=7, pad=2)
-    write_picture(path, figure, 80)
+    drawn = {name: attention_colours(each, each.max((2, 3), keepdims=True)) for name, each in maps.items()}
+    rows = [[image, *drawn[name][i]] for i, image in enumerate(images) for name in maps]
+    titles = ["image", *map(str, range(len(rows[0]) - 1))]
+    draw_sheet(path, titles, rows, 54, names=[*maps] * len(images), gap=2)
+
+
+def draw_sheet(
+    path: Path,
+    titles: Sequence[str],
+    rows: Sequence[Sequence[Float[np.ndarray, "h w 3"]]],
+    side: int,
+    notes: Sequence[Sequence[str]] = (),
+    names: Sequence[str] = (),
+    below: str = "",
+    gap: int = 8,
+) -> None:
+    """Writes a PNG: rows of tiles, in columns that are as wide as what is written over and under them.
+
+    Args:
+        titles: over the columns.
+        rows: tiles of any size, values from 0 to 1.
+        side: of a tile as drawn; `gap` between tiles: pixels.
+        notes: one under each tile; names: one left of each row; below: under all.
+    """
+    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", FONT)
+    written = [line for text in chain(titles, *notes) for line in text.split("\n")]
+    wide = max(side, *(math.ceil(font.getlength(line)) for line in written)) + gap
+    high = side + gap + (LINE if notes else 0)
+    left = 4 + max((math.ceil(font.getlength(name)) + 6 for name in names), default=0)
+    top = 4 + LINE * (1 + max(title.count("\n") for title in titles))
+    width, height = left + wide * len(titles), top + high * len(rows)
+    lines = textwrap.wrap(below, int((width - 8) / font.getlength("n")))
+    sheet = Image.new("RGB", (width, height + LINE * len(lines)), "white")
+    pen = ImageDraw.Draw(sheet)
+    centres = [left + wide * column + (wide - gap) // 2 for column in range(len(titles))]
+    for centre, title in zip(centres, titles, strict=True):
+        pen.text((centre, top - 4), title, "black", font, anchor="md", align="center")
+    for row, tiles in enumerate(rows):
+        y = top + high * row
+        if names:
+            pen.text((4, y + side // 2), names[row], "black", font, anchor="lm")
+        for centre, tile in zip(centres, tiles, strict=True):
+            small = Image.fromarray(np.rint(255 * tile).astype(np.uint8))
+            sheet.paste(small.resize((side, side), Image.Resampling.BOX), (centre - side // 2, y))
+        for centre, note in zip(centres, notes[row] if notes else (), strict=False):
+            pen.text((centre, y + side + 2), note, "black", font, anchor="ma")
+    pen.text((4, height), "\n".join(lines), "black", font)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with write_atomic(path) as beside:
+        sheet.save(beside)
 
 
 def normal_range(norms: Iterable[Float[np.ndarray, "*p"]], threshold: float) -> tuple[float, float]:
@@ -165,11 +177,10 @@ def short(norm: float) -> str:
 
 
 def attention_colours(
-    attention: Float[np.ndarray, "b i j"], most: Float[np.ndarray, " b"]
-) -> Float[np.ndarray, "b i j 3"]:
-    """Attention as colours on a scale from 0 to `most`, one a image; what is above is at the bright end."""
-    ends = np.where(most > 0, most, 1.0)[:, None, None]
-    return matplotlib.colormaps["viridis"](np.clip(attention / ends, 0, 1))[..., :3]
+    attention: Float[np.ndarray, "*b i j"], most: Float[np.ndarray, "*b 1 1"]
+) -> Float[np.ndarray, "*b i j 3"]:
+    """Attention as colours on a scale from 0 to `most`, one an image; what is above is at the bright end."""
+    return matplotlib.colormaps["viridis"](np.clip(attention / np.where(most > 0, most, 1.0), 0, 1))[..., :3]
 
 
 def tile_colours(
@@ -191,7 +202,9 @@ def tile_colours(
     for title, each in maps.items():
         drawn["norms", title] = norm_colours(each.norms, *ends, threshold)
         if each.attention is not None:
-            drawn["attention", title] = attention_colours(each.attention, np.max(attended, axis=(0, 2, 3)))
+            drawn["attention", title] = attention_colours(
+                each.attention, np.max(attended, axis=(0, 2, 3))[:, None, None]
+            )
         drawn["features", title] = palette.paint(each.features)
     return drawn
 
