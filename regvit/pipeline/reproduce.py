@@ -2,7 +2,8 @@
 
 Arguments go to `dvc repro`. The exit code is that of `dvc repro` if it failed, 130 after Ctrl-C, else 1 if params.yaml has a
 fault, classes do not meet or a self-check failed. Parameters come first, as DVC makes commands of the names in params.yaml,
-and a shell runs them. Stages run in forks of one process that has imported torch and timm, see `warm_python`.
+and a shell runs them. Stages run in forks of one process that has imported torch and timm, see `warm_python`; dvc.lock is read
+by a fast parser, see `quick_dvc`.
 """
 
 import os
@@ -61,7 +62,7 @@ def _dvc_repro(*arguments: str) -> int:
     """Relays what `dvc repro` says but of stages that did not change, and how long it took. Returns its exit code."""
     start, ran, said_anything = time.monotonic(), 0, False
     with subprocess.Popen(
-        [sys.executable, "-m", "dvc", "repro", *arguments], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "regvit.pipeline.quick_dvc", "repro", *arguments], stdout=subprocess.PIPE, text=True
     ) as process:
         for line in process.stdout:
             if line.strip() and " didn't change, skipping" not in line:
