@@ -65,9 +65,9 @@ class Pipeline:
         said = self.run("python", "-m", "regvit.pipeline.quick_dvc", "repro", **environment).stdout
         return set(re.findall(r"Running stage '(.+)':", said)), set(re.findall(r"Stage '(.+)' is cached", said))
 
-    def would_run(self) -> set[str]:
+    def would_run(self, *options: str) -> set[str]:
         """Names of the stages of which something changed; those that only follow are not among them."""
-        return set(re.findall(r"Running stage '(.+)':", self.run("dvc", "repro", "--dry").stdout))
+        return set(re.findall(r"Running stage '(.+)':", self.run("dvc", "repro", "--dry", *options).stdout))
 
     def change(self, *path: str | int, to: object) -> None:
         """Sets the parameter at a path of keys."""

@@ -87,19 +87,15 @@ def test_a_new_ood_set_runs_its_own_download_and_extract_then_evaluate_and_what_
     assert not restored
 
 
-def test_the_number_of_registers_reruns_only_what_test_time_runs_make_and_going_back_restores(pipeline):
+def test_the_number_of_registers_reruns_only_what_test_time_runs_make(pipeline):
     pipeline.change("runs", "cured", "num_registers", to=2)
-    ran, _ = pipeline.repro()
-    dense = {f"extract_dense@cured-{name}" for name in ("rooms", "plain")}
-    made = {"compose@cured", "extract@cured-plain", "extract@cured-shifted"} | dense
-    following = {f"{stage}@cured" for stage in ("probe", "baselines", "evaluate", "verify", "summary")}
-    following |= {f"{stage}@cured-rooms" for stage in MEASURED} | {"compare", "report"}
-    following |= {"retrieve@cured-shifted", "token_classes@cured-plain"}
-    assert made | {"probe@cured", "evaluate@cured", "verify@cured"} <= ran
-    assert ran - {"summary@original"} <= made | following
-    pipeline.change("runs", "cured", "num_registers", to=1)
-    ran, restored = pipeline.repro()
-    assert not ran and made <= restored
+    assert pipeline.would_run() == {"compose@cured", "compare", "report", "summary@cured"}
+    following = pipeline.would_run("--force", "--downstream", "compose@cured")
+    extracted = {"extract@cured-plain", "extract@cured-shifted"}
+    extracted |= {f"extract_dense@cured-{name}" for name in ("rooms", "plain")}
+    measured = {f"{stage}@cured" for stage in ("probe", "baselines", "evaluate", "verify", "summary")}
+    measured |= {f"{stage}@cured-rooms" for stage in MEASURED} | {"retrieve@cured-shifted", "token_classes@cured-plain"}
+    assert following == {"compose@cured", "compare", "report"} | extracted | measured
 
 
 @pytest.mark.parametrize("module", ["regvit/stats/bootstrap.py", "regvit/report/page.py"])
