@@ -50,7 +50,8 @@ def test_it_is_the_same_each_time_and_takes_the_colours_of_the_page(name):
 
 
 def test_names_are_text_and_no_formulas():
-    assert ">$max<" in svg_of(DRAWN["norms"]()).replace("&gt;", ">")
+    norms = svg_of(DRAWN["norms"]()).replace("&gt;", ">")
+    assert ">$max<" in norms and ">50<" in norms  # at the logarithmic axis
     assert ">c<" in svg_of(DRAWN["layers"]()) and ">b<" not in svg_of(DRAWN["layers"]())  # b has no curve
 
 
