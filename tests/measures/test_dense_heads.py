@@ -97,11 +97,6 @@ def test_a_larger_set_is_gone_through_in_groups_of_units_and_every_image_comes_o
     assert drawn == [batch.targets for batch in take(tokens, 4, 4)]
 
 
-def test_fewer_images_than_a_batch_make_smaller_batches(tmp_path):
-    tokens = PatchTokens(patch_store(tmp_path, numbered(5)), [1, 4])
-    assert [sorted(batch.targets) for batch in take(tokens, 3, 16)] == [[1, 4]] * 3
-
-
 # Layers
 
 
