@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from stock_models import features, images, make
@@ -11,7 +12,7 @@ from regvit.registers.cures.cure import FILES, add_cure, remove_cure
 from regvit.registers.cures.options import CURES, parse_cure
 from regvit.registers.export import TokenOutputs
 from regvit.registers.neurons import RegisterNeurons, find_register_neurons
-from regvit.registers.outliers import Detection
+from regvit.registers.outliers import Detection, patch_norms
 from regvit.registers.planting import plant
 from regvit.registers.test_time import add_test_time_registers, remove_test_time_registers
 
@@ -116,18 +117,28 @@ def test_copies_and_pickles_are_cured_too(planted, cured_once, cure):
 LIKE_ANOTHER = {"recursive", "remove_direction", "interpolate"}  # compiled as test-time registers, or clip_norm
 
 
-@pytest.mark.parametrize("cure", sorted(CURES.keys() - LIKE_ANOTHER))
-def test_compiled_models_are_cured_too(planted, cured_once, cure):
-    model, x = cured_once(cure), planted[1][:3]
+@pytest.fixture(params=sorted(CURES.keys() - LIKE_ANOTHER))
+def small_cured(request, tiny_vit, noise_images):
+    """Two blocks with a cure, and images of which some have outliers."""
+    model, x = tiny_vit(1, depth=2), noise_images(5)
+    norms = patch_norms(model, [x], [0])[0]
+    found = RegisterNeurons(Detection(0, float(np.quantile(norms, 0.98)), 1.0), (), selected={0: (1, 2)})
+    if request.param == "constant_registers":
+        add_test_time_registers(model, found)
+    add_cure(model, {"name": request.param, **QUICK.get(request.param, {})}, found, images=x)
+    return model, x
+
+
+def test_compiled_models_are_cured_too(small_cured):
+    model, x = small_cured
     torch.compiler.reset()
     compiled = torch.compile(model.forward_features, backend="eager")
     with torch.no_grad():
         assert torch.allclose(compiled(x), features(model, x), atol=1e-5)
 
 
-@pytest.mark.parametrize("cure", sorted(CURES.keys() - LIKE_ANOTHER))
-def test_a_graph_of_a_cured_model_gives_what_the_model_gives(planted, cured_once, cure):
-    outputs, x = TokenOutputs(cured_once(cure)).eval(), planted[1]
+def test_a_graph_of_a_cured_model_gives_what_the_model_gives(small_cured):
+    outputs, x = TokenOutputs(small_cured[0]).eval(), small_cured[1]
     with torch.no_grad():
         graph = torch.export.export(outputs, (x[:3],), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
         for some in (x[:5], x[:1]):

@@ -37,7 +37,7 @@ def planted(tiny_vit, noise_images):
     def planted(variant: str = "plain"):
         if variant not in made:
             model = tiny_vit(1, **VARIANTS[variant])
-            made[variant] = model, *planted_copy(model, noise_images(64))
+            made[variant] = model, *planted_copy(model, noise_images(48))
         return made[variant]
 
     return planted
@@ -113,7 +113,7 @@ def test_cls_attends_to_the_outliers_by_about_the_share_asked_for(tiny_vit, nois
     unseen = noise_images(32, seed=1)
     model = tiny_vit(1)
     for share in (0.1, 0.3):
-        new, _ = planted_copy(model, noise_images(64), cls_share=share)
+        new, _ = planted_copy(model, noise_images(48), cls_share=share)
         found = torch.from_numpy(outliers_of(new, unseen))
         weights = cls_attention(new, unseen, layers=[4])[0, :, 1:]  # (b, p)
         one = found.sum(1) == 1  # with one outlier in the image, its share is the one that was planted

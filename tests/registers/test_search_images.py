@@ -15,7 +15,7 @@ from regvit.data.transform import Transform
 from regvit.registers import images as module
 from regvit.registers.images import batches_of
 
-COUNT = 24
+COUNT = 16
 TRANSFORM = Transform(64, (0.5,) * 3, (0.5,) * 3)
 
 
@@ -23,7 +23,7 @@ TRANSFORM = Transform(64, (0.5,) * 3, (0.5,) * 3)
 def planted():
     """A small ViT in which one neuron makes an outlier of the white patch of each picture."""
     torch.manual_seed(0)
-    args = {"img_size": 64, "patch_size": 8, "depth": 6, "embed_dim": 64, "num_heads": 4, "num_classes": 0}
+    args = {"img_size": 64, "patch_size": 8, "depth": 4, "embed_dim": 64, "num_heads": 4, "num_classes": 0}
     model = timm.create_model("vit_tiny_patch16_224", pretrained=False, **args).eval().requires_grad_(False)
     pictures = [Image.fromarray(picture(i)) for i in range(COUNT)]
     x = torch.stack([TRANSFORM(one) for one in pictures])
@@ -55,10 +55,14 @@ FORMS = {
 }
 
 
+@pytest.fixture(scope="module")
+def expected(planted):
+    return find_register_neurons(*planted[:2])
+
+
 @pytest.mark.parametrize("form", FORMS)
-def test_images_in_every_form_give_what_the_tensor_gives(planted, form, tmp_path):
+def test_images_in_every_form_give_what_the_tensor_gives(planted, expected, form, tmp_path):
     model, x, pictures = planted
-    expected = find_register_neurons(model, x)
     assert expected.selected == {LAYER: (UNIT,)}
     found = find_register_neurons(model, FORMS[form](x, pictures, tmp_path), transform=TRANSFORM)
     assert found.selected == expected.selected

@@ -81,7 +81,6 @@ def wrap(model, part):
 
 
 COMPILED = {  # what is treated, and what is run
-    "the model": lambda model: (model, torch.compile(model, backend="eager")),
     "the model, wrapper treated": lambda model: (torch.compile(model, backend="eager"),) * 2,
     "in place": lambda model: (model.compile(backend="eager"), (model, model))[1],
     "forward_features": lambda model: (model, torch.compile(model.forward_features, backend="eager")),
@@ -95,7 +94,11 @@ TREATMENTS = (([3, 5], {}), ([1, 9], {"scale": 0.5, "patches": "same"}))
 
 
 @pytest.mark.parametrize(
-    ("name", "compiled"), [*product(["vit_tiny_patch16_224"], COMPILED), ("eva02_tiny_patch14_224", "parts of it")]
+    ("name", "compiled"),
+    [
+        *product(["vit_tiny_patch16_224"], sorted(COMPILED.keys() - {"parts of it"})),
+        ("eva02_tiny_patch14_224", "parts of it"),
+    ],
 )
 def test_a_compiled_model_gives_what_the_eager_one_gives_treated_alike(name, compiled):
     torch.compiler.reset()
