@@ -242,3 +242,13 @@ def test_a_gpu_gives_the_features_of_the_cpu(tmp_path, dataset):
     gpu = run(tmp_path / "gpu", backbone, dataset, device="cuda", workers=2, batch_size=None)
     for name in cpu.arrays:
         np.testing.assert_allclose(FeatureStore.open(gpu.path).read(name), cpu.read(name), atol=5e-3)
+
+
+def test_a_model_without_cls_has_no_cls_array_and_its_register_is_no_patch(tmp_path, dataset):
+    backbone = backbone_of("test_vit2")
+    store = run(tmp_path, backbone, dataset)
+    assert store.arrays == {"patch_mean": (64,), "registers": (1, 64)}
+    tokens = tokens_of(backbone, 3)[0].numpy()  # register, then 4 patches
+    assert len(tokens) == 5
+    np.testing.assert_allclose(store.read("registers")[3, 0], tokens[0], atol=2e-3)
+    np.testing.assert_allclose(store.read("patch_mean")[3], tokens[1:].mean(0), atol=2e-3)

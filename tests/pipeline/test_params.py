@@ -45,12 +45,6 @@ def written(tmp_path, monkeypatch):
     return write
 
 
-def only_fault(params: dict) -> str:
-    faults = faults_of(params)
-    assert len(faults) == 1, faults
-    return faults[0]
-
-
 def test_the_parameters_of_this_repository_have_no_fault_and_cannot_be_changed(written):
     params = check_params(written())
     assert params.identify.explained == 0.99 and params.probe.learning_rates[0] == 0.0003

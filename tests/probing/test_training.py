@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +8,7 @@ from sklearn.linear_model import LogisticRegression
 
 from regvit.probing import training as module
 from regvit.probing.checkpoints import CHECKPOINT, Checkpoint
-from regvit.probing.heads import INITIAL
+from regvit.probing.heads import INITIAL, standards_of
 from regvit.probing.probes import save_probes
 from regvit.probing.splits import Split
 from regvit.probing.training import DINOV2_RATES, Settings, batch_rows, train_probes
@@ -294,3 +295,23 @@ def test_splits_that_do_not_fit_are_refused(change, message):
     train, val = (Split({given["name"]: given[x]}, given[y], given["channels"]) for x, y in (("x", "y"), ("v", "w")))
     with pytest.raises(ValueError, match=message):
         train_probes(train, val, CLASSES, Settings((0.1,)))
+
+
+def test_constant_features_give_the_prior_and_no_nan():
+    x, y = np.full((40, 3), 2.0, np.float32), np.array([0] * 30 + [1] * 10)
+    settings = Settings((0.1,), 300)
+    (probe,) = train_probes(Split({"cls": x}, y), Split({"cls": x[:4]}, np.zeros(4, int)), "ab", settings).probes["cls"]
+    logits = probe.logits(x[:1])[0]
+    assert logits[0] - logits[1] == pytest.approx(np.log(3), abs=1e-2)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 4096])
+def test_one_scale_stands_for_all_channels_however_the_rows_are_cut(rows, monkeypatch):
+    monkeypatch.setattr("regvit.features.stored_readouts.ROWS_AT_ONCE", rows)
+    values = {"cls": np.array([[0, 10], [2, 16]], np.float32), "patch_mean": np.full((2, 2), 7, np.float32)}
+    found = standards_of(values, None, True)
+    assert found["cls"].mean.tolist() == [1, 13] and found["cls"].scale == pytest.approx(math.sqrt((1 + 9) / 2))
+    assert found["patch_mean"].scale == 1
+    pooled = np.array([[1, 2, 3, 4, 5, 6], [3, 4, 5, 6, 7, 8]], np.float32)  # CLS and two registers of 2 channels
+    found = standards_of({"cls_reg_learned": pooled}, 2, True)["cls_reg_learned"]
+    assert found.mean.tolist() == [2, 3, 5, 6] and found.scale == 1

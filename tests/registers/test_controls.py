@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from regvit.models.hooks import output_projection, watch_inputs
+from regvit.models.tokens import TokenLayout
 from regvit.registers.control_neurons import control_neurons
-from regvit.registers.controls import ablate, ablated, mlp_widths, remove_ablation
+from regvit.registers.controls import ablate, ablated, mlp_widths, remove_ablation, silence
 from regvit.registers.neurons import find_register_neurons
 from regvit.registers.neurons_file import Neuron
 from regvit.registers.outliers import patch_norms
@@ -161,3 +162,13 @@ def test_ablation_refuses_what_it_cannot_do(tiny_vit):
             ablate(model, {1: [0]})
         with pytest.raises(ValueError, match="its layers 1 are ablated; call remove_ablation"):
             add_test_time_registers(model, {1: [0]})
+
+
+def test_silencing_zeroes_the_neurons_at_patches_and_leaves_all_prefix_tokens():
+    x = torch.arange(1.0, 1 + 2 * 5 * 3).reshape(2, 5, 3)
+    layout = TokenLayout(cls=1, trained=1, test_time=1)
+    out = silence(x, torch.tensor([0, 2]), layout)
+    expected = x.clone()
+    expected[:, 3:, 0] = 0
+    expected[:, 3:, 2] = 0
+    assert torch.equal(out, expected)

@@ -10,7 +10,7 @@ from regvit.models.attention import cls_attention
 from regvit.registers.neighbourhood import low_information
 from regvit.registers.outliers import patch_norms
 from regvit.registers.planting import plant, unplant
-from regvit.registers.planting.units import within_image_direction
+from regvit.registers.planting.units import within_image_direction, write_unit
 
 VARIANTS = {
     "plain": {},
@@ -218,3 +218,26 @@ def test_featureless_images_are_refused_and_the_model_is_left_as_it_was(tiny_vit
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with pytest.raises(ValueError, match="is not a parameter of this VisionTransformer"):
         unplant(model, {"of another model": torch.zeros(2)})
+
+
+def test_the_batch_size_changes_no_planted_neuron_and_hardly_a_weight(tiny_vit, noise_images):
+    model, images = tiny_vit(), noise_images(32)
+    (first, a), (second, b) = (planted_copy(model, images, batch_size=size) for size in (32, 5))
+    assert a.neurons == b.neurons
+    second = second.state_dict()
+    assert all(torch.allclose(value, second[name], rtol=1e-2, atol=1e-3) for name, value in first.state_dict().items())
+
+
+def test_a_written_unit_is_silent_below_its_threshold_and_writes_its_vector_above(tiny_vit):
+    block = tiny_vit(0, layer_scale=0.5).blocks[2]
+    probe, write = torch.zeros(64), torch.zeros(64)
+    probe[3], write[7] = 1.0, 4.0
+    h = torch.zeros(4, 64)
+    h[:, 3] = torch.tensor([0.0, 1.0, 3.0, 3.0])
+    write_unit(block, 5, probe, 2.0, h[2:], write)
+    a = block.mlp.act(block.mlp.fc1(h))[:, 5]
+    assert a[:2].abs().max() < 1e-6
+    assert a[2:].tolist() == pytest.approx([8.0, 8.0], rel=1e-4)
+    added = a[:, None] * block.mlp.fc2.weight[:, 5] * block.ls2.gamma
+    assert added[2, 7].item() == pytest.approx(4.0, rel=1e-4)
+    assert added[2].norm().item() == pytest.approx(4.0, rel=1e-4)

@@ -52,7 +52,7 @@ def assert_as_in_two_passes(model, images, found):
     assert np.array_equal(found.outlier_fraction, fraction)
 
 
-@pytest.mark.parametrize(("settle_on", "batch"), [(1, 60), (10, 7), (59, 60), (100, 4)])
+@pytest.mark.parametrize(("settle_on", "batch"), [(1, 60), (3, 4), (10, 7), (59, 60), (60, 7), (100, 4)])
 def test_one_pass_finds_what_two_passes_find_however_many_images_settle_the_layer(
     planted, settle_on, batch, monkeypatch
 ):
@@ -66,7 +66,7 @@ def test_one_pass_finds_what_two_passes_find_however_many_images_settle_the_laye
     assert settle_on >= IMAGES or min(settle_on, IMAGES) <= found.again
 
 
-@pytest.mark.parametrize("quantile", [0.95, 0.995, 1.0])
+@pytest.mark.parametrize("quantile", [0.95, 0.98, 0.995, 1.0])
 def test_images_that_the_first_threshold_took_wrongly_are_gone_through_again(planted, quantile, monkeypatch):
     """The first threshold takes too many patches for outliers, or too few, or none at all."""
     model, images = planted
@@ -158,6 +158,15 @@ def test_the_forward_stops_at_the_detection_layer_once_it_is_settled(planted, mo
     assert [cells.size for cells in found.norms] == [64 * (IMAGES if i <= layer else 8) for i in range(6)]
 
 
+def test_the_size_of_a_batch_changes_nothing_but_the_last_digits(planted, monkeypatch):
+    model, images = planted
+    monkeypatch.setattr(module, "SETTLE_ON", 10)
+    one, other = search(model, images.split(60), SearchOptions()), search(model, images.split(1), SearchOptions())
+    assert one.again == other.again
+    assert [a.size for a in one.norms] == [b.size for b in other.norms]
+    torch.testing.assert_close(one.scores.attribution, other.scores.attribution, rtol=1e-4, atol=1e-8)
+
+
 def test_large_batches_are_taken_in_parts_whose_activations_fit(planted, monkeypatch):
     model, images = planted
     whole = search(model, [images], SearchOptions())
@@ -239,6 +248,13 @@ def test_images_of_several_sizes_are_refused(tiny_vit):
         search(model, batches, SearchOptions())
 
 
+def test_norms_that_are_not_finite_are_named_by_layer_and_image(planted, tiny_vit, noise_images):
+    model, images = tiny_vit(1), noise_images(5)
+    images[3] = float("nan")
+    with pytest.raises(ValueError, match="patch norms are not finite in layer 0 for image 3; check weights and images"):
+        search(model, images.split(2), SearchOptions())
+
+
 class Selecting(list):
     """Batches that know which images they hold; going through all of them again is noted."""
 
@@ -273,5 +289,9 @@ def test_picked_images_are_those_of_their_numbers():
         assert np.concatenate([numbers for numbers, _ in got]).tolist() == rows.tolist()
         assert torch.cat([batch for _, batch in got]).flatten().tolist() == rows.tolist()
     assert list(picked([images], rows[:0])) == []
+
+
+def test_fewer_images_than_before_are_an_error():
+    images = torch.zeros(20, 1, 1, 1)
     with pytest.raises(ValueError, match="20 images came, but 26 are wanted; give the same images again"):
         list(picked(images.split(6), np.array([3, 25])))

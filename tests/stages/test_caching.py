@@ -1,4 +1,4 @@
-"""What reruns: the real `dvc repro` with this repository's dvc.yaml and stage scripts, on drawings and timm's `test_vit`.
+"""What reruns: `dvc repro`, as `make repro` runs it, with this repository's dvc.yaml and stages, on drawings and timm's `test_vit`.
 
 One pipeline is built once (folders of images and a weights file as sources, so that nothing is fetched), and every test
 starts from it: it changes one thing, reads from DVC's output which stages ran, and the fixture puts the change back.
